@@ -1,0 +1,113 @@
+//! What can go wrong outside the program, with what its user needs to put it right.
+//!
+//! Input from outside (files, flags, the machine) gives an [`Error`]; a caller's bug panics. Every
+//! message names the place (path, line, tensor, field), what was expected, what was found and, where
+//! it is not obvious, the remedy. The command line maps the variants to the exit codes of
+//! [`Error::exit_code`].
+
+use std::path::PathBuf;
+
+/// The result of everything that touches the outside world.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the outside world. Lower case, no full stop, so that it reads inside a sentence.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused an operation on a path.
+    #[error("cannot {operation} {}: {source}", path.display())]
+    Io {
+        /// What was tried: "open", "map", "write", ...
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file is not what its format says.
+    #[error("{}: {detail}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it, with the byte, tensor or field.
+        detail: String,
+    },
+    /// A tensor has another shape than the configuration asks for.
+    #[error("{}: tensor {name} has shape {found:?}, not {expected:?}", path.display())]
+    Shape {
+        /// The file or folder it came from.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
+        /// The shape that the configuration implies.
+        expected: Vec<usize>,
+        /// The shape found.
+        found: Vec<usize>,
+    },
+    /// Tensors are missing from, or not expected in, a model or adapter folder.
+    #[error("{}: {detail}", path.display())]
+    Tensors {
+        /// The folder.
+        path: PathBuf,
+        /// The first names, and how many in all.
+        detail: String,
+    },
+    /// A line of a data file is wrong.
+    #[error("{}:{line}: {detail}", path.display())]
+    Line {
+        /// The data file.
+        path: PathBuf,
+        /// Its line, counted from 1.
+        line: usize,
+        /// What is wrong in it.
+        detail: String,
+    },
+    /// A configuration value, from a file or a flag, that cannot be used.
+    #[error("{0}")]
+    Config(String),
+    /// The command line asks for something that does not exist.
+    #[error("{0}")]
+    Usage(String),
+    /// Training met a loss or gradient that is not finite; the last good adapter was kept.
+    #[error("{0}")]
+    NotFinite(String),
+    /// The device asked for is not there.
+    #[error("{0}")]
+    Device(String),
+    /// The user interrupted the run.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Error {
+    /// The exit code of the command line for this error: 1 failed, 2 usage, 3 bad input, 4 no such
+    /// device, 130 interrupted.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Io { source, operation, .. } => match (source.kind(), *operation) {
+                (_, "write" | "create" | "rename" | "sync" | "remove") => 1,
+                _ => 3,
+            },
+            Self::File { .. }
+            | Self::Shape { .. }
+            | Self::Tensors { .. }
+            | Self::Line { .. }
+            | Self::Config(_) => 3,
+            Self::Usage(_) => 2,
+            Self::NotFinite(_) => 1,
+            Self::Device(_) => 4,
+            Self::Interrupted => 130,
+        }
+    }
+
+    /// An [`Error::Io`] from the system's error.
+    pub fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { operation, path, source }
+    }
+
+    /// An [`Error::File`].
+    pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
+        Self::File { path: path.into(), detail: detail.into() }
+    }
+}

@@ -1,0 +1,1 @@
+//! Untrusted bytes become checked, borrowed views. No arithmetic, no device.
