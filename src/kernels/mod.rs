@@ -1,6 +1,121 @@
-//! The seam (skeleton).
-/// A backend.
+//! The seam: everything that computes, behind one trait.
+//!
+//! A [`Backend`] has buffers and some thirty operations on whole matrices. Each operation takes one
+//! struct of named arguments ([`ops`]) and returns new tensors; only gradients and optimiser state
+//! are updated in place. The definition of each operation is its plain f64 version in [`oracle`];
+//! `cpu` (and a GPU backend) must agree with it within a derived bound, and exactly on small
+//! integers.
+//!
+//! ```text
+//! embed  norm  linear  shrink  attention  gated  dropout  head_loss      activations
+//! route  mix  lora_backward  unmix                                       the routed LoRA
+//! adamw  sum_of_squares                                                  the optimiser
+//! ```
+//!
+//! What every backend promises: the same inputs give the same bits, for any number of threads; and
+//! an output row's bits depend on the row's own inputs, the shapes of the weights and the chosen
+//! [`ops::Order`], never on how many other rows there are or what is in them.
+
+pub mod cpu;
+pub mod ops;
+pub mod oracle;
+pub mod philox;
+pub mod segments;
+
+use crate::{
+    dtype::Dtype,
+    tensor::{Frozen, Tensor},
+};
+use ops::*;
+
+/// How precisely a tensor is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// The compute type: f32 or bf16.
+    Activation,
+    /// f32: parameters, gradients, statistics, mixing weights.
+    Full,
+}
+
+/// A device that computes: buffers and the operations on them.
 pub trait Backend: Send + Sync + Sized + 'static {
-    /// Storage.
+    /// Storage of a tensor.
     type Buffer: Send + Sync;
+    /// A frozen weight where the device can read it.
+    type Weight: Clone + Send + Sync;
+
+    /// Runs `work` where this backend's threads are. Operations inside start without a hand-over.
+    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
+    /// The type of activations (and, with [`Precision::Full`], of everything else).
+    fn dtype(&self, precision: Precision) -> Dtype;
+    /// Makes a frozen weight readable. On the CPU this copies nothing.
+    fn weight(&self, frozen: &Frozen) -> Self::Weight;
+    /// A matrix from its values, row-major, each rounded once.
+    fn upload(&self, values: &[f64], rows: usize, cols: usize, to: Precision) -> Tensor<Self>;
+    /// A matrix of zeros.
+    fn zeros(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self>;
+    /// A matrix's values, row-major, exactly.
+    fn download(&self, tensor: &Tensor<Self>) -> Vec<f64>;
+    /// A copy in a buffer of its own.
+    fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self>;
+
+    /// `y[t] = table[ids[t]]`.
+    fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self>;
+    /// Root-mean-square norm: `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`.
+    fn norm(&self, args: Norm<'_, Self>) -> Normed<Self>;
+    /// `y` again, from the `rstd` that [`Backend::norm`] returned: the same bits.
+    fn norm_again(&self, args: NormAgain<'_, Self>) -> Tensor<Self>;
+    /// `d_x` of [`Backend::norm`].
+    fn norm_backward(&self, args: NormBackward<'_, Self>) -> Tensor<Self>;
+    /// Frozen linears of one input, with routed LoRA, bias, dropout and residual.
+    fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>>;
+    /// `d_x` of [`Backend::linear`], summed over the projections.
+    fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Tensor<Self>;
+    /// Attention without a score matrix in memory.
+    fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self>;
+    /// `d_q, d_k, d_v` of [`Backend::attention`], from recomputed probabilities.
+    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3];
+    /// Rows of `source` into rows of a key or value cache.
+    fn cache_write(&self, args: CacheWrite<'_, Self>);
+    /// `h = dropout(activation(gate) * up)`.
+    fn gated(&self, args: &Gated<'_, Self>) -> Tensor<Self>;
+    /// `(d_gate, d_up)` of [`Backend::gated`]; `d_up` where there is an `up`.
+    fn gated_backward(
+        &self,
+        args: &Gated<'_, Self>,
+        d_h: &Tensor<Self>,
+    ) -> (Tensor<Self>, Option<Tensor<Self>>);
+    /// `y = keep ? x / (1 - p) : 0`. Its own backward.
+    fn dropout(&self, x: &Tensor<Self>, dropout: &Dropout) -> Tensor<Self>;
+    /// `a + b`, in `a`'s buffer where nobody else holds it.
+    fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
+    /// Head and cross-entropy in one, over chunks of tokens; the logits are never whole.
+    fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self>;
+    /// The column of each row's largest value; the first of equals.
+    fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32>;
+
+    /// Mixing weights of every routing row in every adapted linear.
+    fn route(&self, args: &Route<'_, Self>) -> Routing<Self>;
+    /// Gradient of the router logits from that of the mixing weights.
+    fn route_backward(&self, args: RouteBackward<'_, Self>);
+    /// One adapted linear's mixed pair for every routing row.
+    fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self>;
+    /// `z = scale * x·Â`, for siblings that share `x`.
+    fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>>;
+    /// `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]` without forming the mixed pair.
+    fn shrink_stacked(&self, args: ShrinkStacked<'_, Self>) -> Tensor<Self>;
+    /// Gradients in rank space and of the mixed pairs, for siblings that share `x`.
+    fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>>;
+    /// From gradients of the mixed pairs to gradients of the bank and of the mixing weights.
+    fn unmix(&self, args: Unmix<'_, Self>);
+
+    /// `Σ v²` over all elements, in a fixed order.
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64;
+    /// Sets every element to zero.
+    fn clear(&self, tensor: &mut Tensor<Self>);
+    /// One AdamW step over a flat parameter vector.
+    fn adamw(&self, args: AdamW<'_, Self>);
 }

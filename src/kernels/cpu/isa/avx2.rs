@@ -1,0 +1,197 @@
+//! AVX2 with FMA and F16C: 16 lanes in two registers.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{LANES, Simd, SimdOp};
+
+/// The token of AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// The token, if this CPU has what [`Avx2::run`] enables.
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self(()))
+    }
+
+    /// Runs `op` compiled for AVX2.
+    #[inline]
+    pub fn run<O: SimdOp>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn enter<O: SimdOp>(simd: Avx2, op: O) -> O::Output {
+            op.eval(simd)
+        }
+        // SAFETY: `self` came from `detect`, which saw all three features on this CPU.
+        unsafe { enter(self, op) }
+    }
+}
+
+/// Evaluates intrinsics; the caller's `self` is the proof that the CPU has them.
+macro_rules! intrinsics {
+    ($body:expr) => {{
+        // SAFETY: a token exists only where `detect` saw AVX2, FMA and F16C; pointers come from
+        // array references of at least the bytes that the instruction touches, and the loads and
+        // stores used are the unaligned ones.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $body
+        }
+    }};
+}
+
+/// Both registers, by one instruction.
+macro_rules! both {
+    ($op:ident, $($v:ident),+) => {
+        intrinsics!([$op($($v[0]),+), $op($($v[1]),+)])
+    };
+}
+
+/// The upper halves of eight f32, rounded to nearest even, as eight u32.
+#[inline(always)]
+fn bf16_bits(v: __m256) -> __m256i {
+    intrinsics!({
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+        let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, bias));
+        let quiet = _mm256_or_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(0x40));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        _mm256_blendv_epi8(rounded, quiet, nan)
+    })
+}
+
+impl Simd for Avx2 {
+    type V = [__m256; 2];
+    const MR: usize = 6; // 12 accumulators, 2 right operands, 1 broadcast of the 16 registers.
+    const NV: usize = 1;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        intrinsics!([_mm256_set1_ps(x); 2])
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        intrinsics!([_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))])
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
+        intrinsics!({
+            _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), v[1]);
+        })
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::V {
+        self.load_bf16_bytes(bytemuck::cast_ref(x))
+    }
+    #[inline(always)]
+    fn store_bf16(self, v: Self::V, to: &mut [bf16; LANES]) {
+        intrinsics!({
+            // The pack works within 128-bit lanes; the permutation puts its quarters in order.
+            let packed = _mm256_packus_epi32(bf16_bits(v[0]), bf16_bits(v[1]));
+            let ordered = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), ordered);
+        })
+    }
+    #[inline(always)]
+    fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V {
+        intrinsics!({
+            let p = x.as_ptr().cast::<f32>();
+            [_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))]
+        })
+    }
+    #[inline(always)]
+    fn load_bf16_bytes(self, x: &[u8; 2 * LANES]) -> Self::V {
+        intrinsics!({
+            let p = x.as_ptr().cast::<__m128i>();
+            [_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))].map(|half| {
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
+            })
+        })
+    }
+    #[inline(always)]
+    fn load_f16_bytes(self, x: &[u8; 2 * LANES]) -> Self::V {
+        intrinsics!({
+            let p = x.as_ptr().cast::<__m128i>();
+            [_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))]
+        })
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_sub_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        both!(_mm256_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_max_ps, a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        both!(_mm256_min_ps, a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        both!(_mm256_sqrt_ps, a)
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        intrinsics!(
+            a.map(|a| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+        )
+    }
+    #[inline(always)]
+    fn exp2_integral(self, n: Self::V) -> Self::V {
+        intrinsics!(n.map(|n| {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        }))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        intrinsics!(
+            [0, 1].map(|i| {
+                _mm256_blendv_ps(no[i], yes[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]))
+            })
+        )
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        intrinsics!({
+            let eight = _mm256_add_ps(v[0], v[1]);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, v: Self::V) -> f32 {
+        intrinsics!({
+            let eight = _mm256_max_ps(v[0], v[1]);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+}

@@ -1,0 +1,170 @@
+//! AVX-512 F, BW, DQ and VL: 16 lanes in one register.
+
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{LANES, Simd, SimdOp};
+
+/// The token of AVX-512.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// The token, if this CPU has what [`Avx512::run`] enables.
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Self(()))
+    }
+
+    /// Runs `op` compiled for AVX-512.
+    #[inline]
+    pub fn run<O: SimdOp>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn enter<O: SimdOp>(simd: Avx512, op: O) -> O::Output {
+            op.eval(simd)
+        }
+        // SAFETY: `self` came from `detect`, which saw every one of these features on this CPU.
+        unsafe { enter(self, op) }
+    }
+}
+
+/// Evaluates intrinsics; the caller's `self` is the proof that the CPU has them.
+macro_rules! intrinsics {
+    ($body:expr) => {{
+        // SAFETY: a token exists only where `detect` saw these features; pointers come from array
+        // references of at least the bytes that the instruction touches, and the loads and stores
+        // used are the unaligned ones.
+        #[allow(unused_unsafe)]
+        unsafe {
+            $body
+        }
+    }};
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const MR: usize = 12; // 24 accumulators, 2 right operands, broadcasts from memory: 32 registers.
+    const NV: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        intrinsics!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::V {
+        intrinsics!(_mm512_loadu_ps(x.as_ptr()))
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
+        intrinsics!(_mm512_storeu_ps(to.as_mut_ptr(), v))
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; LANES]) -> Self::V {
+        self.load_bf16_bytes(bytemuck::cast_ref(x))
+    }
+    #[inline(always)]
+    fn store_bf16(self, v: Self::V, to: &mut [bf16; LANES]) {
+        intrinsics!({
+            let bits = _mm512_castps_si512(v);
+            let high = _mm512_srli_epi32::<16>(bits);
+            let bias = _mm512_add_epi32(
+                _mm512_and_si512(high, _mm512_set1_epi32(1)),
+                _mm512_set1_epi32(0x7FFF),
+            );
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, bias));
+            let quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let words = _mm512_mask_blend_epi32(nan, rounded, quiet);
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(words));
+        })
+    }
+    #[inline(always)]
+    fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V {
+        intrinsics!(_mm512_loadu_ps(x.as_ptr().cast()))
+    }
+    #[inline(always)]
+    fn load_bf16_bytes(self, x: &[u8; 2 * LANES]) -> Self::V {
+        intrinsics!({
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words))
+        })
+    }
+    #[inline(always)]
+    fn load_f16_bytes(self, x: &[u8; 2 * LANES]) -> Self::V {
+        intrinsics!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        intrinsics!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        intrinsics!(_mm512_sqrt_ps(a))
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        intrinsics!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
+    }
+    #[inline(always)]
+    fn exp2_integral(self, n: Self::V) -> Self::V {
+        intrinsics!({
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent))
+        })
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        intrinsics!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes))
+    }
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        intrinsics!({
+            let eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, v: Self::V) -> f32 {
+        intrinsics!({
+            let eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+}

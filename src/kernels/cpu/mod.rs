@@ -1,0 +1,294 @@
+//! The CPU: buffers, threads, and the operations' way to their kernels.
+//!
+//! One file a family of kernels, each a `SimdOp` written once for all instruction sets
+//! ([`isa`]). Work is cut into tasks by shape alone, never by the number of threads, and each
+//! output element is written by one task in one order; so any number of threads gives the same bits.
+
+mod adamw;
+mod attention;
+mod buffer;
+mod elementwise;
+mod embed;
+mod gated;
+mod gemm;
+mod grad;
+mod head;
+pub mod isa;
+mod linear;
+mod math;
+mod mix;
+mod norm;
+mod route;
+mod shrink;
+
+use std::sync::Arc;
+
+pub use buffer::Buffer;
+use half::bf16;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use self::{buffer::Pool, isa::Isa};
+use super::{Backend, Precision, ops::*};
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    tensor::{Frozen, Tensor},
+};
+
+/// The CPU backend: an instruction set, threads, a compute type and a pool of buffers.
+///
+/// Cloning shares threads and pool.
+#[derive(Clone)]
+pub struct Cpu {
+    isa: Isa,
+    compute: Dtype,
+    threads: Arc<ThreadPool>,
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// A backend that computes in `compute` (f32 or bf16) on `n_threads` threads (0: one a core),
+    /// with the fastest instruction set or the one that `POLYTAPE_ISA` forces.
+    ///
+    /// # Errors
+    /// If the compute type is another, `POLYTAPE_ISA` names an instruction set that is not there, or
+    /// threads cannot be started.
+    pub fn new(compute: Dtype, n_threads: usize) -> Result<Self> {
+        Self::with_isa(Isa::detect()?, compute, n_threads)
+    }
+
+    /// [`Cpu::new`] with a given instruction set.
+    pub fn with_isa(isa: Isa, compute: Dtype, n_threads: usize) -> Result<Self> {
+        if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
+            return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
+        }
+        let threads = ThreadPoolBuilder::new()
+            .num_threads(n_threads)
+            .thread_name(|i| format!("polytape-{i}"))
+            .build()
+            .map_err(|error| Error::Device(format!("cannot start threads: {error}")))?;
+        Ok(Self { isa, compute, threads: Arc::new(threads), pool: Arc::default() })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// The number of threads.
+    pub fn n_threads(&self) -> usize {
+        self.threads.current_num_threads()
+    }
+
+    /// Bytes of all buffers, in use or kept for reuse, at their peak.
+    pub fn peak_bytes(&self) -> usize {
+        self.pool.peak_bytes()
+    }
+
+    /// The same backend whose buffers start filled with NaN, so that a test sees every element
+    /// that a kernel forgets to write.
+    pub fn poisoned(mut self) -> Self {
+        self.pool = Arc::new(Pool::poisoned());
+        self
+    }
+
+    /// An unwritten matrix. Kernels write every element.
+    fn alloc(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        let dtype = self.dtype(precision);
+        Tensor::new(self.pool.take(rows * cols * dtype.size_bytes()), dtype, rows, cols)
+    }
+
+    /// `n` unwritten f32 for a kernel's own use.
+    fn scratch(&self, n: usize) -> Buffer {
+        self.pool.take(4 * n)
+    }
+}
+
+/// Activations in memory: a slice of one of the two compute types.
+enum Slice<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+/// [`Slice`], for writing.
+enum SliceMut<'a> {
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl Tensor<Cpu> {
+    /// The elements, whichever type they have.
+    fn slice(&self) -> Slice<'_> {
+        match self.dtype {
+            Dtype::F32 => Slice::F32(&self.buffer.as_slice()[..self.len()]),
+            Dtype::Bf16 => Slice::Bf16(&self.buffer.as_slice()[..self.len()]),
+            Dtype::F16 | Dtype::F64 => unreachable!("the CPU computes in f32 or bf16"),
+        }
+    }
+
+    /// The elements, for writing.
+    ///
+    /// # Panics
+    /// If somebody else holds the buffer.
+    fn slice_mut(&mut self) -> SliceMut<'_> {
+        let (dtype, len) = (self.dtype, self.len());
+        let buffer = self.buffer_mut().expect("a tensor that is written is held once");
+        match dtype {
+            Dtype::F32 => SliceMut::F32(&mut buffer.as_mut_slice()[..len]),
+            Dtype::Bf16 => SliceMut::Bf16(&mut buffer.as_mut_slice()[..len]),
+            Dtype::F16 | Dtype::F64 => unreachable!("the CPU computes in f32 or bf16"),
+        }
+    }
+
+    /// The elements of a full-precision tensor.
+    fn f32s(&self) -> &[f32] {
+        match self.slice() {
+            Slice::F32(slice) => slice,
+            Slice::Bf16(_) => panic!("a full-precision tensor"),
+        }
+    }
+
+    /// The elements of a full-precision tensor, for writing.
+    fn f32s_mut(&mut self) -> &mut [f32] {
+        match self.slice_mut() {
+            SliceMut::F32(slice) => slice,
+            SliceMut::Bf16(_) => panic!("a full-precision tensor"),
+        }
+    }
+
+    /// The tensor itself where nobody else holds it, else a copy.
+    fn own(self, cpu: &Cpu) -> Self {
+        if Arc::strong_count(&self.buffer) == 1 { self } else { cpu.copy(&self) }
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer = Buffer;
+    type Weight = Frozen;
+
+    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.threads.install(work)
+    }
+
+    fn dtype(&self, precision: Precision) -> Dtype {
+        match precision {
+            Precision::Activation => self.compute,
+            Precision::Full => Dtype::F32,
+        }
+    }
+
+    fn weight(&self, frozen: &Frozen) -> Frozen {
+        frozen.clone()
+    }
+
+    fn upload(&self, values: &[f64], rows: usize, cols: usize, to: Precision) -> Tensor<Self> {
+        assert_eq!(values.len(), rows * cols);
+        let mut tensor = self.alloc(rows, cols, to);
+        match tensor.slice_mut() {
+            SliceMut::F32(out) => out.iter_mut().zip(values).for_each(|(o, &v)| *o = v as f32),
+            SliceMut::Bf16(out) => {
+                out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_f64(v));
+            }
+        }
+        tensor
+    }
+
+    fn zeros(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        let mut tensor = self.alloc(rows, cols, precision);
+        self.clear(&mut tensor);
+        tensor
+    }
+
+    fn download(&self, tensor: &Tensor<Self>) -> Vec<f64> {
+        match tensor.slice() {
+            Slice::F32(slice) => slice.iter().map(|&v| f64::from(v)).collect(),
+            Slice::Bf16(slice) => slice.iter().map(|&v| v.to_f64()).collect(),
+        }
+    }
+
+    fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self> {
+        let mut copy = self.pool.take(tensor.len() * tensor.dtype.size_bytes());
+        copy.bytes_mut().copy_from_slice(tensor.buffer.bytes());
+        Tensor::new(copy, tensor.dtype, tensor.rows, tensor.cols)
+    }
+
+    fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
+        self.scope(|| embed::embed(self, args))
+    }
+    fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
+        self.scope(|| norm::norm(self, args))
+    }
+    fn norm_again(&self, args: NormAgain<'_, Self>) -> Tensor<Self> {
+        self.scope(|| norm::norm_again(self, args))
+    }
+    fn norm_backward(&self, args: NormBackward<'_, Self>) -> Tensor<Self> {
+        self.scope(|| norm::norm_backward(self, args))
+    }
+    fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
+        self.scope(|| linear::linear(self, args))
+    }
+    fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Tensor<Self> {
+        self.scope(|| linear::linear_backward(self, args))
+    }
+    fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self> {
+        self.scope(|| attention::attention(self, args))
+    }
+    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3] {
+        self.scope(|| attention::attention_backward(self, args))
+    }
+    fn cache_write(&self, args: CacheWrite<'_, Self>) {
+        embed::cache_write(args);
+    }
+    fn gated(&self, args: &Gated<'_, Self>) -> Tensor<Self> {
+        self.scope(|| gated::gated(self, args))
+    }
+    fn gated_backward(
+        &self,
+        args: &Gated<'_, Self>,
+        d_h: &Tensor<Self>,
+    ) -> (Tensor<Self>, Option<Tensor<Self>>) {
+        self.scope(|| gated::gated_backward(self, args, d_h))
+    }
+    fn dropout(&self, x: &Tensor<Self>, dropout: &Dropout) -> Tensor<Self> {
+        self.scope(|| elementwise::dropout(self, x, dropout))
+    }
+    fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        self.scope(|| elementwise::add(self, a, b))
+    }
+    fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
+        self.scope(|| head::head_loss(self, args))
+    }
+    fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32> {
+        self.scope(|| head::argmax(logits))
+    }
+    fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
+        route::route(self, args)
+    }
+    fn route_backward(&self, args: RouteBackward<'_, Self>) {
+        route::route_backward(args);
+    }
+    fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self> {
+        self.scope(|| mix::mix(self, args))
+    }
+    fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
+        self.scope(|| shrink::shrink(self, args))
+    }
+    fn shrink_stacked(&self, args: ShrinkStacked<'_, Self>) -> Tensor<Self> {
+        self.scope(|| shrink::shrink_stacked(self, args))
+    }
+    fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>> {
+        self.scope(|| grad::lora_backward(self, args))
+    }
+    fn unmix(&self, args: Unmix<'_, Self>) {
+        self.scope(|| mix::unmix(self, args));
+    }
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
+        self.scope(|| adamw::sum_of_squares(tensor))
+    }
+    fn clear(&self, tensor: &mut Tensor<Self>) {
+        tensor.buffer_mut().expect("a tensor that is written is held once").bytes_mut().fill(0);
+    }
+    fn adamw(&self, args: AdamW<'_, Self>) {
+        self.scope(|| adamw::adamw(self, args));
+    }
+}

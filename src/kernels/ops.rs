@@ -1,0 +1,583 @@
+//! The arguments and results of the operations, each with its formula and shapes.
+//!
+//! `tokens` below is the number of tokens of the whole batch: sequences lie one after the other,
+//! without padding. Tensors of parameters, gradients, statistics and mixing weights are
+//! [`Precision::Full`](super::Precision); the others are activations.
+
+use std::{ops::Range, sync::Arc};
+
+use super::Backend;
+pub use super::{philox::Key, segments::Segments};
+use crate::tensor::Tensor;
+
+/// Which example a token belongs to and where it stands in it: what dropout is counted by, so that
+/// it depends neither on the batch split nor on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenKey {
+    /// The example's number within the optimiser step.
+    pub example: u32,
+    /// The token's position in its sequence.
+    pub position: u32,
+}
+
+/// Counter-based dropout: the same arguments always drop the same elements.
+///
+/// Element `(token, col)` is dropped where its 16 random bits are below [`Dropout::threshold`]; the
+/// bits are half-word `col % 8` (low halves first) of the Philox block with counter
+/// `[col / 8, position, example, site]`. Kept elements are divided by the exact probability of
+/// being kept.
+#[derive(Clone, Debug)]
+pub struct Dropout {
+    /// Probability of dropping, in `[0, 1)`; rounded to a multiple of 2^-16.
+    pub p: f32,
+    /// Seed, purpose and step.
+    pub key: Key,
+    /// Which dropout of the model this is.
+    pub site: u32,
+    /// The key of each token, `[tokens]`.
+    pub tokens: Arc<[TokenKey]>,
+}
+
+impl Dropout {
+    /// Elements whose 16 bits are below this are dropped.
+    pub fn threshold(&self) -> u32 {
+        (self.p * 65536.0).round() as u32
+    }
+
+    /// What kept elements are multiplied by.
+    pub fn scale(&self) -> f32 {
+        (65536.0 / f64::from(65536 - self.threshold())) as f32
+    }
+
+    /// The factor (0 or [`Dropout::scale`]) of the element in column `col` of token `token`.
+    pub fn factor(&self, token: usize, col: usize) -> f32 {
+        let TokenKey { example, position } = self.tokens[token];
+        let block = self.key.block([(col / 8) as u32, position, example, self.site]);
+        let bits = (block[col % 8 / 2] >> (16 * (col % 2))) & 0xFFFF;
+        if bits < self.threshold() { 0.0 } else { self.scale() }
+    }
+}
+
+/// Consecutive rows for each sequence: where they start and how many they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spans {
+    /// The first row of each sequence.
+    pub starts: Vec<usize>,
+    /// The number of rows of each sequence.
+    pub lens: Vec<usize>,
+}
+
+impl Spans {
+    /// Sequences of these lengths, one after the other.
+    pub fn packed(lens: &[usize]) -> Self {
+        let starts = lens.iter().scan(0, |at, len| Some(std::mem::replace(at, *at + len)));
+        Self { starts: starts.collect(), lens: lens.to_vec() }
+    }
+
+    /// The number of sequences.
+    pub fn n(&self) -> usize {
+        self.lens.len()
+    }
+
+    /// One past the last row that any sequence uses.
+    pub fn end(&self) -> usize {
+        self.starts.iter().zip(&self.lens).map(|(s, l)| s + l).max().unwrap_or(0)
+    }
+}
+
+/// The order in which a linear adds up its products. Fixed for an engine, so that a row's bits never
+/// depend on the number of rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// In blocks of 256 along the input features, in sequence within a block: outer products over
+    /// packed panels. For many rows.
+    Panel,
+    /// In 16 lanes along the input features: dot products that stream each weight row once. For up
+    /// to about 16 rows.
+    Dot,
+}
+
+/// Arguments of [`Backend::embed`]: `y[t] = table[ids[t]]`, `[tokens, d_model]`.
+pub struct Embed<'a, B: Backend> {
+    /// `[vocabulary, d_model]`.
+    pub table: &'a B::Weight,
+    /// `[tokens]`, each below the vocabulary.
+    pub ids: &'a [u32],
+}
+
+/// Arguments of [`Backend::norm`].
+pub struct Norm<'a, B: Backend> {
+    /// `[tokens, d]`.
+    pub x: &'a Tensor<B>,
+    /// `[1, d]`.
+    pub weight: &'a B::Weight,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// Result of [`Backend::norm`].
+pub struct Normed<B: Backend> {
+    /// `[tokens, d]`.
+    pub y: Tensor<B>,
+    /// `[tokens, 1]`, full precision.
+    pub rstd: Tensor<B>,
+}
+
+/// Arguments of [`Backend::norm_again`].
+pub struct NormAgain<'a, B: Backend> {
+    /// `[tokens, d]`.
+    pub x: &'a Tensor<B>,
+    /// `[1, d]`.
+    pub weight: &'a B::Weight,
+    /// `[tokens, 1]`.
+    pub rstd: &'a Tensor<B>,
+}
+
+/// Arguments of [`Backend::norm_backward`]:
+/// `d_x = d_residual + rstd * (d_y * weight - x * rstd² * mean(d_y * weight * x))`.
+pub struct NormBackward<'a, B: Backend> {
+    /// `[tokens, d]`.
+    pub x: &'a Tensor<B>,
+    /// `[1, d]`.
+    pub weight: &'a B::Weight,
+    /// `[tokens, 1]`.
+    pub rstd: &'a Tensor<B>,
+    /// `[tokens, d]`.
+    pub d_y: &'a Tensor<B>,
+    /// The gradient that reaches `x` past the norm; reused for the result where nobody else holds it.
+    pub d_residual: Option<Tensor<B>>,
+}
+
+/// Arguments of [`Backend::linear`]: for each projection
+/// `y = residual + dropout(x·Wᵀ + bias + z·B̂)`, rounded once at the end.
+pub struct Linear<'a, B: Backend> {
+    /// `[tokens, d_in]`.
+    pub x: &'a Tensor<B>,
+    /// The siblings that share `x`.
+    pub projections: &'a [Projection<'a, B>],
+    /// How sums are ordered.
+    pub order: Order,
+    /// Precision of the outputs (logits are `Full`).
+    pub output: super::Precision,
+}
+
+/// One output of [`Backend::linear`].
+pub struct Projection<'a, B: Backend> {
+    /// `[d_out, d_in]`.
+    pub weight: &'a B::Weight,
+    /// `[1, d_out]`.
+    pub bias: Option<&'a B::Weight>,
+    /// The routed LoRA's second half.
+    pub lora: Option<Expand<'a, B>>,
+    /// Applied before the residual is added.
+    pub dropout: Option<&'a Dropout>,
+    /// `[tokens, d_out]`.
+    pub residual: Option<&'a Tensor<B>>,
+}
+
+impl<'a, B: Backend> Projection<'a, B> {
+    /// A frozen linear and nothing else.
+    pub fn plain(weight: &'a B::Weight) -> Self {
+        Self { weight, bias: None, lora: None, dropout: None, residual: None }
+    }
+}
+
+/// `z·B̂`, the second half of the routed LoRA (the scale is already in `z`).
+pub struct Expand<'a, B: Backend> {
+    /// `[tokens, rank]`, full precision.
+    pub z: &'a Tensor<B>,
+    /// Which routing row a token belongs to.
+    pub segments: &'a Segments,
+    /// Where `B̂` comes from.
+    pub rhs: ExpandRhs<'a, B>,
+}
+
+/// Where [`Expand`] finds `B̂`.
+pub enum ExpandRhs<'a, B: Backend> {
+    /// Mixed: `[rows * rank, d_out]`, row block `i` belongs to routing row `i`.
+    Mixed(&'a Tensor<B>),
+    /// Stacked: output split `q` gets `Σ_s (w[row, q, s] z)·B[q, s]`, straight from the bank.
+    Stacked(Stacked<'a, B>),
+}
+
+/// A bank with the mixing weights of one of its linears.
+pub struct Stacked<'a, B: Backend> {
+    /// The bank's place and shape.
+    pub bank: Bank,
+    /// All parameters, flat.
+    pub params: &'a Tensor<B>,
+    /// `[n_linears * rows, n_splits * n_skills]`.
+    pub weights: &'a Tensor<B>,
+}
+
+impl<B: Backend> Clone for Stacked<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Stacked<'_, B> {}
+
+/// Arguments of [`Backend::linear_backward`]:
+/// `d_x = d_residual + Σ_i (d_y_i·W_i + d_z_i·Â_iᵀ)`, rounded once at the end.
+pub struct LinearBackward<'a, B: Backend> {
+    /// The siblings.
+    pub terms: &'a [LinearBackwardTerm<'a, B>],
+    /// Added to the result; reused for it where nobody else holds it.
+    pub d_residual: Option<Tensor<B>>,
+}
+
+/// One sibling's part of [`LinearBackward`].
+pub struct LinearBackwardTerm<'a, B: Backend> {
+    /// `[tokens, d_out]`.
+    pub d_y: &'a Tensor<B>,
+    /// `[d_out, d_in]`.
+    pub weight: &'a B::Weight,
+    /// `d_z` `[tokens, rank]` (with the scale in it), `Â` `[rows * d_in, rank]`, and the segments.
+    pub lora: Option<(&'a Tensor<B>, &'a Tensor<B>, &'a Segments)>,
+}
+
+/// Arguments of [`Backend::attention`]: per sequence and head
+/// `o_i = Σ_j dropout(softmax_j(scale * q_i·k_j + bias[head, j - i])) v_j`.
+///
+/// Query `i` of a sequence stands at position `i + n_keys - n_queries` of its keys (so that decoding
+/// with a cache and training agree); `causal` lets it see keys up to that position.
+pub struct Attention<'a, B: Backend> {
+    /// `[query tokens, n_heads * head_dim]`.
+    pub q: &'a Tensor<B>,
+    /// `[key rows, n_kv_heads * head_dim]`.
+    pub k: &'a Tensor<B>,
+    /// `[key rows, n_kv_heads * head_dim]`.
+    pub v: &'a Tensor<B>,
+    /// Each sequence's rows of `q`, packed in order.
+    pub queries: &'a Spans,
+    /// Each sequence's rows of `k` and `v` (anywhere in them: a cache has room between).
+    pub keys: &'a Spans,
+    /// Query heads.
+    pub n_heads: usize,
+    /// Key and value heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Multiplies the scores (T5: 1).
+    pub scale: f32,
+    /// Whether a query sees only keys up to its own position.
+    pub causal: bool,
+    /// Added to the scaled scores.
+    pub bias: Option<&'a RelativeBias<B>>,
+    /// On the probabilities; token = query token, column = `head * round_up(n_keys, 8) + key`.
+    pub dropout: Option<&'a Dropout>,
+}
+
+/// A score bias that depends on head and distance only.
+pub struct RelativeBias<B: Backend> {
+    /// `[n_heads, distances]`, full precision; distance `key - query` is column `zero + key - query`.
+    pub table: Tensor<B>,
+    /// The column of distance 0.
+    pub zero: usize,
+}
+
+impl<B: Backend> Clone for RelativeBias<B> {
+    fn clone(&self) -> Self {
+        Self { table: self.table.clone(), zero: self.zero }
+    }
+}
+
+/// Result of [`Backend::attention`].
+pub struct Attended<B: Backend> {
+    /// `[query tokens, n_heads * head_dim]`.
+    pub o: Tensor<B>,
+    /// Log-sum-exp of the scores, `[query tokens, n_heads]`, full precision.
+    pub lse: Tensor<B>,
+}
+
+/// Arguments of [`Backend::attention_backward`].
+pub struct AttentionBackward<'a, B: Backend> {
+    /// What the forward got.
+    pub forward: &'a Attention<'a, B>,
+    /// What the forward gave.
+    pub o: &'a Tensor<B>,
+    /// What the forward gave.
+    pub lse: &'a Tensor<B>,
+    /// `[query tokens, n_heads * head_dim]`.
+    pub d_o: &'a Tensor<B>,
+}
+
+/// Arguments of [`Backend::cache_write`]: `cache[rows[i]] = source[i]`.
+pub struct CacheWrite<'a, B: Backend> {
+    /// `[n_rows, width]`, held by nobody else.
+    pub cache: &'a mut Tensor<B>,
+    /// `[n, width]`.
+    pub source: &'a Tensor<B>,
+    /// `[n]`, distinct.
+    pub rows: &'a [usize],
+}
+
+/// A pointwise non-linearity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// The tanh approximation, `x/2 * (1 + tanh(sqrt(2/π) * (x + 0.044715 x³)))`: HF's `gelu_new`.
+    GeluNew,
+    /// `x/2 * (1 + erf(x / sqrt(2)))`.
+    Gelu,
+    /// `x * sigmoid(x)`.
+    Silu,
+}
+
+/// Arguments of [`Backend::gated`].
+pub struct Gated<'a, B: Backend> {
+    /// `[tokens, d_ff]`, before the activation.
+    pub gate: &'a Tensor<B>,
+    /// `[tokens, d_ff]`; without it `h = dropout(activation(gate))`.
+    pub up: Option<&'a Tensor<B>>,
+    /// The non-linearity.
+    pub activation: Activation,
+    /// On the product.
+    pub dropout: Option<&'a Dropout>,
+}
+
+/// Arguments of [`Backend::head_loss`]: `nll[t] = -ln softmax((scale * x_t)·Wᵀ)[labels[t]]`.
+pub struct HeadLoss<'a, B: Backend> {
+    /// `[tokens, d_model]`.
+    pub x: &'a Tensor<B>,
+    /// `[vocabulary, d_model]`.
+    pub weight: &'a B::Weight,
+    /// `[tokens]`, each below the vocabulary.
+    pub labels: &'a [u32],
+    /// Multiplies the logits (T5 v1.0: `d_model^-0.5`).
+    pub scale: f32,
+    /// The gradient of the loss with respect to each nll, or none if `d_x` is not wanted.
+    pub d_nll: Option<f32>,
+}
+
+/// Result of [`Backend::head_loss`].
+pub struct Loss<B: Backend> {
+    /// In nats, `[tokens]`.
+    pub nll: Vec<f64>,
+    /// `[tokens, d_model]`, where it was asked for.
+    pub d_x: Option<Tensor<B>>,
+}
+
+/// Place and shape of one adapted linear's bank in the flat parameter vector.
+///
+/// `A` is `[n_splits, n_skills, d_in / n_splits, rank]`, `B` is `[n_splits, n_skills, rank,
+/// d_out / n_splits]`, both contiguous (PEFT's layout).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bank {
+    /// The linear's number: which block of rows of the mixing weights is its own.
+    pub linear: usize,
+    /// First element of `A`.
+    pub a_start: usize,
+    /// First element of `B`.
+    pub b_start: usize,
+    /// Splits of the feature axes.
+    pub n_splits: usize,
+    /// Skills.
+    pub n_skills: usize,
+    /// Input features.
+    pub d_in: usize,
+    /// Output features.
+    pub d_out: usize,
+    /// Rank.
+    pub rank: usize,
+}
+
+impl Bank {
+    /// Elements of `A`.
+    pub fn a_len(&self) -> usize {
+        self.n_skills * self.d_in * self.rank
+    }
+
+    /// Elements of `B`.
+    pub fn b_len(&self) -> usize {
+        self.n_skills * self.d_out * self.rank
+    }
+
+    /// Where `A` lies in the flat vector.
+    pub fn a(&self) -> Range<usize> {
+        self.a_start..self.a_start + self.a_len()
+    }
+
+    /// Where `B` lies in the flat vector.
+    pub fn b(&self) -> Range<usize> {
+        self.b_start..self.b_start + self.b_len()
+    }
+}
+
+/// Arguments of [`Backend::route`].
+pub struct Route<'a, B: Backend> {
+    /// All parameters, flat.
+    pub params: &'a Tensor<B>,
+    /// Where each adapted linear's router logits `[n_tasks, n_splits * n_skills]` start.
+    pub logits: &'a [usize],
+    /// The task of each routing row, each below `n_tasks`.
+    pub tasks: &'a [u32],
+    /// Splits.
+    pub n_splits: usize,
+    /// Skills.
+    pub n_skills: usize,
+    /// Sampling in training, plain sigmoid in evaluation.
+    pub noise: Noise<'a>,
+}
+
+/// The uniform draws of relaxed Bernoulli routing.
+#[derive(Clone, Copy, Debug)]
+pub enum Noise<'a> {
+    /// No sampling: `s̃ = σ(z)`.
+    Off,
+    /// `u` of `(linear, row, split, skill)` is word `c % 4` of the block with counter
+    /// `[c / 4, 0, example, linear]`, `c = split * n_skills + skill`, as `(word >> 8) * 2^-24`.
+    Philox {
+        /// Seed, purpose and step.
+        key: Key,
+        /// The example of each routing row.
+        examples: &'a [u32],
+    },
+    /// Recorded draws in `[0, 1)`, `[n_linears * rows, n_splits * n_skills]`.
+    Given(&'a [f64]),
+}
+
+/// Result of [`Backend::route`]; both `[n_linears * rows, n_splits * n_skills]`, full precision.
+pub struct Routing<B: Backend> {
+    /// `w = s̃ / (Σ_s s̃ + 1e-12)`, normalised over the skills of each split.
+    pub weights: Tensor<B>,
+    /// `s̃`: `σ(z)`, or the relaxed Bernoulli sample at temperature 1 with the clamps of PyTorch's f32.
+    pub samples: Tensor<B>,
+}
+
+/// Arguments of [`Backend::route_backward`]: adds the gradient of the logits to `grads`.
+pub struct RouteBackward<'a, B: Backend> {
+    /// What the forward got.
+    pub forward: &'a Route<'a, B>,
+    /// What the forward gave.
+    pub routing: &'a Routing<B>,
+    /// `[n_linears * rows, n_splits * n_skills]`.
+    pub d_weights: &'a Tensor<B>,
+    /// All gradients, flat, laid out as the parameters; added to.
+    pub grads: &'a mut Tensor<B>,
+}
+
+/// Arguments of [`Backend::mix`]: `Â[row] = Σ_s w[row, q, s] A[q, s]` and likewise `B̂`.
+pub struct Mix<'a, B: Backend> {
+    /// The bank with its mixing weights.
+    pub stacked: Stacked<'a, B>,
+    /// Routing rows.
+    pub n_rows: usize,
+}
+
+/// Result of [`Backend::mix`], full precision.
+pub struct MixedPair<B: Backend> {
+    /// `[rows * d_in, rank]`.
+    pub a: Tensor<B>,
+    /// `[rows * rank, d_out]`.
+    pub b: Tensor<B>,
+}
+
+/// Arguments of [`Backend::shrink`].
+pub struct Shrink<'a, B: Backend> {
+    /// `[tokens, d_in]`.
+    pub x: &'a Tensor<B>,
+    /// Each sibling's `Â`, `[rows * d_in, rank]`; all of one rank.
+    pub mixed_a: &'a [&'a Tensor<B>],
+    /// Which routing row a token belongs to.
+    pub segments: &'a Segments,
+    /// `1 / rank`.
+    pub scale: f32,
+    /// How sums are ordered.
+    pub order: Order,
+}
+
+/// Arguments of [`Backend::shrink_stacked`]. The result is `[tokens, rank]`, full precision.
+pub struct ShrinkStacked<'a, B: Backend> {
+    /// `[tokens, d_in]`.
+    pub x: &'a Tensor<B>,
+    /// The bank with its mixing weights.
+    pub stacked: Stacked<'a, B>,
+    /// Which routing row a token belongs to.
+    pub segments: &'a Segments,
+    /// `1 / rank`.
+    pub scale: f32,
+}
+
+/// Arguments of [`Backend::lora_backward`].
+pub struct LoraBackward<'a, B: Backend> {
+    /// `[tokens, d_in]`.
+    pub x: &'a Tensor<B>,
+    /// The siblings; all of one rank.
+    pub terms: &'a [LoraTerm<'a, B>],
+    /// Which routing row a token belongs to.
+    pub segments: &'a Segments,
+    /// `1 / rank`.
+    pub scale: f32,
+}
+
+/// One sibling of [`LoraBackward`].
+pub struct LoraTerm<'a, B: Backend> {
+    /// `[tokens, rank]`, with the scale in it.
+    pub z: &'a Tensor<B>,
+    /// `[tokens, d_out]`.
+    pub d_y: &'a Tensor<B>,
+    /// `[rows * rank, d_out]`.
+    pub mixed_b: &'a Tensor<B>,
+}
+
+/// Result of [`Backend::lora_backward`], full precision.
+pub struct LoraGradients<B: Backend> {
+    /// `scale * d_y·B̂ᵀ`, `[tokens, rank]`.
+    pub d_z: Tensor<B>,
+    /// `xᵀ·d_z` of each routing row, `[rows * d_in, rank]`; zero for a row without tokens.
+    pub d_a: Tensor<B>,
+    /// `zᵀ·d_y` of each routing row, `[rows * rank, d_out]`; zero for a row without tokens.
+    pub d_b: Tensor<B>,
+}
+
+/// Arguments of [`Backend::unmix`]: adds `Σ_row w[row, q, s] d_Â[row, q]` to the gradient of
+/// `A[q, s]` and likewise for `B`, and sets `d_w[row, q, s] = <d_Â[row, q], A[q, s]> + <d_B̂[row, q], B[q, s]>`.
+pub struct Unmix<'a, B: Backend> {
+    /// The bank with its mixing weights.
+    pub stacked: Stacked<'a, B>,
+    /// `[rows * d_in, rank]`.
+    pub d_a: &'a Tensor<B>,
+    /// `[rows * rank, d_out]`.
+    pub d_b: &'a Tensor<B>,
+    /// All gradients, flat; added to.
+    pub grads: &'a mut Tensor<B>,
+    /// `[n_linears * rows, n_splits * n_skills]`; this linear's block is added to.
+    pub d_weights: &'a mut Tensor<B>,
+}
+
+/// Arguments of [`Backend::adamw`]: PyTorch's AdamW (decoupled decay, bias-corrected moments).
+pub struct AdamW<'a, B: Backend> {
+    /// Parameters, flat.
+    pub params: &'a mut Tensor<B>,
+    /// First moments.
+    pub m: &'a mut Tensor<B>,
+    /// Second moments.
+    pub v: &'a mut Tensor<B>,
+    /// Gradients.
+    pub grads: &'a Tensor<B>,
+    /// Which elements learn how fast; disjoint. Elements in no group stay as they are.
+    pub groups: &'a [ParamGroup],
+    /// Multiplies the gradients (clipping).
+    pub grad_scale: f32,
+    /// The number of this step, from 1.
+    pub step: u64,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+}
+
+/// Elements that share a learning rate.
+#[derive(Clone, Debug)]
+pub struct ParamGroup {
+    /// Of the flat vector.
+    pub range: Range<usize>,
+    /// Learning rate.
+    pub lr: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
