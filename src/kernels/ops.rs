@@ -474,6 +474,12 @@ pub struct MixedPair<B: Backend> {
     pub b: Tensor<B>,
 }
 
+impl<B: Backend> Clone for MixedPair<B> {
+    fn clone(&self) -> Self {
+        Self { a: self.a.clone(), b: self.b.clone() }
+    }
+}
+
 /// Arguments of [`Backend::shrink`].
 pub struct Shrink<'a, B: Backend> {
     /// `[tokens, d_in]`.

@@ -1,0 +1,306 @@
+//! Frozen linears, with the routed LoRA where they are adapted:
+//! `y = residual + dropout(x·Wᵀ + bias + (1/r) x·Â·B̂)`.
+//!
+//! Siblings (q, k, v; gate and up) are one operation, so that their input is read, packed and saved
+//! once. Saved: nothing for a frozen linear; for an adapted one `x` (computed again where that is
+//! cheap) and `z = x·Â / r`, `[tokens, r]`. The mixed pairs are not saved: mixing again costs
+//! `S/tokens` of using them.
+
+use std::sync::Arc;
+
+use crate::{
+    kernels::{
+        Backend, Precision,
+        ops::{
+            Bank, Dropout, Expand, ExpandRhs, Linear, LinearBackward, LinearBackwardTerm,
+            LoraBackward, LoraTerm, Mix, MixedPair, Projection, Segments, Shrink, ShrinkStacked,
+            Stacked, Unmix,
+        },
+    },
+    tape::{Adapted, Mode, Operation, Pass, Saved, Tape, Var},
+    tensor::Tensor,
+};
+
+/// A linear of the base.
+pub struct FrozenLinear<B: Backend> {
+    /// `[d_out, d_in]`.
+    pub weight: B::Weight,
+    /// `[1, d_out]`.
+    pub bias: Option<B::Weight>,
+    /// Its number among the base's linears, by which an adapter finds it.
+    pub index: usize,
+}
+
+/// What comes after a linear.
+#[derive(Default)]
+pub struct LinearSpec<'a, B: Backend> {
+    /// Added at the end.
+    pub residual: Option<&'a Var<B>>,
+    /// Before the residual.
+    pub dropout: Option<Dropout>,
+    /// Full precision for logits.
+    pub full_precision: bool,
+}
+
+struct LinearNode<'m, B: Backend> {
+    linears: Vec<&'m FrozenLinear<B>>,
+    /// Where any of the linears is adapted.
+    x: Option<Saved<B>>,
+    x_id: Option<usize>,
+    /// By linear: its rank-space activation.
+    z: Vec<Option<Tensor<B>>>,
+    segments: Option<Arc<Segments>>,
+    dropout: Option<Dropout>,
+    residual_id: Option<usize>,
+    y_ids: Vec<Option<usize>>,
+}
+
+impl<'m, B: Backend> Tape<'m, B> {
+    /// One linear: `[tokens, d_out]`.
+    pub fn linear(
+        &mut self,
+        x: &Var<B>,
+        linear: &'m FrozenLinear<B>,
+        segments: &Arc<Segments>,
+        spec: LinearSpec<'_, B>,
+    ) -> Var<B> {
+        let mut outputs = self.apply(x, vec![linear], segments, spec);
+        outputs.pop().expect("one output for one linear")
+    }
+
+    /// Siblings that share `x`: each `[tokens, d_out]`.
+    pub fn linears<const N: usize>(
+        &mut self,
+        x: &Var<B>,
+        linears: [&'m FrozenLinear<B>; N],
+        segments: &Arc<Segments>,
+    ) -> [Var<B>; N] {
+        let spec = LinearSpec { residual: None, dropout: None, full_precision: false };
+        let outputs = self.apply(x, linears.to_vec(), segments, spec);
+        outputs.try_into().unwrap_or_else(|_| unreachable!("an output for each linear"))
+    }
+
+    fn apply(
+        &mut self,
+        x: &Var<B>,
+        linears: Vec<&'m FrozenLinear<B>>,
+        segments: &Arc<Segments>,
+        spec: LinearSpec<'_, B>,
+    ) -> Vec<Var<B>> {
+        let LinearSpec { residual, dropout, full_precision } = spec;
+        let banks: Vec<Option<Bank>> = match self.adapted {
+            Some(adapted) => linears.iter().map(|linear| adapted.banks[linear.index]).collect(),
+            None => vec![None; linears.len()],
+        };
+        let output = if full_precision { Precision::Full } else { Precision::Activation };
+        let lora = self.adapted.and_then(|adapted| self.shrink(x, adapted, &banks, segments));
+        let projections: Vec<Projection<'_, B>> = linears
+            .iter()
+            .zip(&banks)
+            .enumerate()
+            .map(|(i, (linear, bank))| Projection {
+                weight: &linear.weight,
+                bias: linear.bias.as_ref(),
+                lora: lora.as_ref().zip(*bank).and_then(|(lora, bank)| {
+                    let z = lora.z[i].as_ref()?;
+                    Some(Expand { z, segments, rhs: lora.rhs(i, bank) })
+                }),
+                dropout: dropout.as_ref(),
+                residual: residual.map(Var::tensor),
+            })
+            .collect();
+        let outputs = self.backend.linear(Linear {
+            x: x.tensor(),
+            projections: &projections,
+            order: self.order,
+            output,
+        });
+        drop(projections);
+
+        let inputs_need = x.id().is_some() || residual.is_some_and(|r| r.id().is_some());
+        let y_ids: Vec<_> =
+            banks.iter().map(|bank| self.new_id(inputs_need || bank.is_some())).collect();
+        let outputs: Vec<_> = outputs
+            .into_iter()
+            .zip(&y_ids)
+            .map(|(tensor, &id)| Var { tensor, id, again: None })
+            .collect();
+        if y_ids.iter().any(Option::is_some) {
+            self.push(LinearNode {
+                linears,
+                x: lora.is_some().then(|| x.save()),
+                x_id: x.id(),
+                segments: lora.is_some().then(|| Arc::clone(segments)),
+                z: lora.map_or_else(Vec::new, |lora| lora.z),
+                dropout,
+                residual_id: residual.and_then(Var::id),
+                y_ids,
+            });
+        }
+        outputs
+    }
+
+    /// The first half of the routed LoRA for those of the siblings that are adapted.
+    fn shrink(
+        &self,
+        x: &Var<B>,
+        adapted: Adapted<'m, B>,
+        banks: &[Option<Bank>],
+        segments: &Segments,
+    ) -> Option<Lora<'m, B>> {
+        let rank = banks.iter().flatten().next()?.rank;
+        let scale = 1.0 / rank as f32;
+        let mut lora = Lora { adapted, pairs: Vec::new(), z: Vec::new() };
+        if adapted.mode == Mode::Stacked {
+            for bank in banks {
+                lora.pairs.push(None);
+                lora.z.push(bank.map(|bank| {
+                    self.backend.shrink_stacked(ShrinkStacked {
+                        x: x.tensor(),
+                        stacked: adapted.stacked(bank),
+                        segments,
+                        scale,
+                    })
+                }));
+            }
+            return Some(lora);
+        }
+        lora.pairs = banks.iter().map(|bank| bank.map(|b| adapted.pair(self.backend, b))).collect();
+        let mixed_a: Vec<_> = lora.pairs.iter().flatten().map(|pair| &pair.a).collect();
+        let mut z = self
+            .backend
+            .shrink(Shrink { x: x.tensor(), mixed_a: &mixed_a, segments, scale, order: self.order })
+            .into_iter();
+        lora.z = banks.iter().map(|bank| bank.and_then(|_| z.next())).collect();
+        Some(lora)
+    }
+}
+
+/// The routed LoRA of a sibling group between its two halves.
+struct Lora<'m, B: Backend> {
+    adapted: Adapted<'m, B>,
+    /// By linear; none in stacked mode.
+    pairs: Vec<Option<MixedPair<B>>>,
+    /// By linear, `[tokens, rank]`.
+    z: Vec<Option<Tensor<B>>>,
+}
+
+impl<B: Backend> Lora<'_, B> {
+    fn rhs(&self, i: usize, bank: Bank) -> ExpandRhs<'_, B> {
+        match &self.pairs[i] {
+            Some(pair) => ExpandRhs::Mixed(&pair.b),
+            None => ExpandRhs::Stacked(self.adapted.stacked(bank)),
+        }
+    }
+}
+
+impl<'m, B: Backend> Adapted<'m, B> {
+    fn stacked(&self, bank: Bank) -> Stacked<'m, B> {
+        Stacked { bank, params: self.params, weights: &self.mixture.routing.weights }
+    }
+
+    /// A bank's mixed pairs: kept ones, or mixed now.
+    fn pair(&self, backend: &B, bank: Bank) -> MixedPair<B> {
+        match &self.mixture.pairs {
+            Some(pairs) => pairs[bank.linear].clone(),
+            None => backend.mix(Mix { stacked: self.stacked(bank), n_rows: self.mixture.n_rows }),
+        }
+    }
+}
+
+impl<'m, B: Backend> Operation<'m, B> for LinearNode<'m, B> {
+    fn backward(&self, pass: &mut Pass<'_, 'm, B>) {
+        let backend = pass.backend;
+        // The siblings whose outputs were used.
+        let mut used = Vec::new();
+        for (i, (linear, &y_id)) in self.linears.iter().zip(&self.y_ids).enumerate() {
+            let Some(mut d_y) = pass.take(y_id) else { continue };
+            if self.residual_id.is_some() {
+                pass.give(self.residual_id, d_y.clone());
+            }
+            if let Some(dropout) = &self.dropout {
+                d_y = backend.dropout(&d_y, dropout);
+            }
+            used.push(Sibling {
+                linear,
+                d_y,
+                z: self.z.get(i).and_then(Option::as_ref),
+                lora: None,
+            });
+        }
+        if let (Some(saved), Some(segments), Some(adapted)) =
+            (&self.x, &self.segments, pass.adapted)
+        {
+            self.lora_backward(pass, adapted, saved, segments, &mut used);
+        }
+        if self.x_id.is_none() || used.is_empty() {
+            return;
+        }
+        let terms: Vec<_> = used
+            .iter()
+            .map(|sibling| LinearBackwardTerm {
+                d_y: &sibling.d_y,
+                weight: &sibling.linear.weight,
+                lora: sibling
+                    .lora
+                    .as_ref()
+                    .zip(self.segments.as_ref())
+                    .map(|((d_z, mixed_a), segments)| (d_z, mixed_a, segments.as_ref())),
+            })
+            .collect();
+        let d_residual = pass.take(self.x_id);
+        let d_x = backend.linear_backward(LinearBackward { terms: &terms, d_residual });
+        pass.give(self.x_id, d_x);
+    }
+}
+
+/// One output of the operation during its backward.
+struct Sibling<'a, B: Backend> {
+    linear: &'a FrozenLinear<B>,
+    d_y: Tensor<B>,
+    z: Option<&'a Tensor<B>>,
+    /// `d_z` and the mixed `Â`, once known.
+    lora: Option<(Tensor<B>, Tensor<B>)>,
+}
+
+impl<'m, B: Backend> LinearNode<'m, B> {
+    /// Gradients of bank and mixing weights, and `d_z`, of the adapted siblings.
+    fn lora_backward(
+        &self,
+        pass: &mut Pass<'_, '_, B>,
+        adapted: Adapted<'m, B>,
+        saved: &Saved<B>,
+        segments: &Segments,
+        used: &mut [Sibling<'_, B>],
+    ) {
+        let backend = pass.backend;
+        let mut routed: Vec<_> = used
+            .iter_mut()
+            .filter_map(|sibling| {
+                let bank = adapted.banks[sibling.linear.index]?;
+                let z = sibling.z?;
+                Some((sibling, bank, z, adapted.pair(backend, bank)))
+            })
+            .collect();
+        let Some(rank) = routed.first().map(|(_, bank, ..)| bank.rank) else { return };
+        let x = pass.value(saved);
+        let terms: Vec<_> = routed
+            .iter()
+            .map(|(sibling, _, z, pair)| LoraTerm { z, d_y: &sibling.d_y, mixed_b: &pair.b })
+            .collect();
+        let scale = 1.0 / rank as f32;
+        let gradients =
+            backend.lora_backward(LoraBackward { x: &x, terms: &terms, segments, scale });
+        drop(terms);
+        for ((sibling, bank, _, pair), gradient) in routed.iter_mut().zip(gradients) {
+            backend.unmix(Unmix {
+                stacked: adapted.stacked(*bank),
+                d_a: &gradient.d_a,
+                d_b: &gradient.d_b,
+                grads: &mut pass.gradients.params,
+                d_weights: &mut pass.gradients.weights,
+            });
+            sibling.lora = Some((gradient.d_z, pair.a.clone()));
+        }
+    }
+}
