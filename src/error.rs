@@ -101,7 +101,10 @@ impl Error {
     }
 
     /// An [`Error::Io`] from the system's error.
-    pub fn io(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn io(
+        operation: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { operation, path, source }
     }

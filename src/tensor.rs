@@ -164,7 +164,12 @@ impl<B: Backend> Tensor<B> {
 
 impl<B: Backend> Clone for Tensor<B> {
     fn clone(&self) -> Self {
-        Self { buffer: Arc::clone(&self.buffer), dtype: self.dtype, rows: self.rows, cols: self.cols }
+        Self {
+            buffer: Arc::clone(&self.buffer),
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+        }
     }
 }
 
