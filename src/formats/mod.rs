@@ -19,3 +19,6 @@
 pub mod json;
 pub mod mmap;
 pub mod safetensors;
+// Model folders:
+pub mod checkpoint;
+pub mod config;
