@@ -1,1 +1,24 @@
 //! Untrusted bytes become checked, borrowed views. No arithmetic, no device.
+//!
+//! ```text
+//! model folder    config.json          -> config       -> ModelConfig, GenerationConfig
+//!                 *.safetensors        -> mmap, safetensors
+//!                 + index              -> checkpoint   -> Frozen weights, read in place
+//!                 tokenizer.json       -> tokenizer    -> ids
+//! adapter folder  adapter_config.json  -> poly_config  -> PolyConfig
+//!                 adapter_model.*      -> adapter      -> lora_a, lora_b, router_logits
+//!                 tasks.json           -> tasks        -> names of task ids
+//! data            rows.jsonl           -> rows         -> Row, with its line number
+//! ```
+//!
+//! Every reader here accepts any bytes at all: it returns a value that keeps its module's promises,
+//! or an [`Error`](crate::Error) that names the file, the place in it, what was expected, what was
+//! found and how to put it right. Sizes are checked before anything is allocated from them. Whoever
+//! uses the values (models, kernels, training) does not check again.
+
+pub mod json;
+pub mod mmap;
+pub mod safetensors;
+// Model folders:
+pub mod checkpoint;
+pub mod config;

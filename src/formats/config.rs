@@ -1,0 +1,770 @@
+//! `config.json` and `generation_config.json`, as transformers 4 and 5 write them.
+//!
+//! ```text
+//! config.json            -> ModelConfig      what the network is: a wrong value gives other numbers
+//! generation_config.json -> GenerationConfig which ids begin and end an output
+//! ```
+//!
+//! A configuration decides what is computed, so a key is in one of four classes:
+//!
+//! 1. read: taken, with transformers' default where it is absent, checked for range;
+//! 2. harmless: known to change nothing here (`use_cache`, the generation defaults that transformers
+//!    4 dumps beside the architecture, labels of classifiers): passed over in silence;
+//! 3. meaningful and not supported (`quantization_config`, `is_decoder`, ...): an error that names the
+//!    key, unless its value is the one that changes nothing;
+//! 4. unknown: null changes nothing; anything else is logged once as a warning, because private keys
+//!    are common and harmless (taggers, trainers and the Hub add theirs). What a truly other network
+//!    needs shows in its `model_type` and in its tensors, which are both checked.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    formats::json::{self, MAX_CONFIG_BYTES, UniqueObject, excerpt, type_name},
+};
+
+/// The most features of a layer's input and of a head.
+pub const MAX_FEATURES: usize = 65_536;
+/// The most features inside a feed-forward layer.
+pub const MAX_FEED_FORWARD: usize = 1 << 20;
+/// The most layers.
+pub const MAX_LAYERS: usize = 1024;
+/// The most attention heads.
+pub const MAX_HEADS: usize = 1024;
+/// The most rows of an embedding.
+pub const MAX_VOCAB: usize = 4_194_304;
+
+/// Change nothing that is computed here: bookkeeping, classifier heads, initialisation, speed, and the
+/// generation defaults, which the command line's flags replace.
+const HARMLESS: &[&str] = &[
+    // Bookkeeping.
+    "_commit_hash",
+    "_from_model_config",
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "auto_map",
+    "attn_implementation",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "initializer_factor",
+    "initializer_range",
+    "keys_to_ignore_at_inference",
+    "model_type",
+    "name_or_path",
+    "n_positions",
+    "output_attentions",
+    "output_hidden_states",
+    "output_past",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tokenizer_class",
+    "torchscript",
+    "transformers_version",
+    "use_bfloat16",
+    "use_cache",
+    // Memory only.
+    "chunk_size_feed_forward",
+    // Classifiers and retrieval.
+    "classifier_dropout",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "sep_token_id",
+    "bos_token_id",
+    // Generation defaults.
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "target_lookbehind",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+];
+
+/// Change what is computed and are not supported, with the one value (beside null) that changes
+/// nothing.
+const UNSUPPORTED: &[(&str, Neutral)] = &[
+    ("adapters", Neutral::Empty),
+    ("add_cross_attention", Neutral::Bool(false)),
+    ("cross_attention_hidden_size", Neutral::Null),
+    ("is_decoder", Neutral::Bool(false)),
+    ("is_encoder_decoder", Neutral::Bool(true)),
+    ("num_experts", Neutral::Null),
+    ("pruned_heads", Neutral::Empty),
+    ("quantization_config", Neutral::Null),
+    ("rope_parameters", Neutral::Null),
+    ("rope_scaling", Neutral::Null),
+    ("sliding_window", Neutral::Null),
+    ("tie_encoder_decoder", Neutral::Bool(false)),
+];
+
+#[derive(Clone, Copy)]
+enum Neutral {
+    Null,
+    Bool(bool),
+    Empty,
+}
+
+impl Neutral {
+    fn accepts(self, value: &Value) -> bool {
+        match (self, value) {
+            (_, Value::Null) => true,
+            (Self::Bool(neutral), Value::Bool(value)) => neutral == *value,
+            (Self::Empty, Value::Object(map)) => map.is_empty(),
+            (Self::Empty, Value::Array(items)) => items.is_empty(),
+            _ => false,
+        }
+    }
+}
+
+/// The function between the two linears of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// max(x, 0)
+    Relu,
+    /// The tanh approximation of x Φ(x), which T5 v1.1 uses.
+    GeluNew,
+    /// x Φ(x), with the error function.
+    Gelu,
+    /// x sigmoid(x)
+    Silu,
+}
+
+impl Activation {
+    /// transformers' names for them.
+    fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "relu" => Self::Relu,
+            "gelu_new" | "gelu_pytorch_tanh" => Self::GeluNew,
+            "gelu" => Self::Gelu,
+            "silu" | "swish" => Self::Silu,
+            _ => return None,
+        })
+    }
+}
+
+/// A model's configuration, by family.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum ModelConfig {
+    /// T5 and mT5.
+    T5(T5Config),
+}
+
+/// The configuration of a T5 encoder-decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct T5Config {
+    /// `t5` or `mt5`.
+    pub model_type: String,
+    /// Rows of the shared embedding.
+    pub vocab_size: usize,
+    /// Features between the layers.
+    pub d_model: usize,
+    /// Features of a head; `num_heads * d_kv` need not be `d_model`.
+    pub d_kv: usize,
+    /// Features inside a feed-forward layer.
+    pub d_ff: usize,
+    /// Blocks of the encoder.
+    pub num_layers: usize,
+    /// Blocks of the decoder.
+    pub num_decoder_layers: usize,
+    /// Attention heads.
+    pub num_heads: usize,
+    /// Rows of the table of relative position biases.
+    pub relative_attention_num_buckets: usize,
+    /// The distance from which on all positions share a bucket.
+    pub relative_attention_max_distance: usize,
+    /// The dropout that the base was trained with.
+    pub dropout_rate: f32,
+    /// Added to the mean square in RMSNorm.
+    pub layer_norm_epsilon: f32,
+    /// The activation of the feed-forward layers.
+    pub activation: Activation,
+    /// Whether the feed-forward layers are gated: `wi_0`, `wi_1` instead of `wi`.
+    pub gated: bool,
+    /// The padding id, if there is one.
+    pub pad_token_id: Option<u32>,
+    /// The ids that end an output; none is possible.
+    pub eos_token_ids: Vec<u32>,
+    /// The id that the decoder begins with.
+    pub decoder_start_token_id: u32,
+    /// `scale_decoder_outputs` as it stands in the file; see [`Self::scales_head`].
+    pub scale_decoder_outputs: Option<bool>,
+    /// `tie_word_embeddings` as it stands in the file. Whether the head is tied is seen from the
+    /// tensors: transformers 5 writes true here always.
+    pub tie_word_embeddings: Option<bool>,
+    /// The type that the weights were saved in, if the file says so.
+    pub dtype: Option<Dtype>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a model folder.
+    pub fn open(model_dir: impl AsRef<Path>) -> Result<Self> {
+        let path = model_dir.as_ref().join("config.json");
+        Self::parse(&json::read_capped(&path, MAX_CONFIG_BYTES)?, &path)
+    }
+
+    /// Parses a `config.json`. `path` is for the messages.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let mut fields = Fields::new(json::parse::<UniqueObject>(bytes, path)?.0, path);
+        let Some(model_type) = fields.text("model_type")? else {
+            return Err(Error::file(
+                path,
+                "field model_type is missing: not a model's config.json",
+            ));
+        };
+        let config = match model_type.as_str() {
+            "t5" | "mt5" => Self::T5(T5Config::from_fields(&mut fields, model_type)?),
+            "umt5" => {
+                return Err(fields.error(
+                    "model_type",
+                    "umt5 is not supported: it has a relative position bias in every layer; t5 and mt5 are",
+                ));
+            }
+            _ => {
+                let found = excerpt(&model_type);
+                return Err(fields
+                    .error("model_type", format!("{found} is not supported; supported: t5, mt5")));
+            }
+        };
+        fields.finish()?;
+        Ok(config)
+    }
+}
+
+impl T5Config {
+    /// transformers' T5Config and MT5Config, defaults included.
+    fn from_fields(fields: &mut Fields, model_type: String) -> Result<Self> {
+        let mt5 = model_type == "mt5";
+        let default = |t5: usize, of_mt5: usize| if mt5 { of_mt5 } else { t5 };
+
+        let vocab_size = fields.size(&["vocab_size"], default(32_128, 250_112), MAX_VOCAB)?;
+        let d_model = fields.size(&["d_model", "hidden_size"], 512, MAX_FEATURES)?;
+        let d_kv = fields.size(&["d_kv", "head_dim"], 64, MAX_FEATURES)?;
+        let d_ff = fields.size(&["d_ff"], default(2048, 1024), MAX_FEED_FORWARD)?;
+        let num_layers =
+            fields.size(&["num_layers", "num_hidden_layers"], default(6, 8), MAX_LAYERS)?;
+        let num_decoder_layers = fields.size(&["num_decoder_layers"], num_layers, MAX_LAYERS)?;
+        let num_heads =
+            fields.size(&["num_heads", "num_attention_heads"], default(8, 6), MAX_HEADS)?;
+
+        // Half the decoder's buckets are one position each, and in the encoder half of each
+        // direction's; the rest spread over the logarithm of distance / that half.
+        let buckets = "relative_attention_num_buckets";
+        let relative_attention_num_buckets = fields.size(&[buckets], 32, MAX_FEATURES)?;
+        if relative_attention_num_buckets < 4 {
+            return Err(fields.error(
+                buckets,
+                format!("expected at least 4, found {relative_attention_num_buckets}"),
+            ));
+        }
+        let distance = "relative_attention_max_distance";
+        let relative_attention_max_distance = fields.size(&[distance], 128, MAX_VOCAB)?;
+        if relative_attention_max_distance <= relative_attention_num_buckets / 2 {
+            return Err(fields.error(
+                distance,
+                format!("expected more than half of {buckets} ({relative_attention_num_buckets}), found {relative_attention_max_distance}"),
+            ));
+        }
+
+        let dropout_rate = fields.float("dropout_rate", 0.1)?;
+        if !(0.0..1.0).contains(&dropout_rate) {
+            return Err(fields.error(
+                "dropout_rate",
+                format!("expected 0 or more, below 1, found {dropout_rate}"),
+            ));
+        }
+        let layer_norm_epsilon = fields.float("layer_norm_epsilon", 1e-6)?;
+        if !(layer_norm_epsilon > 0.0 && layer_norm_epsilon < 1.0) {
+            return Err(fields.error(
+                "layer_norm_epsilon",
+                format!("expected a value between 0 and 1, found {layer_norm_epsilon}"),
+            ));
+        }
+        let (activation, gated) = feed_forward(fields, if mt5 { "gated-gelu" } else { "relu" })?;
+
+        let pad_token_id = fields.token_id("pad_token_id", vocab_size)?.unwrap_or(Some(0));
+        let eos_token_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or(vec![1]);
+        let start = "decoder_start_token_id";
+        let decoder_start_token_id =
+            fields.token_id(start, vocab_size)?.flatten().or(pad_token_id).ok_or_else(|| {
+                fields.error(start, "missing, and there is no pad_token_id either")
+            })?;
+        Ok(Self {
+            model_type,
+            vocab_size,
+            d_model,
+            d_kv,
+            d_ff,
+            num_layers,
+            num_decoder_layers,
+            num_heads,
+            relative_attention_num_buckets,
+            relative_attention_max_distance,
+            dropout_rate,
+            layer_norm_epsilon,
+            activation,
+            gated,
+            pad_token_id,
+            eos_token_ids,
+            decoder_start_token_id,
+            scale_decoder_outputs: fields.boolean("scale_decoder_outputs")?,
+            tie_word_embeddings: fields.boolean("tie_word_embeddings")?,
+            dtype: fields.dtype()?,
+        })
+    }
+
+    /// Whether the head's input is multiplied by d_model^-0.5: as `scale_decoder_outputs` says, else
+    /// when `tie_word_embeddings` is not false. mT5 only scales when told so: transformers 5 forces
+    /// its `tie_word_embeddings` to true and never scales.
+    pub fn scales_head(&self) -> bool {
+        let default = self.model_type == "t5" && self.tie_word_embeddings != Some(false);
+        self.scale_decoder_outputs.unwrap_or(default)
+    }
+}
+
+/// `feed_forward_proj`, checked against the two fields that transformers derives from it and writes
+/// too.
+fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)> {
+    let key = "feed_forward_proj";
+    let project = fields.text(key)?.unwrap_or_else(|| default.to_owned());
+    let (gated, name) = match project.strip_prefix("gated-") {
+        Some("gelu") => (true, "gelu_new"), // So in the first T5 v1.1 files, and ever since.
+        Some(name) => (true, name),
+        None => (false, project.as_str()),
+    };
+    let unsupported = |key: &str, found: &str| {
+        Error::file(
+            &fields.path,
+            format!(
+                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also behind \"gated-\"",
+                excerpt(found)
+            ),
+        )
+    };
+    let activation = Activation::from_name(name).ok_or_else(|| unsupported(key, &project))?;
+    let derived = fields.text("dense_act_fn")?;
+    if let Some(derived) = derived
+        && Activation::from_name(&derived) != Some(activation)
+    {
+        return Err(fields.error(
+            "dense_act_fn",
+            format!("{} contradicts {key} {}", excerpt(&derived), excerpt(&project)),
+        ));
+    }
+    let derived = fields.boolean("is_gated_act")?;
+    if derived.is_some_and(|derived| derived != gated) {
+        return Err(fields
+            .error("is_gated_act", format!("{} contradicts {key} {}", !gated, excerpt(&project))));
+    }
+    Ok((activation, gated))
+}
+
+/// Which ids begin and end an output: `generation_config.json` where it says so, else the model's
+/// configuration. Lengths, beams and sampling are flags of the command line, so they are not read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GenerationConfig {
+    /// The ids that end an output.
+    pub eos_token_ids: Vec<u32>,
+    /// The padding id, if there is one.
+    pub pad_token_id: Option<u32>,
+    /// The id that the decoder begins with.
+    pub decoder_start_token_id: u32,
+}
+
+impl GenerationConfig {
+    /// Reads `generation_config.json` of a model folder, if there is one.
+    pub fn open(model_dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Self> {
+        let path = model_dir.as_ref().join("generation_config.json");
+        let fields = if path.exists() {
+            json::read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0
+        } else {
+            Map::new()
+        };
+        let mut fields = Fields::new(fields, &path);
+        let ModelConfig::T5(model) = model;
+        let eos = fields.token_ids("eos_token_id", model.vocab_size)?;
+        let pad = fields.token_id("pad_token_id", model.vocab_size)?;
+        let start = fields.token_id("decoder_start_token_id", model.vocab_size)?;
+        Ok(Self {
+            eos_token_ids: eos.unwrap_or_else(|| model.eos_token_ids.clone()),
+            pad_token_id: pad.flatten().or(model.pad_token_id),
+            decoder_start_token_id: start.flatten().unwrap_or(model.decoder_start_token_id),
+        })
+    }
+}
+
+/// A configuration's fields, taken one by one; what is left is judged by [`Fields::finish`].
+struct Fields {
+    path: PathBuf,
+    left: Map<String, Value>,
+}
+
+impl Fields {
+    fn new(left: Map<String, Value>, path: &Path) -> Self {
+        Self { path: path.to_path_buf(), left }
+    }
+
+    fn error(&self, key: &str, detail: impl std::fmt::Display) -> Error {
+        Error::file(&self.path, format!("field {key}: {detail}"))
+    }
+
+    fn wrong_type(&self, key: &str, expected: &str, found: &Value) -> Error {
+        self.error(key, format!("expected {expected}, found {}", type_name(found)))
+    }
+
+    /// A field, if it is there. Null is a value of its own for some fields.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.left.shift_remove(key)
+    }
+
+    /// A field, if it is there and not null.
+    fn take_value(&mut self, key: &str) -> Option<Value> {
+        self.take(key).filter(|value| !value.is_null())
+    }
+
+    /// A count from 1 to `max`, under any of the names that transformers has for it.
+    fn size(&mut self, keys: &[&str], default: usize, max: usize) -> Result<usize> {
+        let mut found: Option<(&str, usize)> = None;
+        for &key in keys {
+            let Some(value) = self.take_value(key) else { continue };
+            let size = value
+                .as_u64()
+                .and_then(|size| usize::try_from(size).ok())
+                .filter(|size| (1..=max).contains(size))
+                .ok_or_else(|| {
+                    let found = match &value {
+                        Value::Number(number) => number.to_string(),
+                        other => type_name(other).to_owned(),
+                    };
+                    self.error(key, format!("expected an integer from 1 to {max}, found {found}"))
+                })?;
+            match found {
+                Some((first, other)) if other != size => {
+                    return Err(self.error(key, format!("{size} contradicts {first} {other}")));
+                }
+                _ => found = Some((key, size)),
+            }
+        }
+        Ok(found.map_or(default, |(_, size)| size))
+    }
+
+    fn float(&mut self, key: &str, default: f32) -> Result<f32> {
+        match self.take_value(key) {
+            None => Ok(default),
+            Some(value) => match value.as_f64() {
+                Some(float) => Ok(float as f32),
+                None => Err(self.wrong_type(key, "a number", &value)),
+            },
+        }
+    }
+
+    fn boolean(&mut self, key: &str) -> Result<Option<bool>> {
+        match self.take_value(key) {
+            None => Ok(None),
+            Some(Value::Bool(value)) => Ok(Some(value)),
+            Some(other) => Err(self.wrong_type(key, "true or false", &other)),
+        }
+    }
+
+    fn text(&mut self, key: &str) -> Result<Option<String>> {
+        match self.take_value(key) {
+            None => Ok(None),
+            Some(Value::String(value)) => Ok(Some(value)),
+            Some(other) => Err(self.wrong_type(key, "a string", &other)),
+        }
+    }
+
+    /// An id below `vocab_size`. The outer `None` is an absent field, the inner one null.
+    fn token_id(&mut self, key: &str, vocab_size: usize) -> Result<Option<Option<u32>>> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::Null) => Ok(Some(None)),
+            Some(value) => self.check_id(key, &value, vocab_size).map(Some).map(Some),
+        }
+    }
+
+    /// One id or a list of ids below `vocab_size`; null is an empty list.
+    fn token_ids(&mut self, key: &str, vocab_size: usize) -> Result<Option<Vec<u32>>> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Value::Null) => Ok(Some(Vec::new())),
+            Some(Value::Array(ids)) => ids
+                .iter()
+                .map(|id| self.check_id(key, id, vocab_size))
+                .collect::<Result<_>>()
+                .map(Some),
+            Some(value) => Ok(Some(vec![self.check_id(key, &value, vocab_size)?])),
+        }
+    }
+
+    fn check_id(&self, key: &str, value: &Value, vocab_size: usize) -> Result<u32> {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.filter(|&id| (id as usize) < vocab_size).ok_or_else(|| {
+            let found = match value {
+                Value::Number(number) => number.to_string(),
+                other => type_name(other).to_owned(),
+            };
+            self.error(
+                key,
+                format!("expected a token id below vocab_size ({vocab_size}), found {found}"),
+            )
+        })
+    }
+
+    /// `dtype` (transformers 5) or `torch_dtype` (4). It is what the weights were saved in; each
+    /// tensor's own type decides how it is read.
+    fn dtype(&mut self) -> Result<Option<Dtype>> {
+        let (new, old) = (self.text("dtype")?, self.text("torch_dtype")?);
+        // transformers prefers the new name, too.
+        let Some(name) = new.or(old) else { return Ok(None) };
+        Ok(match name.strip_prefix("torch.").unwrap_or(&name) {
+            "float32" => Some(Dtype::F32),
+            "bfloat16" => Some(Dtype::Bf16),
+            "float16" => Some(Dtype::F16),
+            _ => {
+                tracing::warn!("{}: dtype {} is not known", self.path.display(), excerpt(&name));
+                None
+            }
+        })
+    }
+
+    /// Judges the keys that nobody took, as the module's doc says.
+    fn finish(self) -> Result<()> {
+        for (key, value) in &self.left {
+            if HARMLESS.contains(&key.as_str()) || value.is_null() {
+                continue;
+            }
+            match UNSUPPORTED.iter().find(|(name, _)| name == key) {
+                Some((_, neutral)) if neutral.accepts(value) => {}
+                Some(_) => {
+                    let value = excerpt(&value.to_string());
+                    return Err(self.error(
+                        key,
+                        format!(
+                            "its value {value} changes what the model computes and is not supported"
+                        ),
+                    ));
+                }
+                None => tracing::warn!(
+                    "{}: key {} is not known and was ignored",
+                    self.path.display(),
+                    excerpt(key)
+                ),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(config: &Value) -> Result<T5Config> {
+        let ModelConfig::T5(config) =
+            ModelConfig::parse(config.to_string().as_bytes(), Path::new("config.json"))?;
+        Ok(config)
+    }
+
+    #[test]
+    fn absent_keys_have_transformers_defaults() {
+        let config = parse(&json!({"model_type": "t5"})).unwrap();
+        let expected = T5Config {
+            model_type: "t5".to_owned(),
+            vocab_size: 32128,
+            d_model: 512,
+            d_kv: 64,
+            d_ff: 2048,
+            num_layers: 6,
+            num_decoder_layers: 6,
+            num_heads: 8,
+            relative_attention_num_buckets: 32,
+            relative_attention_max_distance: 128,
+            dropout_rate: 0.1,
+            layer_norm_epsilon: 1e-6,
+            activation: Activation::Relu,
+            gated: false,
+            pad_token_id: Some(0),
+            eos_token_ids: vec![1],
+            decoder_start_token_id: 0,
+            scale_decoder_outputs: None,
+            tie_word_embeddings: None,
+            dtype: None,
+        };
+        assert_eq!(config, expected);
+        assert!(config.scales_head());
+
+        let config = parse(&json!({"model_type": "mt5", "num_layers": 3})).unwrap();
+        assert_eq!((config.vocab_size, config.d_ff, config.num_heads), (250_112, 1024, 6));
+        assert_eq!((config.num_layers, config.num_decoder_layers), (3, 3));
+        assert_eq!((config.activation, config.gated), (Activation::GeluNew, true));
+        assert!(!config.scales_head());
+    }
+
+    #[test]
+    fn what_transformers_4_and_5_write_is_understood() {
+        // google/flan-t5-base as transformers 4 wrote it.
+        let four = json!({
+            "architectures": ["T5ForConditionalGeneration"], "d_ff": 2048, "d_kv": 64, "d_model": 768,
+            "decoder_start_token_id": 0, "dropout_rate": 0.1, "eos_token_id": 1,
+            "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": true,
+            "layer_norm_epsilon": 1e-06, "model_type": "t5", "n_positions": 512, "num_decoder_layers": 12,
+            "num_heads": 12, "num_layers": 12, "output_past": true, "pad_token_id": 0,
+            "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32,
+            "task_specific_params": {"summarization": {"num_beams": 4}}, "tie_word_embeddings": false,
+            "transformers_version": "4.23.1", "use_cache": true, "vocab_size": 32128, "torch_dtype": "float32"
+        });
+        let config = parse(&four).unwrap();
+        assert_eq!((config.d_model, config.num_heads, config.gated), (768, 12, true));
+        assert_eq!((config.dtype, config.layer_norm_epsilon), (Some(Dtype::F32), 1e-6));
+        assert!(!config.scales_head());
+
+        let mut five = four.clone();
+        five["scale_decoder_outputs"] = json!(false);
+        five["tie_word_embeddings"] = json!(true);
+        five["dense_act_fn"] = json!("gelu_new");
+        five["is_gated_act"] = json!(true);
+        five["is_decoder"] = json!(false);
+        five["dtype"] = json!("bfloat16");
+        five["eos_token_id"] = json!([1, 7]);
+        five["quantization_config"] = json!(null);
+        let config = parse(&five).unwrap();
+        assert_eq!(
+            (config.dtype, config.eos_token_ids.as_slice()),
+            (Some(Dtype::Bf16), &[1, 7][..])
+        );
+        assert!(!config.scales_head());
+        five["scale_decoder_outputs"] = json!(true);
+        assert!(parse(&five).unwrap().scales_head());
+
+        for (name, activation, gated) in [
+            ("gelu", Activation::Gelu, false),
+            ("gated-silu", Activation::Silu, true),
+            ("gated-gelu_new", Activation::GeluNew, true),
+            ("gelu_new", Activation::GeluNew, false),
+        ] {
+            let config = parse(&json!({"model_type": "t5", "feed_forward_proj": name})).unwrap();
+            assert_eq!((config.activation, config.gated), (activation, gated));
+        }
+    }
+
+    #[test]
+    fn bad_values_are_refused_by_name() {
+        let cases = [
+            ("model_type", json!("bert"), "\"bert\" is not supported; supported: t5, mt5"),
+            ("model_type", json!("umt5"), "bias in every layer"),
+            ("model_type", json!(null), "model_type is missing"),
+            ("model_type", json!(3), "expected a string, found a number"),
+            ("d_model", json!(0), "field d_model: expected an integer from 1 to 65536, found 0"),
+            ("d_model", json!(-1), "found -1"),
+            ("d_model", json!(2.5), "found 2.5"),
+            ("d_model", json!("512"), "found a string"),
+            ("vocab_size", json!(1u64 << 40), "from 1 to 4194304"),
+            ("num_layers", json!(1 << 20), "from 1 to 1024"),
+            ("hidden_size", json!(7), "field hidden_size: 7 contradicts d_model 512"),
+            ("relative_attention_num_buckets", json!(3), "at least 4"),
+            ("relative_attention_max_distance", json!(16), "more than half"),
+            ("dropout_rate", json!(1.0), "below 1, found 1"),
+            ("layer_norm_epsilon", json!(0), "field layer_norm_epsilon"),
+            ("layer_norm_epsilon", json!("1"), "expected a number, found a string"),
+            ("feed_forward_proj", json!("gated-mish"), "\"gated-mish\" is not supported"),
+            (
+                "dense_act_fn",
+                json!("gelu"),
+                "field dense_act_fn: \"gelu\" contradicts feed_forward_proj",
+            ),
+            ("is_gated_act", json!(true), "field is_gated_act: true contradicts"),
+            ("eos_token_id", json!(32128), "below vocab_size (32128), found 32128"),
+            ("eos_token_id", json!([1, -1]), "found -1"),
+            ("pad_token_id", json!(-1), "field pad_token_id"),
+            ("is_decoder", json!(true), "field is_decoder: its value \"true\" changes"),
+            ("is_encoder_decoder", json!(false), "field is_encoder_decoder"),
+            ("quantization_config", json!({"bits": 4}), "field quantization_config"),
+            ("tie_encoder_decoder", json!(true), "field tie_encoder_decoder"),
+            ("pruned_heads", json!({"0": [1]}), "field pruned_heads"),
+            ("scale_decoder_outputs", json!(1), "expected true or false, found a number"),
+        ];
+        for (key, value, reason) in cases {
+            let mut config = json!({"model_type": "t5", "d_model": 512});
+            config[key] = value;
+            let error = parse(&config).unwrap_err();
+            assert_eq!(error.exit_code(), 3);
+            let error = error.to_string();
+            assert!(
+                error.starts_with("config.json: ") && error.contains(reason),
+                "{error}\nnot: {reason}"
+            );
+        }
+        for (bytes, reason) in [
+            (&b""[..], "EOF"),
+            (b"[]", "expected an object"),
+            (b"{\"model_type\":\"t5\",\"model_type\":\"t5\"}", "comes twice"),
+            (b"\xff", "not the JSON expected"),
+        ] {
+            let error =
+                ModelConfig::parse(bytes, Path::new("config.json")).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        // Unknown keys are warned about, not refused.
+        parse(&json!({"model_type": "t5", "my_note": "x", "pruned_heads": {}})).unwrap();
+    }
+
+    #[test]
+    fn generation_config_overrides_the_ids() {
+        let folder = std::env::temp_dir().join(format!("polytape-genconf-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let model =
+            ModelConfig::T5(parse(&json!({"model_type": "t5", "eos_token_id": 5})).unwrap());
+        let read = || GenerationConfig::open(&folder, &model);
+        let plain = read().unwrap();
+        assert_eq!((plain.eos_token_ids, plain.decoder_start_token_id), (vec![5], 0));
+        let path = folder.join("generation_config.json");
+        let text = r#"{"eos_token_id":[1,2],"decoder_start_token_id":3,"num_beams":4}"#;
+        std::fs::write(&path, text).unwrap();
+        let read_back = read().unwrap();
+        assert_eq!((read_back.eos_token_ids, read_back.decoder_start_token_id), (vec![1, 2], 3));
+        assert_eq!(read_back.pad_token_id, Some(0));
+        std::fs::write(&path, r#"{"eos_token_id":99999}"#).unwrap();
+        assert!(
+            read().unwrap_err().to_string().contains("generation_config.json: field eos_token_id")
+        );
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
