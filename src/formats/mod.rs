@@ -25,3 +25,6 @@ pub mod checkpoint;
 pub mod config;
 // Adapter folders:
 pub mod poly_config;
+// Data:
+pub mod rows;
+pub mod tasks;
