@@ -16,14 +16,17 @@
 //!    are common and harmless (taggers, trainers and the Hub add theirs). What a truly other network
 //!    needs shows in its `model_type` and in its tensors, which are both checked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    formats::json::{self, MAX_CONFIG_BYTES, UniqueObject, excerpt, type_name},
+    formats::{
+        fields::Fields,
+        json::{self, MAX_CONFIG_BYTES, UniqueObject, excerpt},
+    },
 };
 
 /// The most features of a layer's input and of a head.
@@ -261,7 +264,7 @@ impl ModelConfig {
                     .error("model_type", format!("{found} is not supported; supported: t5, mt5")));
             }
         };
-        fields.finish()?;
+        judge_unread(&fields)?;
         Ok(config)
     }
 }
@@ -344,7 +347,7 @@ impl T5Config {
             decoder_start_token_id,
             scale_decoder_outputs: fields.boolean("scale_decoder_outputs")?,
             tie_word_embeddings: fields.boolean("tie_word_embeddings")?,
-            dtype: fields.dtype()?,
+            dtype: saved_dtype(fields)?,
         })
     }
 
@@ -369,7 +372,7 @@ fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)
     };
     let unsupported = |key: &str, found: &str| {
         Error::file(
-            &fields.path,
+            fields.path(),
             format!(
                 "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also behind \"gated-\"",
                 excerpt(found)
@@ -428,167 +431,48 @@ impl GenerationConfig {
     }
 }
 
-/// A configuration's fields, taken one by one; what is left is judged by [`Fields::finish`].
-struct Fields {
-    path: PathBuf,
-    left: Map<String, Value>,
+/// `dtype` (transformers 5) or `torch_dtype` (4). It is what the weights were saved in; each
+/// tensor's own type decides how it is read.
+fn saved_dtype(fields: &mut Fields) -> Result<Option<Dtype>> {
+    let (new, old) = (fields.text("dtype")?, fields.text("torch_dtype")?);
+    // transformers prefers the new name, too.
+    let Some(name) = new.or(old) else { return Ok(None) };
+    Ok(match name.strip_prefix("torch.").unwrap_or(&name) {
+        "float32" => Some(Dtype::F32),
+        "bfloat16" => Some(Dtype::Bf16),
+        "float16" => Some(Dtype::F16),
+        _ => {
+            tracing::warn!("{}: dtype {} is not known", fields.path().display(), excerpt(&name));
+            None
+        }
+    })
 }
 
-impl Fields {
-    fn new(left: Map<String, Value>, path: &Path) -> Self {
-        Self { path: path.to_path_buf(), left }
-    }
-
-    fn error(&self, key: &str, detail: impl std::fmt::Display) -> Error {
-        Error::file(&self.path, format!("field {key}: {detail}"))
-    }
-
-    fn wrong_type(&self, key: &str, expected: &str, found: &Value) -> Error {
-        self.error(key, format!("expected {expected}, found {}", type_name(found)))
-    }
-
-    /// A field, if it is there. Null is a value of its own for some fields.
-    fn take(&mut self, key: &str) -> Option<Value> {
-        self.left.shift_remove(key)
-    }
-
-    /// A field, if it is there and not null.
-    fn take_value(&mut self, key: &str) -> Option<Value> {
-        self.take(key).filter(|value| !value.is_null())
-    }
-
-    /// A count from 1 to `max`, under any of the names that transformers has for it.
-    fn size(&mut self, keys: &[&str], default: usize, max: usize) -> Result<usize> {
-        let mut found: Option<(&str, usize)> = None;
-        for &key in keys {
-            let Some(value) = self.take_value(key) else { continue };
-            let size = value
-                .as_u64()
-                .and_then(|size| usize::try_from(size).ok())
-                .filter(|size| (1..=max).contains(size))
-                .ok_or_else(|| {
-                    let found = match &value {
-                        Value::Number(number) => number.to_string(),
-                        other => type_name(other).to_owned(),
-                    };
-                    self.error(key, format!("expected an integer from 1 to {max}, found {found}"))
-                })?;
-            match found {
-                Some((first, other)) if other != size => {
-                    return Err(self.error(key, format!("{size} contradicts {first} {other}")));
-                }
-                _ => found = Some((key, size)),
+/// Judges the keys that nobody took, as the module's doc says.
+fn judge_unread(fields: &Fields) -> Result<()> {
+    for (key, value) in fields.unread() {
+        if HARMLESS.contains(&key.as_str()) || value.is_null() {
+            continue;
+        }
+        match UNSUPPORTED.iter().find(|(name, _)| name == key) {
+            Some((_, neutral)) if neutral.accepts(value) => {}
+            Some(_) => {
+                let value = excerpt(&value.to_string());
+                return Err(fields.error(
+                    key,
+                    format!(
+                        "its value {value} changes what the model computes and is not supported"
+                    ),
+                ));
             }
-        }
-        Ok(found.map_or(default, |(_, size)| size))
-    }
-
-    fn float(&mut self, key: &str, default: f32) -> Result<f32> {
-        match self.take_value(key) {
-            None => Ok(default),
-            Some(value) => match value.as_f64() {
-                Some(float) => Ok(float as f32),
-                None => Err(self.wrong_type(key, "a number", &value)),
-            },
+            None => tracing::warn!(
+                "{}: key {} is not known and was ignored",
+                fields.path().display(),
+                excerpt(key)
+            ),
         }
     }
-
-    fn boolean(&mut self, key: &str) -> Result<Option<bool>> {
-        match self.take_value(key) {
-            None => Ok(None),
-            Some(Value::Bool(value)) => Ok(Some(value)),
-            Some(other) => Err(self.wrong_type(key, "true or false", &other)),
-        }
-    }
-
-    fn text(&mut self, key: &str) -> Result<Option<String>> {
-        match self.take_value(key) {
-            None => Ok(None),
-            Some(Value::String(value)) => Ok(Some(value)),
-            Some(other) => Err(self.wrong_type(key, "a string", &other)),
-        }
-    }
-
-    /// An id below `vocab_size`. The outer `None` is an absent field, the inner one null.
-    fn token_id(&mut self, key: &str, vocab_size: usize) -> Result<Option<Option<u32>>> {
-        match self.take(key) {
-            None => Ok(None),
-            Some(Value::Null) => Ok(Some(None)),
-            Some(value) => self.check_id(key, &value, vocab_size).map(Some).map(Some),
-        }
-    }
-
-    /// One id or a list of ids below `vocab_size`; null is an empty list.
-    fn token_ids(&mut self, key: &str, vocab_size: usize) -> Result<Option<Vec<u32>>> {
-        match self.take(key) {
-            None => Ok(None),
-            Some(Value::Null) => Ok(Some(Vec::new())),
-            Some(Value::Array(ids)) => ids
-                .iter()
-                .map(|id| self.check_id(key, id, vocab_size))
-                .collect::<Result<_>>()
-                .map(Some),
-            Some(value) => Ok(Some(vec![self.check_id(key, &value, vocab_size)?])),
-        }
-    }
-
-    fn check_id(&self, key: &str, value: &Value, vocab_size: usize) -> Result<u32> {
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.filter(|&id| (id as usize) < vocab_size).ok_or_else(|| {
-            let found = match value {
-                Value::Number(number) => number.to_string(),
-                other => type_name(other).to_owned(),
-            };
-            self.error(
-                key,
-                format!("expected a token id below vocab_size ({vocab_size}), found {found}"),
-            )
-        })
-    }
-
-    /// `dtype` (transformers 5) or `torch_dtype` (4). It is what the weights were saved in; each
-    /// tensor's own type decides how it is read.
-    fn dtype(&mut self) -> Result<Option<Dtype>> {
-        let (new, old) = (self.text("dtype")?, self.text("torch_dtype")?);
-        // transformers prefers the new name, too.
-        let Some(name) = new.or(old) else { return Ok(None) };
-        Ok(match name.strip_prefix("torch.").unwrap_or(&name) {
-            "float32" => Some(Dtype::F32),
-            "bfloat16" => Some(Dtype::Bf16),
-            "float16" => Some(Dtype::F16),
-            _ => {
-                tracing::warn!("{}: dtype {} is not known", self.path.display(), excerpt(&name));
-                None
-            }
-        })
-    }
-
-    /// Judges the keys that nobody took, as the module's doc says.
-    fn finish(self) -> Result<()> {
-        for (key, value) in &self.left {
-            if HARMLESS.contains(&key.as_str()) || value.is_null() {
-                continue;
-            }
-            match UNSUPPORTED.iter().find(|(name, _)| name == key) {
-                Some((_, neutral)) if neutral.accepts(value) => {}
-                Some(_) => {
-                    let value = excerpt(&value.to_string());
-                    return Err(self.error(
-                        key,
-                        format!(
-                            "its value {value} changes what the model computes and is not supported"
-                        ),
-                    ));
-                }
-                None => tracing::warn!(
-                    "{}: key {} is not known and was ignored",
-                    self.path.display(),
-                    excerpt(key)
-                ),
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 #[cfg(test)]

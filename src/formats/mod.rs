@@ -16,9 +16,15 @@
 //! found and how to put it right. Sizes are checked before anything is allocated from them. Whoever
 //! uses the values (models, kernels, training) does not check again.
 
+mod fields;
 pub mod json;
 pub mod mmap;
 pub mod safetensors;
 // Model folders:
 pub mod checkpoint;
 pub mod config;
+// Adapter folders:
+pub mod poly_config;
+// Data:
+pub mod rows;
+pub mod tasks;

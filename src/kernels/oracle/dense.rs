@@ -1,0 +1,120 @@
+//! Embedding, norm, linears, and the head with its loss.
+
+use super::{Oracle, kept, lora, sum};
+use crate::{kernels::ops::*, tensor::Tensor};
+
+/// `y[t] = table[ids[t]]`.
+pub(super) fn embed(args: Embed<'_, Oracle>) -> Tensor<Oracle> {
+    let Embed { table, ids } = args;
+    Tensor::from_fn(ids.len(), table.cols, |t, c| table.at(ids[t] as usize, c))
+}
+
+/// `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`.
+pub(super) fn norm(args: Norm<'_, Oracle>) -> Normed<Oracle> {
+    let Norm { x, weight, eps } = args;
+    let rstd = Tensor::from_fn(x.rows, 1, |t, _| {
+        let mean = sum(x.cols, |c| x.at(t, c) * x.at(t, c)) / x.cols as f64;
+        1.0 / (mean + f64::from(eps)).sqrt()
+    });
+    Normed { y: norm_again(NormAgain { x, weight, rstd: &rstd }), rstd }
+}
+
+/// `y = x * rstd * weight`.
+pub(super) fn norm_again(args: NormAgain<'_, Oracle>) -> Tensor<Oracle> {
+    let NormAgain { x, weight, rstd } = args;
+    rstd.assert_shape(x.rows, 1);
+    assert_eq!((weight.rows, weight.cols), (1, x.cols));
+    Tensor::from_fn(x.rows, x.cols, |t, c| x.at(t, c) * rstd.at(t, 0) * weight.at(0, c))
+}
+
+/// `d_x = d_residual + rstd * (d_y * weight - x * rstd² * mean(d_y * weight * x))`.
+pub(super) fn norm_backward(args: NormBackward<'_, Oracle>) -> Tensor<Oracle> {
+    let NormBackward { x, weight, rstd, d_y, d_residual } = args;
+    d_y.assert_shape(x.rows, x.cols);
+    let mean = Tensor::from_fn(x.rows, 1, |t, _| {
+        sum(x.cols, |c| d_y.at(t, c) * weight.at(0, c) * x.at(t, c)) / x.cols as f64
+    });
+    Tensor::from_fn(x.rows, x.cols, |t, c| {
+        let rstd = rstd.at(t, 0);
+        let through = d_y.at(t, c) * weight.at(0, c) - x.at(t, c) * rstd * rstd * mean.at(t, 0);
+        d_residual.as_ref().map_or(0.0, |d| d.at(t, c)) + rstd * through
+    })
+}
+
+/// For each projection `y = residual + dropout(x·Wᵀ + bias + z·B̂)`.
+pub(super) fn linear(args: Linear<'_, Oracle>) -> Vec<Tensor<Oracle>> {
+    let Linear { x, projections, order: _, output: _ } = args;
+    let project = |projection: &Projection<'_, Oracle>| {
+        let &Projection { weight, bias, ref lora, dropout, residual } = projection;
+        assert_eq!(weight.cols, x.cols);
+        let delta = lora.as_ref().map(|expand| lora::expand(expand, weight.rows));
+        Tensor::from_fn(x.rows, weight.rows, |t, o| {
+            let product = sum(x.cols, |i| x.at(t, i) * weight.at(o, i));
+            let bias = bias.map_or(0.0, |bias| bias.at(0, o));
+            let delta = delta.as_ref().map_or(0.0, |delta| delta.at(t, o));
+            kept(dropout, t, o) * (product + bias + delta) + residual.map_or(0.0, |r| r.at(t, o))
+        })
+    };
+    projections.iter().map(project).collect()
+}
+
+/// `d_x = d_residual + Σ_i (d_y_i·W_i + d_z_i·Â_iᵀ)`.
+pub(super) fn linear_backward(args: LinearBackward<'_, Oracle>) -> Tensor<Oracle> {
+    let LinearBackward { terms, d_residual } = args;
+    let (tokens, d_in) = (terms[0].d_y.rows, terms[0].weight.cols);
+    let frozen = |term: &LinearBackwardTerm<'_, Oracle>, t, i| {
+        sum(term.d_y.cols, |o| term.d_y.at(t, o) * term.weight.at(o, i))
+    };
+    let routed = |term: &LinearBackwardTerm<'_, Oracle>, t, i| {
+        let Some((d_z, mixed_a, segments)) = term.lora else { return 0.0 };
+        let row = lora::routing_row(segments, t);
+        sum(d_z.cols, |r| d_z.at(t, r) * mixed_a.at(row * d_in + i, r))
+    };
+    Tensor::from_fn(tokens, d_in, |t, i| {
+        let terms = sum(terms.len(), |n| frozen(&terms[n], t, i) + routed(&terms[n], t, i));
+        d_residual.as_ref().map_or(0.0, |d| d.at(t, i)) + terms
+    })
+}
+
+/// `nll[t] = ln Σ_v e^(logit[v]) - logit[label]`, `logit = (scale * x_t)·Wᵀ`, and
+/// `d_x = d_nll * scale * Σ_v (softmax[v] - [v = label]) W[v]`.
+pub(super) fn head_loss(args: HeadLoss<'_, Oracle>) -> Loss<Oracle> {
+    let HeadLoss { x, weight, labels, scale, d_nll } = args;
+    assert_eq!(labels.len(), x.rows);
+    let scale = f64::from(scale);
+    let logits = Tensor::<Oracle>::from_fn(x.rows, weight.rows, |t, v| {
+        sum(x.cols, |i| scale * x.at(t, i) * weight.at(v, i))
+    });
+    let lse: Vec<f64> = (0..x.rows)
+        .map(|t| log_sum_exp(&(0..weight.rows).map(|v| logits.at(t, v)).collect::<Vec<_>>()))
+        .collect();
+    let nll = (0..x.rows).map(|t| lse[t] - logits.at(t, labels[t] as usize)).collect();
+    let d_x = d_nll.map(|d_nll| {
+        let d_logits = Tensor::<Oracle>::from_fn(x.rows, weight.rows, |t, v| {
+            let label = f64::from(u8::from(v == labels[t] as usize));
+            f64::from(d_nll) * ((logits.at(t, v) - lse[t]).exp() - label)
+        });
+        Tensor::from_fn(x.rows, x.cols, |t, i| {
+            scale * sum(weight.rows, |v| d_logits.at(t, v) * weight.at(v, i))
+        })
+    });
+    Loss { nll, d_x }
+}
+
+/// `ln Σ e^x`, without overflow. Minus infinity of nothing.
+pub(super) fn log_sum_exp(x: &[f64]) -> f64 {
+    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY && !x.iter().any(|x| x.is_nan()) {
+        return max;
+    }
+    max + sum(x.len(), |i| (x[i] - max).exp()).ln()
+}
+
+/// The column of each row's largest value; the first of equals.
+pub(super) fn argmax(logits: &Tensor<Oracle>) -> Vec<u32> {
+    let first_largest = |t| {
+        let larger = |best: usize, c| if logits.at(t, c) > logits.at(t, best) { c } else { best };
+        (0..logits.cols).fold(0, larger) as u32
+    };
+    (0..logits.rows).map(first_largest).collect()
+}
