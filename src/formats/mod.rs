@@ -24,6 +24,7 @@ pub mod safetensors;
 pub mod checkpoint;
 pub mod config;
 // Adapter folders:
+pub mod adapter;
 pub mod poly_config;
 // Data:
 pub mod rows;

@@ -1,0 +1,491 @@
+//! Adapter folders: PEFT's Poly adapters, read and written.
+//!
+//! ```text
+//! adapter_config.json                                             -> config
+//! adapter_model.safetensors
+//!   base_model.model.<path>.poly_lora_A  [n_splits, n_skills, d_in/n_splits, r]   -> modules[path].lora_a
+//!   base_model.model.<path>.poly_lora_B  [n_splits, n_skills, r, d_out/n_splits]  -> modules[path].lora_b
+//!   base_model.model.<path>.poly_router.module_logits  [n_tasks, n_splits·n_skills]
+//!                                                                                 -> modules[path].router_logits
+//! tasks.json (ours; PEFT ignores it)                              -> tasks
+//! ```
+//!
+//! What [`AdapterFiles::open`] returns is whole and consistent: every module has its three tensors, of
+//! the shapes that the configuration implies, all finite; d_in and d_out are the only freedom, and
+//! fitting them to the base is the model's task. PEFT warns about missing tensors and passes over
+//! unexpected ones; here both are errors, since either means other numbers than were trained. The one
+//! exception is `<path>.base_layer.weight`, a copy of the frozen base that PEFT saves beside an
+//! adapted head: reported as ignored.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{Error, Result},
+    formats::{
+        checkpoint::near_names,
+        json::{excerpt, list_names},
+        poly_config::{self, PolyConfig},
+        safetensors::{SafetensorsFile, write_atomically, write_safetensors},
+        tasks::{self, TaskNames},
+    },
+};
+
+/// The name of the tensors' file in an adapter folder.
+pub const FILE_NAME: &str = "adapter_model.safetensors";
+const PICKLE: &str = "adapter_model.bin";
+const PREFIX: &str = "base_model.model.";
+const LORA_A: &str = ".poly_lora_A";
+const LORA_B: &str = ".poly_lora_B";
+const ROUTER: &str = ".poly_router.module_logits";
+const BASE: &str = ".base_layer.weight";
+
+/// One of a module's two banks, with its four dimensions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bank {
+    /// `[n_splits, n_skills, d_in/n_splits, r]` or `[n_splits, n_skills, r, d_out/n_splits]`
+    pub shape: [usize; 4],
+    /// The elements, the last dimension fastest.
+    pub values: Vec<f32>,
+}
+
+/// The adapter of one linear.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterModule {
+    /// `[n_splits, n_skills, d_in/n_splits, r]`
+    pub lora_a: Bank,
+    /// `[n_splits, n_skills, r, d_out/n_splits]`
+    pub lora_b: Bank,
+    /// `[n_tasks, n_splits·n_skills]`, column q·n_skills+s
+    pub router_logits: Vec<f32>,
+}
+
+impl AdapterModule {
+    /// Input features of the linear.
+    pub fn d_in(&self) -> usize {
+        self.lora_a.shape[0] * self.lora_a.shape[2]
+    }
+
+    /// Output features of the linear.
+    pub fn d_out(&self) -> usize {
+        self.lora_b.shape[0] * self.lora_b.shape[3]
+    }
+}
+
+/// An adapter folder's content.
+#[derive(Clone, Debug)]
+pub struct AdapterFiles {
+    /// The folder.
+    pub dir: PathBuf,
+    /// `adapter_config.json`
+    pub config: PolyConfig,
+    /// The adapted linears, by their path in the base model.
+    pub modules: BTreeMap<String, AdapterModule>,
+    /// `tasks.json`, if there is one. Its length is `config.n_tasks`.
+    pub tasks: Option<TaskNames>,
+    /// Tensors that the file has and nothing needs.
+    pub ignored: Vec<String>,
+}
+
+/// A tensor's part in its module.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    LoraA,
+    LoraB,
+    Router,
+}
+
+impl Part {
+    const ALL: [(Self, &str); 3] =
+        [(Self::LoraA, LORA_A), (Self::LoraB, LORA_B), (Self::Router, ROUTER)];
+}
+
+impl AdapterFiles {
+    /// Reads and checks an adapter folder.
+    pub fn open(adapter_dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = adapter_dir.as_ref().to_path_buf();
+        let config = PolyConfig::open(&dir)?;
+        let path = dir.join(FILE_NAME);
+        if !path.exists() && dir.join(PICKLE).exists() {
+            return Err(Error::file(
+                dir.join(PICKLE),
+                "this is a pickle, which can run code and is not read; convert it once in Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes adapter_model.safetensors",
+            ));
+        }
+        let file = SafetensorsFile::open(&path)?;
+        let (parts, ignored) = sort_names(&file)?;
+
+        let mut modules = BTreeMap::new();
+        for module in parts {
+            modules.insert(module.to_owned(), read_module(&file, &config, module)?);
+        }
+        if modules.is_empty() {
+            return Err(tensors_error(&path, "the file has no Poly tensor".to_owned()));
+        }
+        for name in &ignored {
+            tracing::warn!(
+                "{}: tensor {} is not needed and was ignored",
+                path.display(),
+                excerpt(name)
+            );
+        }
+        let tasks = TaskNames::open(&dir)?;
+        if let Some(tasks) = &tasks
+            && tasks.n_tasks() != config.n_tasks
+        {
+            return Err(Error::file(
+                dir.join(tasks::FILE_NAME),
+                format!(
+                    "{} names, but n_tasks in {} is {}: there must be one name a task, in the order of their ids",
+                    tasks.n_tasks(),
+                    poly_config::FILE_NAME,
+                    config.n_tasks
+                ),
+            ));
+        }
+        Ok(Self { dir, config, modules, tasks, ignored })
+    }
+}
+
+fn tensors_error(path: &Path, detail: String) -> Error {
+    Error::Tensors { path: path.to_path_buf(), detail }
+}
+
+/// The paths of all adapted modules, each of which has its three tensors, and the names that are
+/// ignored. Any other name is an error.
+fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
+    let mut parts: BTreeMap<&str, Vec<Part>> = BTreeMap::new();
+    let (mut ignored, mut unexpected) = (Vec::new(), Vec::new());
+    for name in file.header().tensors.keys() {
+        let inner = name.strip_prefix(PREFIX);
+        let part = inner.and_then(|inner| {
+            Part::ALL.iter().find_map(|&(part, suffix)| Some((inner.strip_suffix(suffix)?, part)))
+        });
+        match (inner, part) {
+            (_, Some((module, part))) if !module.is_empty() => {
+                parts.entry(module).or_default().push(part);
+            }
+            (Some(inner), _) if inner.ends_with(BASE) => ignored.push(name.clone()),
+            _ => unexpected.push(name.as_str()),
+        }
+    }
+    if !unexpected.is_empty() {
+        return Err(tensors_error(
+            file.path(),
+            format!(
+                "{} tensors are not of a Poly adapter: {}; expected {PREFIX}<path> with {LORA_A}, {LORA_B} or {ROUTER}",
+                unexpected.len(),
+                list_names(unexpected.iter().copied())
+            ),
+        ));
+    }
+    let mut missing = Vec::new();
+    for (module, found) in &parts {
+        for (_, suffix) in Part::ALL.iter().filter(|(part, _)| !found.contains(part)) {
+            missing.push(format!("{PREFIX}{module}{suffix}"));
+        }
+    }
+    if let Some(first) = missing.first() {
+        let near = near_names(first, file.header().tensors.keys().map(String::as_str));
+        return Err(tensors_error(
+            file.path(),
+            format!(
+                "{} tensors are missing: {}; near the first: {}",
+                missing.len(),
+                list_names(missing.iter().map(String::as_str)),
+                list_names(near.into_iter())
+            ),
+        ));
+    }
+    Ok((parts.into_keys().collect(), ignored))
+}
+
+fn read_module(file: &SafetensorsFile, config: &PolyConfig, module: &str) -> Result<AdapterModule> {
+    let &PolyConfig { r, n_tasks, n_skills, n_splits, .. } = config;
+    let lora_a = read_bank(file, &format!("{PREFIX}{module}{LORA_A}"), |[.., d_in, _]| {
+        [n_splits, n_skills, d_in, r]
+    })?;
+    let lora_b = read_bank(file, &format!("{PREFIX}{module}{LORA_B}"), |[.., d_out]| {
+        [n_splits, n_skills, r, d_out]
+    })?;
+    let name = format!("{PREFIX}{module}{ROUTER}");
+    let (shape, router_logits) = read_values(file, &name)?;
+    let expected = [n_tasks, n_splits * n_skills];
+    if shape != expected {
+        return Err(shape_error(file, &name, &expected, shape));
+    }
+    Ok(AdapterModule { lora_a, lora_b, router_logits })
+}
+
+/// A bank of the expected shape, which may take its free dimension from the shape found.
+fn read_bank(
+    file: &SafetensorsFile,
+    name: &str,
+    expected: impl Fn([usize; 4]) -> [usize; 4],
+) -> Result<Bank> {
+    let (shape, values) = read_values(file, name)?;
+    // Of another number of dimensions, or of no element: say what would be right for one feature.
+    let found = <[usize; 4]>::try_from(shape).ok().filter(|shape| !shape.contains(&0));
+    let expected = expected(found.unwrap_or([1; 4]));
+    match found {
+        Some(shape) if shape == expected => Ok(Bank { shape, values }),
+        _ => Err(shape_error(file, name, &expected, shape)),
+    }
+}
+
+/// A tensor's shape and its values, widened to f32 and all finite.
+fn read_values<'a>(file: &'a SafetensorsFile, name: &str) -> Result<(&'a [usize], Vec<f32>)> {
+    let Some((tensor, shape)) = file.tensor(name)? else {
+        return Err(tensors_error(file.path(), format!("tensor {name} is missing")));
+    };
+    let values = tensor.to_f32();
+    if let Some((i, value)) = values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        return Err(tensors_error(
+            file.path(),
+            format!(
+                "tensor {} has the value {value} (element {i}); the adapter is damaged",
+                excerpt(name)
+            ),
+        ));
+    }
+    Ok((shape, values))
+}
+
+fn shape_error(file: &SafetensorsFile, name: &str, expected: &[usize], found: &[usize]) -> Error {
+    Error::Shape {
+        path: file.path().to_path_buf(),
+        name: name.to_owned(),
+        expected: expected.to_vec(),
+        found: found.to_vec(),
+    }
+}
+
+/// Writes an adapter folder that PEFT reads, creating it if need be.
+///
+/// Each file appears whole or not at all, `adapter_config.json` last: a folder that has it has all the
+/// others. Values that are not finite are not saved, so an adapter on disk stays a good one.
+///
+/// # Panics
+/// If a module's shapes or the number of names do not fit the configuration.
+pub fn save_adapter(
+    adapter_dir: impl AsRef<Path>,
+    config: &PolyConfig,
+    modules: &BTreeMap<String, AdapterModule>,
+    tasks: Option<&TaskNames>,
+) -> Result<()> {
+    let dir = adapter_dir.as_ref();
+    config.validate()?;
+    let &PolyConfig { r, n_tasks, n_skills, n_splits, .. } = config;
+    let router_shape = [n_tasks, n_splits * n_skills];
+    let mut tensors: Vec<(String, &[usize], &[f32])> = Vec::new();
+    for (module, AdapterModule { lora_a, lora_b, router_logits }) in modules {
+        let [.., d_in, _] = lora_a.shape;
+        let [.., d_out] = lora_b.shape;
+        assert_eq!(lora_a.shape, [n_splits, n_skills, d_in, r], "lora_a of {module}");
+        assert_eq!(lora_b.shape, [n_splits, n_skills, r, d_out], "lora_b of {module}");
+        tensors.push((format!("{PREFIX}{module}{LORA_A}"), &lora_a.shape, &lora_a.values));
+        tensors.push((format!("{PREFIX}{module}{LORA_B}"), &lora_b.shape, &lora_b.values));
+        tensors.push((format!("{PREFIX}{module}{ROUTER}"), &router_shape, router_logits));
+    }
+    for (name, _, values) in &tensors {
+        if let Some(value) = values.iter().find(|value| !value.is_finite()) {
+            return Err(Error::NotFinite(format!(
+                "tensor {name} has the value {value}; the adapter was not written to {}",
+                dir.display()
+            )));
+        }
+    }
+    let tensors: Vec<(&str, &[usize], &[f32])> =
+        tensors.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)).collect();
+
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    write_safetensors(&dir.join(FILE_NAME), &tensors)?;
+    match tasks.filter(|tasks| tasks.to_list().is_some()) {
+        Some(tasks) => {
+            assert_eq!(tasks.n_tasks(), n_tasks, "one name a task");
+            tasks.save(dir)?;
+        }
+        // Names that an earlier adapter left here are not this one's.
+        None => match fs::remove_file(dir.join(tasks::FILE_NAME)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", dir.join(tasks::FILE_NAME))(error));
+            }
+            _ => {}
+        },
+    }
+    let json = config.to_json();
+    write_atomically(&dir.join(poly_config::FILE_NAME), |file| {
+        std::io::Write::write_all(file, json.as_bytes())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Dtype,
+        formats::safetensors::{TensorSpec, write_streamed},
+    };
+
+    const PATH: &str = "encoder.block.0.layer.0.SelfAttention.q";
+
+    fn temporary(name: &str) -> PathBuf {
+        let dir =
+            std::env::temp_dir().join(format!("polytape-adapter-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        dir
+    }
+
+    /// r 2, 3 tasks, 2 skills, 2 splits, one linear 6 -> 4.
+    fn example() -> (PolyConfig, BTreeMap<String, AdapterModule>) {
+        let config =
+            PolyConfig { r: 2, n_tasks: 3, n_skills: 2, n_splits: 2, ..PolyConfig::default() };
+        let bank = |shape: [usize; 4]| Bank {
+            shape,
+            values: (0..shape.iter().product()).map(|i| i as f32 * 0.5 - 1.0).collect(),
+        };
+        let module = AdapterModule {
+            lora_a: bank([2, 2, 3, 2]),
+            lora_b: bank([2, 2, 2, 2]),
+            router_logits: (0..12).map(|i| i as f32).collect(),
+        };
+        (config, BTreeMap::from([(PATH.to_owned(), module)]))
+    }
+
+    #[test]
+    fn what_is_saved_is_read_back() {
+        let dir = temporary("roundtrip");
+        let (config, modules) = example();
+        let names = ["x", "y", "z"].map(str::to_owned);
+        let tasks = TaskNames::from_list(&names).unwrap();
+        save_adapter(dir.join("deep/er"), &config, &modules, Some(&tasks)).unwrap();
+        let dir = dir.join("deep/er");
+        let read = AdapterFiles::open(&dir).unwrap();
+        assert_eq!((&read.config, &read.modules, &read.tasks), (&config, &modules, &Some(tasks)));
+        assert_eq!((read.modules[PATH].d_in(), read.modules[PATH].d_out()), (6, 4));
+        assert!(read.ignored.is_empty());
+
+        let bytes = fs::read(dir.join(FILE_NAME)).unwrap();
+        save_adapter(&dir, &read.config, &read.modules, None).unwrap();
+        assert_eq!(fs::read(dir.join(FILE_NAME)).unwrap(), bytes);
+        assert_eq!(AdapterFiles::open(&dir).unwrap().tasks, None, "the old names went");
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 2);
+
+        let mut bad = modules.clone();
+        bad.get_mut(PATH).unwrap().lora_b.values[3] = f32::NAN;
+        let error = save_adapter(&dir, &config, &bad, None).unwrap_err().to_string();
+        assert!(error.contains("poly_lora_B has the value NaN"), "{error}");
+        assert_eq!(fs::read(dir.join(FILE_NAME)).unwrap(), bytes);
+        fs::remove_dir_all(temporary("roundtrip")).unwrap_or_default();
+    }
+
+    #[test]
+    fn sixteen_bit_tensors_are_widened() {
+        let dir = temporary("bf16");
+        let (config, modules) = example();
+        save_adapter(&dir, &config, &modules, None).unwrap();
+        let file = SafetensorsFile::open(dir.join(FILE_NAME)).unwrap();
+        let specs = file.header().tensors.iter().map(|(name, info)| TensorSpec {
+            name: name.clone(),
+            dtype: if name.ends_with("A") { Dtype::Bf16 } else { Dtype::F16 },
+            shape: info.shape.clone(),
+        });
+        let specs: Vec<_> = specs.collect();
+        write_streamed(&dir.join(FILE_NAME), specs, |spec, out| {
+            for value in file.tensor(&spec.name).unwrap().unwrap().0.to_f32() {
+                match spec.dtype {
+                    Dtype::Bf16 => out.write_all(&half::bf16::from_f32(value).to_le_bytes())?,
+                    _ => out.write_all(&half::f16::from_f32(value).to_le_bytes())?,
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(AdapterFiles::open(&dir).unwrap().modules, modules);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn inconsistent_folders_are_refused() {
+        let dir = temporary("bad");
+        let (config, modules) = example();
+        save_adapter(&dir, &config, &modules, None).unwrap();
+        let name = |suffix: &str| format!("{PREFIX}{PATH}{suffix}");
+        let a = (name(LORA_A), vec![2, 2, 3, 2], vec![0.0f32; 24]);
+        let b = (name(LORA_B), vec![2, 2, 2, 2], vec![0.0; 16]);
+        let z = (name(ROUTER), vec![3, 4], vec![0.0; 12]);
+        let base = (name(BASE), vec![4, 6], vec![0.0; 24]);
+        let open = |tensors: &[&(String, Vec<usize>, Vec<f32>)]| {
+            let tensors: Vec<_> = tensors
+                .iter()
+                .map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..]))
+                .collect();
+            write_safetensors(&dir.join(FILE_NAME), &tensors).unwrap();
+            AdapterFiles::open(&dir)
+        };
+        let read = open(&[&a, &b, &z, &base]).unwrap();
+        assert_eq!(read.ignored, [base.0.clone()]);
+
+        let shaped = |t: &(String, Vec<usize>, Vec<f32>), shape: &[usize]| {
+            (t.0.clone(), shape.to_vec(), vec![0.0; shape.iter().product()])
+        };
+        let mut nan = b.clone();
+        nan.2[5] = f32::INFINITY;
+        let extra = ("base_model.model.lm_head.weight".to_owned(), vec![1], vec![0.0]);
+        let nameless = (format!("{PREFIX}.poly_lora_A").replace("..", "."), vec![1], vec![0.0]);
+        let cases = [
+            (
+                open(&[&a, &b]),
+                "1 tensors are missing: \"base_model.model.encoder.block.0.layer.0.SelfAttention.q.poly_router",
+            ),
+            (open(&[&z]), "2 tensors are missing"),
+            (open(&[]), "no Poly tensor"),
+            (
+                open(&[&a, &b, &z, &extra]),
+                "not of a Poly adapter: \"base_model.model.lm_head.weight\"",
+            ),
+            (open(&[&a, &b, &z, &nameless]), "not of a Poly adapter"),
+            (
+                open(&[&shaped(&a, &[2, 2, 3, 4]), &b, &z]),
+                "poly_lora_A has shape [2, 2, 3, 4], not [2, 2, 3, 2]",
+            ),
+            (open(&[&shaped(&a, &[2, 3, 3, 2]), &b, &z]), "not [2, 2, 3, 2]"),
+            (open(&[&shaped(&a, &[2, 2, 6]), &b, &z]), "has shape [2, 2, 6], not [2, 2, 1, 2]"),
+            (open(&[&shaped(&a, &[2, 2, 0, 2]), &b, &z]), "has shape [2, 2, 0, 2]"),
+            (
+                open(&[&a, &shaped(&b, &[1, 2, 2, 4]), &z]),
+                "poly_lora_B has shape [1, 2, 2, 4], not [2, 2, 2, 4]",
+            ),
+            (open(&[&a, &b, &shaped(&z, &[4, 3])]), "module_logits has shape [4, 3], not [3, 4]"),
+            (open(&[&a, &nan, &z]), "has the value inf (element 5)"),
+        ];
+        for (result, reason) in cases {
+            let error = result.unwrap_err();
+            assert_eq!(error.exit_code(), 3);
+            let error = error.to_string();
+            assert!(
+                error.contains("adapter_model.safetensors") && error.contains(reason),
+                "{error}\nnot: {reason}"
+            );
+        }
+
+        open(&[&a, &b, &z]).unwrap();
+        fs::write(dir.join(tasks::FILE_NAME), r#"{"tasks":["x","y"]}"#).unwrap();
+        let error = AdapterFiles::open(&dir).unwrap_err().to_string();
+        assert!(
+            error.contains("tasks.json: 2 names, but n_tasks in adapter_config.json is 3"),
+            "{error}"
+        );
+
+        fs::rename(dir.join(FILE_NAME), dir.join(PICKLE)).unwrap();
+        let error = AdapterFiles::open(&dir).unwrap_err().to_string();
+        assert!(error.contains("adapter_model.bin: this is a pickle"), "{error}");
+        fs::remove_file(dir.join(PICKLE)).unwrap();
+        let error = AdapterFiles::open(&dir).unwrap_err().to_string();
+        assert!(error.starts_with("cannot open ") && error.contains(FILE_NAME), "{error}");
+        fs::remove_dir_all(dir).unwrap();
+    }
+}
