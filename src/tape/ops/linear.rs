@@ -32,7 +32,6 @@ pub struct FrozenLinear<B: Backend> {
 }
 
 /// What comes after a linear.
-#[derive(Default)]
 pub struct LinearSpec<'a, B: Backend> {
     /// Added at the end.
     pub residual: Option<&'a Var<B>>,
@@ -40,6 +39,13 @@ pub struct LinearSpec<'a, B: Backend> {
     pub dropout: Option<Dropout>,
     /// Full precision for logits.
     pub full_precision: bool,
+}
+
+impl<'a, B: Backend> LinearSpec<'a, B> {
+    /// A residual and nothing else.
+    pub fn onto(residual: &'a Var<B>) -> Self {
+        Self { residual: Some(residual), dropout: None, full_precision: false }
+    }
 }
 
 struct LinearNode<'m, B: Backend> {

@@ -1,0 +1,188 @@
+//! Architectures as calls on the tape, and the adapter that attaches to them.
+//!
+//! ```text
+//! folder ─ formats ─> Model (frozen, mapped) ┐
+//!                     Adapter (A, B, router) ┴─> Tape ─> loss, gradients, tokens
+//! ```
+//!
+//! A [`Model`] knows its modules by Hugging Face's names, so that an adapter's `target_modules` mean
+//! what they mean in PEFT.
+
+pub mod batch;
+pub mod routed_lora;
+pub mod t5;
+pub mod targets;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+pub use batch::{Batch, Example};
+pub use routed_lora::Adapter;
+pub use t5::T5;
+
+use crate::{
+    dtype::Dtype,
+    error::Result,
+    formats::{
+        checkpoint::{Checkpoint, TensorUse},
+        config::{GenerationConfig, ModelConfig},
+        mmap::MappedFile,
+    },
+    kernels::{Backend, cpu::Cpu},
+};
+
+/// How a model is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// The compute type; none: bf16 where the weights are 16-bit, else f32.
+    pub dtype: Option<Dtype>,
+    /// Threads; 0: one a core.
+    pub n_threads: usize,
+}
+
+/// A module of the base, as Hugging Face names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// Dotted path inside the base model.
+    pub path: String,
+    /// What it is.
+    pub kind: ModuleKind,
+}
+
+/// What a module of the base is, as far as adapters care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// A linear that can be adapted, `[d_out, d_in]`, with its number.
+    Linear {
+        /// Its number among the linears.
+        index: usize,
+        /// Input features.
+        d_in: usize,
+        /// Output features.
+        d_out: usize,
+    },
+    /// The output head: a linear that adapters leave alone.
+    Head,
+    /// Anything else.
+    Other,
+}
+
+/// A frozen, memory-mapped base.
+pub struct Model<B: Backend = Cpu> {
+    backend: B,
+    dir: PathBuf,
+    config: ModelConfig,
+    generation: GenerationConfig,
+    network: T5<B>,
+    modules: Vec<Module>,
+    tensors: Vec<TensorUse>,
+    files: Vec<Arc<MappedFile>>,
+}
+
+impl Model<Cpu> {
+    /// Opens a Hugging Face model folder on the CPU. Nothing is read but headers; weights are mapped
+    /// and touched when they are used.
+    ///
+    /// # Errors
+    /// If a file is missing or malformed, a tensor is missing, unexpected or of another shape than
+    /// `config.json` implies, or a setting is not supported: the message names it.
+    pub fn open(dir: impl AsRef<Path>, options: &Options) -> Result<Self> {
+        let dir = dir.as_ref();
+        let (config, checkpoint) = (ModelConfig::open(dir)?, Checkpoint::open(dir)?);
+        let dtype = options.dtype.unwrap_or_else(|| natural_dtype(&checkpoint));
+        Self::build(Cpu::new(dtype, options.n_threads)?, config, checkpoint)
+    }
+}
+
+/// bf16 where the weights are 16-bit, else f32.
+fn natural_dtype(checkpoint: &Checkpoint) -> Dtype {
+    let mut bytes = [0_u64; 2]; // Of 16-bit and of other tensors.
+    for name in checkpoint.names() {
+        if let Some(info) = checkpoint.info(name) {
+            let sixteen = matches!(info.dtype.dtype(), Some(Dtype::Bf16 | Dtype::F16));
+            bytes[usize::from(!sixteen)] += info.range.len() as u64;
+        }
+    }
+    if bytes[0] > bytes[1] { Dtype::Bf16 } else { Dtype::F32 }
+}
+
+impl<B: Backend> Model<B> {
+    /// Opens a model folder on a given backend.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_on(backend: B, dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        Self::build(backend, ModelConfig::open(dir)?, Checkpoint::open(dir)?)
+    }
+
+    fn build(backend: B, config: ModelConfig, mut checkpoint: Checkpoint) -> Result<Self> {
+        let ModelConfig::T5(t5) = &config;
+        let mut modules = t5::modules(t5);
+        let network = T5::load(&backend, t5.clone(), &mut checkpoint)?;
+        let dir = checkpoint.dir().to_path_buf();
+        let generation = GenerationConfig::open(&dir, &config)?;
+        let files = checkpoint.mapped_files();
+        modules.shrink_to_fit();
+        let tensors = checkpoint.finish()?;
+        Ok(Self { backend, dir, config, generation, network, modules, tensors, files })
+    }
+
+    /// The backend that computes.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The folder that it came from.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Which ids begin and end an output.
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.generation
+    }
+
+    /// The layers.
+    pub fn network(&self) -> &T5<B> {
+        &self.network
+    }
+
+    /// Every module, in Hugging Face's order.
+    pub fn modules(&self) -> &[Module] {
+        &self.modules
+    }
+
+    /// What became of every tensor in the folder.
+    pub fn tensors(&self) -> &[TensorUse] {
+        &self.tensors
+    }
+
+    /// Rows of the embedding: ids must be below.
+    pub fn vocab_size(&self) -> usize {
+        let ModelConfig::T5(config) = &self.config;
+        config.vocab_size
+    }
+
+    /// The dropout that the base was trained with.
+    pub fn dropout_rate(&self) -> f32 {
+        let ModelConfig::T5(config) = &self.config;
+        config.dropout_rate
+    }
+
+    /// Fails if a mapped file has changed since it was opened: what was computed from it since may
+    /// be wrong.
+    ///
+    /// # Errors
+    /// Names the file.
+    pub fn verify_unchanged(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.verify_unchanged())
+    }
+}

@@ -1,0 +1,318 @@
+//! The adapter: a bank of skills (A, B) and router logits for every adapted linear.
+//!
+//! ```text
+//! y = x·Wᵀ + (1/r) x·Â·B̂      Â[q] = Σ_s w[q,s] A[q,s]      B̂[q] = Σ_s w[q,s] B[q,s]
+//! w[q,·] = s̃[q,·] / (Σ_s s̃[q,s] + 1e-12)                     s̃ = relaxed Bernoulli(Z[task]) or σ(Z[task])
+//! ```
+//!
+//! All parameters are one flat f32 vector: A and B of every linear in the base's order, then every
+//! linear's router logits. So clipping and the optimiser are one pass, and the two learning rates
+//! are two ranges.
+
+use std::{collections::BTreeMap, path::Path};
+
+use super::{
+    Model,
+    batch::RoutingRows,
+    targets::{self, Target},
+};
+use crate::{
+    error::{Error, Result},
+    formats::{
+        adapter::{self, AdapterFiles, AdapterModule, save_adapter},
+        poly_config::{PolyConfig, TargetModules},
+        tasks::TaskNames,
+    },
+    kernels::{
+        Backend, Precision,
+        ops::{Bank, Key, Mix, Noise, Route, Stacked},
+        philox::Purpose,
+    },
+    tape::{Adapted, Mixture, Mode},
+    tensor::Tensor,
+};
+
+/// A Poly / MHR adapter on a base.
+pub struct Adapter<B: Backend> {
+    config: PolyConfig,
+    targets: Vec<Target>,
+    /// By the number of the base's linear; one more for the head.
+    banks: Vec<Option<Bank>>,
+    /// By bank: where its router logits start.
+    logits: Vec<usize>,
+    params: Tensor<B>,
+    tasks: Option<TaskNames>,
+}
+
+impl<B: Backend> Adapter<B> {
+    /// A fresh adapter: A uniform in ±1/sqrt(d_in / n_splits), B zero (or uniform in ±1/sqrt(r) with
+    /// `init_weights` off), router logits uniform in ±0.001, as PEFT.
+    ///
+    /// # Errors
+    /// If the configuration is out of range, matches nothing or does not fit the base.
+    pub fn new(base: &Model<B>, config: &PolyConfig, seed: u64) -> Result<Self> {
+        let (mut adapter, n) = Self::layout(base, config)?;
+        let key = Key::new(seed, Purpose::Init, 0);
+        let mut values = vec![0.0; n];
+        let mut draw = 0;
+        let mut fill = |range: &mut [f64], bound: f64| {
+            for value in range {
+                *value = (2.0 * f64::from(key.uniform(draw)) - 1.0) * bound;
+                draw += 1;
+            }
+        };
+        let PolyConfig { r, n_tasks, n_skills, n_splits, init_weights, .. } = *config;
+        for (bank, &logits) in adapter.banks.iter().flatten().zip(&adapter.logits) {
+            fill(&mut values[bank.a()], ((bank.d_in / n_splits) as f64).powf(-0.5));
+            if !init_weights {
+                fill(&mut values[bank.b()], (r as f64).powf(-0.5));
+            }
+            fill(&mut values[logits..logits + n_tasks * n_splits * n_skills], 1e-3);
+        }
+        adapter.params = base.backend().upload(&values, 1, n, Precision::Full);
+        Ok(adapter)
+    }
+
+    /// Loads a PEFT adapter folder onto a base.
+    ///
+    /// # Errors
+    /// If the folder is malformed or the adapter is of another base: the message names the module,
+    /// what the base has and what the adapter has.
+    pub fn open(base: &Model<B>, dir: impl AsRef<Path>) -> Result<Self> {
+        let files = AdapterFiles::open(dir)?;
+        let (mut adapter, n) = Self::layout(base, &files.config)?;
+        let path = files.dir.join(adapter::FILE_NAME);
+        let missing: Vec<_> = adapter
+            .targets
+            .iter()
+            .filter(|target| !files.modules.contains_key(&target.path))
+            .map(|target| target.path.as_str())
+            .collect();
+        let known: BTreeMap<_, _> = adapter.targets.iter().map(|t| (t.path.as_str(), t)).collect();
+        let unexpected: Vec<_> =
+            files.modules.keys().filter(|name| !known.contains_key(name.as_str())).collect();
+        if let Some(first) = missing.first() {
+            return Err(Error::Tensors {
+                path,
+                detail: format!(
+                    "{} of the linears that target_modules selects in this base have no tensors here, the first is {first}; the adapter is of another base or its configuration was changed",
+                    missing.len()
+                ),
+            });
+        }
+        if let Some(first) = unexpected.first() {
+            return Err(Error::Tensors {
+                path,
+                detail: format!(
+                    "{} modules are not linears that target_modules selects in this base, the first is {first}; the adapter is of another base or its configuration was changed",
+                    unexpected.len()
+                ),
+            });
+        }
+        let mut values = vec![0.0; n];
+        let set = |to: &mut [f64], from: &[f32]| {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = f64::from(from));
+        };
+        for (target, (bank, &logits)) in
+            adapter.targets.iter().zip(adapter.banks.iter().flatten().zip(&adapter.logits))
+        {
+            let module = &files.modules[&target.path];
+            for (part, expected, found) in
+                [("input", target.d_in, module.d_in()), ("output", target.d_out, module.d_out())]
+            {
+                if expected != found {
+                    return Err(Error::Tensors {
+                        path,
+                        detail: format!(
+                            "the adapter of {} has {part} width {found}, the base's linear has {expected}; the adapter is of another base",
+                            target.path
+                        ),
+                    });
+                }
+            }
+            set(&mut values[bank.a()], &module.lora_a.values);
+            set(&mut values[bank.b()], &module.lora_b.values);
+            set(&mut values[logits..], &module.router_logits);
+        }
+        adapter.params = base.backend().upload(&values, 1, n, Precision::Full);
+        adapter.tasks = files.tasks;
+        Ok(adapter)
+    }
+
+    /// Places of all parameters, and how many they are.
+    fn layout(base: &Model<B>, config: &PolyConfig) -> Result<(Self, usize)> {
+        let modules = base.modules();
+        let (targets, written) = targets::resolve(config, modules, base.default_targets())?;
+        let PolyConfig { r: rank, n_tasks, n_skills, n_splits, .. } = *config;
+        let mut banks = vec![None; base.n_linears() + 1];
+        let mut at = 0;
+        for (linear, target) in targets.iter().enumerate() {
+            let &Target { index, d_in, d_out, .. } = target;
+            let a_start = at;
+            let b_start = a_start + n_skills * d_in * rank;
+            at = b_start + n_skills * d_out * rank;
+            let bank = Bank { linear, a_start, b_start, n_splits, n_skills, d_in, d_out, rank };
+            banks[index] = Some(bank);
+        }
+        let n_logits = n_tasks * n_splits * n_skills;
+        let logits = (0..targets.len()).map(|i| at + i * n_logits).collect();
+        let n = at + targets.len() * n_logits;
+        let config = PolyConfig { target_modules: Some(written), ..config.clone() };
+        let params = base.backend().zeros(0, 0, Precision::Full);
+        Ok((Self { config, targets, banks, logits, params, tasks: None }, n))
+    }
+
+    /// The configuration, with `target_modules` resolved.
+    pub fn config(&self) -> &PolyConfig {
+        &self.config
+    }
+
+    /// The adapted linears, in the base's order.
+    pub fn targets(&self) -> &[Target] {
+        &self.targets
+    }
+
+    /// The names of the tasks, where they are known.
+    pub fn tasks(&self) -> Option<&TaskNames> {
+        self.tasks.as_ref()
+    }
+
+    /// Gives the tasks names.
+    pub fn set_tasks(&mut self, tasks: Option<TaskNames>) {
+        self.tasks = tasks;
+    }
+
+    /// All parameters, flat: A and B of every linear, then every linear's router logits.
+    pub fn params(&self) -> &Tensor<B> {
+        &self.params
+    }
+
+    /// All parameters, for an optimiser.
+    pub fn params_mut(&mut self) -> &mut Tensor<B> {
+        &mut self.params
+    }
+
+    /// The number of parameters.
+    pub fn n_params(&self) -> usize {
+        self.params.len()
+    }
+
+    /// The number of A's and B's parameters; the rest are router logits.
+    pub fn n_bank_params(&self) -> usize {
+        self.logits.first().copied().unwrap_or(0)
+    }
+
+    /// By the number of the base's linear: its bank, where it is adapted.
+    pub fn banks(&self) -> &[Option<Bank>] {
+        &self.banks
+    }
+
+    /// The arguments of routing these tasks.
+    pub fn route<'a>(&'a self, tasks: &'a [u32], noise: Noise<'a>) -> Route<'a, B> {
+        let PolyConfig { n_skills, n_splits, .. } = self.config;
+        Route { params: &self.params, logits: &self.logits, tasks, n_splits, n_skills, noise }
+    }
+
+    /// The mixing weights of some routing rows; with `keep_pairs` also the mixed pairs.
+    ///
+    /// # Panics
+    /// If a task is not below `n_tasks`.
+    pub fn mixture(
+        &self,
+        backend: &B,
+        rows: &RoutingRows,
+        noise: Noise<'_>,
+        keep_pairs: bool,
+    ) -> Mixture<B> {
+        for &task in &rows.tasks {
+            assert!((task as usize) < self.config.n_tasks, "task {task} is out of range");
+        }
+        let routing = backend.route(&self.route(&rows.tasks, noise));
+        let n_rows = rows.tasks.len();
+        let pairs = keep_pairs.then(|| {
+            let (params, weights) = (&self.params, &routing.weights);
+            self.banks
+                .iter()
+                .flatten()
+                .map(|&bank| {
+                    let stacked = Stacked { bank, params, weights };
+                    backend.mix(Mix { stacked, n_rows })
+                })
+                .collect()
+        });
+        Mixture { routing, n_rows, pairs }
+    }
+
+    /// Bytes of the mixed pairs of `n_rows` routing rows.
+    pub fn pair_bytes(&self, n_rows: usize) -> usize {
+        let per_row: usize =
+            self.banks.iter().flatten().map(|bank| bank.rank * (bank.d_in + bank.d_out)).sum();
+        4 * n_rows * per_row
+    }
+
+    /// The adapter as the tape sees it.
+    pub fn on_tape<'m>(&'m self, mixture: &'m Mixture<B>, mode: Mode) -> Adapted<'m, B> {
+        Adapted { params: &self.params, banks: &self.banks, mixture, mode }
+    }
+
+    /// Saves it as PEFT does, with `tasks.json` beside where task names are known. A crash leaves the
+    /// files of before or complete new ones.
+    ///
+    /// # Errors
+    /// If a value is not finite, or the folder cannot be written.
+    pub fn save_peft(&self, backend: &B, dir: impl AsRef<Path>) -> Result<()> {
+        save_adapter(dir, &self.config, &self.modules(backend), self.tasks.as_ref())
+    }
+
+    /// The parameters by module, as PEFT's files have them.
+    pub fn modules(&self, backend: &B) -> BTreeMap<String, AdapterModule> {
+        let values = backend.download(&self.params);
+        let narrow = |range: std::ops::Range<usize>| -> Vec<f32> {
+            values[range].iter().map(|&v| v as f32).collect()
+        };
+        let PolyConfig { r, n_tasks, n_skills, n_splits, .. } = self.config;
+        self.targets
+            .iter()
+            .zip(self.banks.iter().flatten().zip(&self.logits))
+            .map(|(target, (bank, &logits))| {
+                let module = AdapterModule {
+                    lora_a: adapter::Bank {
+                        shape: [n_splits, n_skills, bank.d_in / n_splits, r],
+                        values: narrow(bank.a()),
+                    },
+                    lora_b: adapter::Bank {
+                        shape: [n_splits, n_skills, r, bank.d_out / n_splits],
+                        values: narrow(bank.b()),
+                    },
+                    router_logits: narrow(logits..logits + n_tasks * n_splits * n_skills),
+                };
+                (target.path.clone(), module)
+            })
+            .collect()
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// The linears that an adapter may adapt.
+    pub fn n_linears(&self) -> usize {
+        self.modules().iter().filter(|m| matches!(m.kind, super::ModuleKind::Linear { .. })).count()
+    }
+
+    /// PEFT's default targets of this architecture.
+    pub fn default_targets(&self) -> &'static [&'static str] {
+        &["q", "v"]
+    }
+}
+
+/// `target_modules` from a flag: a list where it has commas or is one plain word, else a pattern.
+pub fn parse_targets(flag: &str) -> TargetModules {
+    let is_name = |name: &str| {
+        !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || matches!(c, '_' | '.'))
+    };
+    let names: Vec<_> = flag.split(',').map(str::trim).collect();
+    if names.iter().all(|name| is_name(name)) {
+        TargetModules::List(names.into_iter().map(str::to_owned).collect())
+    } else {
+        TargetModules::Pattern(flag.to_owned())
+    }
+}
