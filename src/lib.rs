@@ -2,9 +2,11 @@
 pub mod dtype;
 pub mod error;
 pub mod formats;
+pub mod generate;
 pub mod kernels;
 pub mod model;
 pub mod tape;
 pub mod tensor;
+pub mod train;
 pub use dtype::Dtype;
 pub use error::{Error, Result};

@@ -20,6 +20,7 @@ pub mod cpu;
 pub mod ops;
 pub mod oracle;
 pub mod philox;
+pub mod planner;
 pub mod segments;
 
 use crate::{
@@ -94,8 +95,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;
     /// Head and cross-entropy in one, over chunks of tokens; the logits are never whole.
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self>;
-    /// The column of each row's largest value; the first of equals.
-    fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32>;
+    /// The column of each row's largest value among those not forbidden; the first of equals.
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32>;
 
     /// Mixing weights of every routing row in every adapted linear.
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self>;

@@ -27,8 +27,9 @@ use crate::{
         Backend, Precision,
         ops::{Bank, Key, Mix, Noise, Route, Stacked},
         philox::Purpose,
+        planner::Mode,
     },
-    tape::{Adapted, Mixture, Mode},
+    tape::{Adapted, Mixture},
     tensor::Tensor,
 };
 
@@ -251,7 +252,7 @@ impl<B: Backend> Adapter<B> {
     }
 
     /// The adapter as the tape sees it.
-    pub fn on_tape<'m>(&'m self, mixture: &'m Mixture<B>, mode: Mode) -> Adapted<'m, B> {
+    pub fn on_tape<'m>(&'m self, mixture: &'m Mixture<B>, mode: Option<Mode>) -> Adapted<'m, B> {
         Adapted { params: &self.params, banks: &self.banks, mixture, mode }
     }
 

@@ -22,10 +22,13 @@ use crate::{
         Backend, Precision,
         ops::{Activation, CacheWrite, Dropout, Key, RelativeBias, Segments, Spans, TokenKey},
     },
-    model::{Module, ModuleKind},
+    model::{
+        Module, ModuleKind,
+        batch::{Batch, RoutingRows},
+    },
     tape::{
         Tape, Var,
-        ops::{AttentionSpec, FrozenLinear, KeyValue, LinearSpec},
+        ops::{AttentionSpec, FrozenLinear, KeyValue, LinearSpec, head::HeadSpec},
     },
     tensor::Tensor,
 };
@@ -103,6 +106,36 @@ impl Side {
     }
 }
 
+/// Both sides of a pass over a batch.
+#[derive(Clone, Debug)]
+pub struct Sides {
+    /// The encoder's.
+    pub source: Side,
+    /// The decoder's.
+    pub target: Side,
+}
+
+impl Sides {
+    /// A pass over `batch` whose examples use the mixtures of `rows`; `dropout` is probability and key.
+    pub fn new(batch: &Batch, rows: &RoutingRows, dropout: Option<(f32, Key)>) -> Self {
+        let side = |spans: &Arc<Spans>, tokens: Arc<[TokenKey]>| Side {
+            spans: Arc::clone(spans),
+            segments: rows.segments(spans),
+            dropout: dropout.filter(|&(p, _)| p > 0.0).map(|(p, key)| DropoutPlan {
+                p,
+                key,
+                tokens,
+            }),
+            keep: true,
+            watch: false,
+        };
+        Self {
+            source: side(&batch.source_spans, batch.source_keys()),
+            target: side(&batch.target_spans, batch.target_keys()),
+        }
+    }
+}
+
 /// Sites of a block's dropouts, from its own first one.
 mod site {
     pub(super) const PROBABILITIES: u32 = 0;
@@ -153,6 +186,34 @@ impl<B: Backend> T5<B> {
     /// What the logits are multiplied by.
     pub fn head_scale(&self) -> f32 {
         self.head_scale
+    }
+
+    /// The nll of every label token under teacher forcing, recorded for the gradient of `d_nll` times
+    /// their sum.
+    pub fn loss<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        batch: &Batch,
+        sides: &Sides,
+        d_nll: f32,
+    ) -> Vec<f64> {
+        let (encoded, _) = self.encode(tape, &batch.source, &sides.source);
+        let encoded = (&encoded, &sides.source);
+        let (hidden, _) = self.decode(tape, &batch.target, &sides.target, encoded);
+        let (weight, labels, scale) = (&self.head.weight, &batch.labels[..], self.head_scale);
+        tape.head_loss(&hidden, HeadSpec { weight, labels, scale, d_nll })
+    }
+
+    /// The logits of every target token, `[target tokens, vocabulary]` in full precision. For looking
+    /// at; losses and generation never form them.
+    pub fn logits<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Vec<f64> {
+        let (encoded, _) = self.encode(tape, &batch.source, &sides.source);
+        let encoded = (&encoded, &sides.source);
+        let (hidden, _) = self.decode(tape, &batch.target, &sides.target, encoded);
+        let spec = LinearSpec { residual: None, dropout: None, full_precision: true };
+        let logits = tape.linear(&hidden, &self.head, &sides.target.segments, spec);
+        let scale = f64::from(self.head_scale);
+        tape.backend().download(logits.tensor()).into_iter().map(|l| l * scale).collect()
     }
 
     /// The encoder's output, `[source tokens, d_model]`, and the watched embedding where that was
@@ -476,9 +537,12 @@ fn bucket(distance: i64, n_buckets: usize, max_distance: usize, bidirectional: b
     if distance < exact {
         return first + distance;
     }
+    if max_distance <= exact {
+        return first + n - 1; // No logarithm to spread over.
+    }
     let widths = (max_distance as f64 / exact as f64).ln() as f32;
     let log = (distance as f32 / exact as f32).ln() / widths * (n - exact) as f32;
-    first + exact.saturating_add(log as usize).min(n - 1)
+    first + (exact + log as usize).min(n - 1)
 }
 
 struct Loader<'a, B: Backend> {
@@ -645,4 +709,32 @@ pub fn modules(config: &T5Config) -> Vec<Module> {
     }
     push("lm_head".into(), ModuleKind::Head);
     modules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The buckets that transformers computes, as runs of equal ones.
+    #[test]
+    fn buckets_are_transformers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/bucket_reference.json");
+        let text = std::fs::read(path).expect("a committed fixture");
+        let reference: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+        for case in reference["cases"].as_array().expect("cases") {
+            let number = |name: &str| case[name].as_u64().expect("a number") as usize;
+            let (n, max) = (number("num_buckets"), number("max_distance"));
+            let bidirectional = case["bidirectional"] == true;
+            let mut distance = reference["first"].as_i64().expect("a number");
+            for run in case["runs"].as_array().expect("runs") {
+                for _ in 0..run[1].as_u64().expect("a count") {
+                    // Below zero: transformers took the logarithm of nothing.
+                    let want = run[0].as_i64().expect("a bucket").try_into().unwrap_or(n - 1);
+                    let got = bucket(distance, n, max, bidirectional);
+                    assert_eq!(got, want, "distance {distance} of {n} buckets to {max}");
+                    distance += 1;
+                }
+            }
+        }
+    }
 }

@@ -25,6 +25,7 @@ use crate::{
     kernels::{
         Backend,
         ops::{Bank, MixedPair, Order, Routing},
+        planner::Mode,
     },
     tensor::Tensor,
 };
@@ -94,8 +95,8 @@ pub struct Adapted<'m, B: Backend> {
     pub banks: &'m [Option<Bank>],
     /// The mixing weights, and the mixed pairs where they are kept.
     pub mixture: &'m Mixture<B>,
-    /// How the routed LoRA runs.
-    pub mode: Mode,
+    /// How the routed LoRA runs; none: the cheaper way for each use.
+    pub mode: Option<Mode>,
 }
 
 impl<B: Backend> Clone for Adapted<'_, B> {
@@ -104,15 +105,6 @@ impl<B: Backend> Clone for Adapted<'_, B> {
     }
 }
 impl<B: Backend> Copy for Adapted<'_, B> {}
-
-/// Two exact ways to run a routed LoRA. They agree within rounding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Form a pair of matrices for each routing row, then rank-r products.
-    Mixed,
-    /// Apply all bank columns to every token and weight them in rank space; nothing is formed.
-    Stacked,
-}
 
 /// The mixing weights of some routing rows in every adapted linear.
 pub struct Mixture<B: Backend> {

@@ -7,6 +7,6 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
     todo!()
 }
 
-pub(super) fn argmax(logits: &Tensor<Cpu>) -> Vec<u32> {
+pub(super) fn argmax(logits: &Tensor<Cpu>, forbidden: &[u32]) -> Vec<u32> {
     todo!()
 }

@@ -258,8 +258,8 @@ impl Backend for Cpu {
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
         self.scope(|| head::head_loss(self, args))
     }
-    fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32> {
-        self.scope(|| head::argmax(logits))
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+        self.scope(|| head::argmax(logits, forbidden))
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         route::route(self, args)

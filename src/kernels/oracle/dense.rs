@@ -111,10 +111,11 @@ pub(super) fn log_sum_exp(x: &[f64]) -> f64 {
 }
 
 /// The column of each row's largest value; the first of equals.
-pub(super) fn argmax(logits: &Tensor<Oracle>) -> Vec<u32> {
+pub(super) fn argmax(logits: &Tensor<Oracle>, forbidden: &[u32]) -> Vec<u32> {
     let first_largest = |t| {
+        let allowed = (0..logits.cols).filter(|&c| !forbidden.contains(&(c as u32)));
         let larger = |best: usize, c| if logits.at(t, c) > logits.at(t, best) { c } else { best };
-        (0..logits.cols).fold(0, larger) as u32
+        allowed.reduce(larger).unwrap_or(0) as u32
     };
     (0..logits.rows).map(first_largest).collect()
 }

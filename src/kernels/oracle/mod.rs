@@ -151,8 +151,8 @@ impl Backend for Oracle {
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
         dense::head_loss(args)
     }
-    fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32> {
-        dense::argmax(logits)
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+        dense::argmax(logits, forbidden)
     }
 
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {

@@ -16,8 +16,9 @@ use crate::{
             LoraBackward, LoraTerm, Mix, MixedPair, Projection, Segments, Shrink, ShrinkStacked,
             Stacked, Unmix,
         },
+        planner::Mode,
     },
-    tape::{Adapted, Mode, Operation, Pass, Saved, Tape, Var},
+    tape::{Adapted, Operation, Pass, Saved, Tape, Var},
     tensor::Tensor,
 };
 
@@ -154,10 +155,13 @@ impl<'m, B: Backend> Tape<'m, B> {
         banks: &[Option<Bank>],
         segments: &Segments,
     ) -> Option<Lora<'m, B>> {
-        let rank = banks.iter().flatten().next()?.rank;
+        let &Bank { rank, n_skills, .. } = banks.iter().flatten().next()?;
         let scale = 1.0 / rank as f32;
         let mut lora = Lora { adapted, pairs: Vec::new(), z: Vec::new() };
-        if adapted.mode == Mode::Stacked {
+        let mode = adapted.mode.unwrap_or_else(|| {
+            Mode::for_tokens(segments.n_tokens(), adapted.mixture.n_rows, n_skills)
+        });
+        if mode == Mode::Stacked {
             for bank in banks {
                 lora.pairs.push(None);
                 lora.z.push(bank.map(|bank| {

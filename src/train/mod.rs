@@ -1,0 +1,16 @@
+//! Training: batches in, a better adapter out.
+//!
+//! ```text
+//! examples ─ shuffle ─> batches ─ step: route, forward, backward, clip, AdamW ─> adapter
+//! ```
+//!
+//! One [`Trainer`] owns an adapter and its optimiser state. The order of examples and everything
+//! random in a step are functions of the seed and the step's number, so a run repeats bit by bit for
+//! any number of threads.
+
+pub mod order;
+pub mod schedule;
+mod trainer;
+
+pub use schedule::Schedule;
+pub use trainer::{StepReport, TrainConfig, Trainer};

@@ -1,0 +1,307 @@
+//! Parity with PyTorch + PEFT on recorded fixtures (`tests/data/parity`, made by
+//! `tests/data/record_peft.py`): logits, losses, gradients under recorded router noise, AdamW steps
+//! and greedy tokens. The oracle backend runs the whole model in f64; the CPU backend runs it on
+//! every instruction set that this machine has.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::path::PathBuf;
+
+use polytape::{
+    Dtype,
+    generate::{Engine, GenerateOptions},
+    kernels::{
+        Backend,
+        cpu::{Cpu, isa::Isa},
+        ops::{Noise, Order},
+        oracle::Oracle,
+    },
+    model::{Adapter, Batch, Example, Model, t5::Sides},
+    tape::Tape,
+    train::{Schedule, TrainConfig, Trainer},
+};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+const CASES: [&str; 8] =
+    ["tiny", "v11-untied", "v11-tied", "v10-hub", "sharded", "mt5", "bf16", "f16"];
+
+/// A fixture: folders, rows and what PEFT said.
+struct Case {
+    dir: PathBuf,
+    expected: Value,
+    tensors: Vec<u8>,
+    rows: Vec<Example>,
+}
+
+impl Case {
+    fn open(name: &str) -> Self {
+        let dir = common::data("parity").join(name);
+        let expected: Value =
+            serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
+        let tensors = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        let ids =
+            |v: &Value| v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
+        let rows = expected["rows"].as_array().unwrap();
+        let rows = rows
+            .iter()
+            .map(|row| Example {
+                input: ids(&row["input_ids"]),
+                labels: ids(&row["label_ids"]),
+                task: row["task_id"].as_u64().unwrap() as u32,
+            })
+            .collect();
+        Self { dir, expected, tensors, rows }
+    }
+
+    /// A recorded tensor.
+    fn tensor(&self, name: &str) -> Option<Vec<f64>> {
+        let all = SafeTensors::deserialize(&self.tensors).unwrap();
+        let view = all.tensor(name).ok()?;
+        Some(match view.dtype() {
+            safetensors::Dtype::F32 => view
+                .data()
+                .as_chunks()
+                .0
+                .iter()
+                .map(|&b| f64::from(f32::from_le_bytes(b)))
+                .collect(),
+            safetensors::Dtype::F64 => {
+                view.data().as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect()
+            }
+            other => panic!("{other:?}"),
+        })
+    }
+
+    fn model<B: Backend>(&self, backend: B) -> Model<B> {
+        Model::open_on(backend, self.dir.join("base")).unwrap()
+    }
+
+    fn adapter<B: Backend>(&self, model: &Model<B>) -> Adapter<B> {
+        Adapter::open(model, self.dir.join("adapter")).unwrap()
+    }
+
+    fn numbers(&self, path: [&str; 2]) -> Vec<f64> {
+        let list = self.expected[path[0]][path[1]].as_array().unwrap();
+        list.iter().map(|v| v.as_f64().unwrap()).collect()
+    }
+
+    fn examples(&self) -> Vec<&Example> {
+        self.rows.iter().collect()
+    }
+}
+
+fn assert_close(got: &[f64], want: &[f64], relative: f64, absolute: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}: length");
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let error = (g - w).abs();
+        assert!(error <= relative * w.abs() + absolute, "{what}[{i}]: {g}, not {w} ({error:e})");
+    }
+}
+
+/// The largest magnitude: gradients are compared relative to their tensor's.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().fold(0.0, |a, v| a.max(v.abs()))
+}
+
+/// Logits of all rows of a case, in one ragged batch.
+fn logits<B: Backend>(case: &Case, model: &Model<B>, adapter: &Adapter<B>) -> Vec<Vec<f64>> {
+    let batch = Batch::new(&case.rows, model.generation().decoder_start_token_id, 0);
+    let rows = batch.rows_by_task();
+    let mixture = adapter.mixture(model.backend(), &rows, Noise::Off, false);
+    let adapted = Some(adapter.on_tape(&mixture, None));
+    let mut tape = Tape::inference(model.backend(), adapted, Order::Panel);
+    let sides = Sides::new(&batch, &rows, None);
+    let all = model.network().logits(&mut tape, &batch, &sides);
+    let vocab = model.vocab_size();
+    let spans = &batch.target_spans;
+    spans
+        .starts
+        .iter()
+        .zip(&spans.lens)
+        .map(|(&start, &len)| all[start * vocab..(start + len) * vocab].to_vec())
+        .collect()
+}
+
+fn check_evaluation<B: Backend>(case: &Case, backend: B, tolerance: f64, what: &str) {
+    let model = case.model(backend);
+    let adapter = case.adapter(&model);
+    let tasks = case.rows.iter().map(|row| row.task);
+    for (i, got) in logits(case, &model, &adapter).iter().enumerate() {
+        let want = case.tensor(&format!("eval.logits.{i}")).unwrap();
+        let absolute = tolerance * largest(&want);
+        assert_close(got, &want, 0.0, absolute, &format!("{what} logits of row {i}"));
+    }
+    let engine = Engine::new(&model, Some(&adapter), tasks, 3);
+    let nll: Vec<f64> = engine.nll(&case.examples()).iter().map(|row| row.iter().sum()).collect();
+    assert_close(&nll, &case.numbers(["eval", "nll"]), tolerance, 0.0, &format!("{what} nll"));
+    let options = GenerateOptions { max_new_tokens: 8, min_new_tokens: 0 };
+    let tokens = engine.generate(&case.examples(), &options, |_, _| ());
+    let want: Vec<Vec<u32>> =
+        serde_json::from_value(case.expected["eval"]["greedy"].clone()).unwrap();
+    assert_eq!(tokens, want, "{what} greedy tokens");
+}
+
+/// The recorded noise of every adapted linear, in the order of the router's draws.
+fn noise<B: Backend>(case: &Case, adapter: &Adapter<B>) -> Vec<f64> {
+    adapter
+        .targets()
+        .iter()
+        .flat_map(|target| case.tensor(&format!("noise.{}", target.path)).unwrap())
+        .collect()
+}
+
+fn train_config(case: &Case, sampling: bool) -> TrainConfig {
+    let settings = &case.expected["train"];
+    let number = |name: &str| settings[name].as_f64().unwrap();
+    TrainConfig {
+        learning_rate: number("learning_rate"),
+        router_learning_rate: number("router_learning_rate"),
+        weight_decay: number("weight_decay"),
+        router_weight_decay: number("router_weight_decay"),
+        max_grad_norm: 0.0,
+        schedule: Schedule::Constant,
+        router_sampling: sampling,
+        dropout: Some(0.0),
+        ..TrainConfig::default()
+    }
+}
+
+fn check_gradients<B: Backend>(
+    case: &Case,
+    backend: B,
+    checkpointing: bool,
+    tolerance: f64,
+    what: &str,
+) {
+    let model = case.model(backend);
+    let adapter = case.adapter(&model);
+    let noise = noise(case, &adapter);
+    let config = TrainConfig { checkpointing, ..train_config(case, true) };
+    let (banks, n_bank) = (adapter.banks().to_vec(), adapter.n_bank_params());
+    let targets = adapter.targets().to_vec();
+    let n_logits = (adapter.n_params() - n_bank) / targets.len();
+    let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+    trainer.set_noise(Some(noise));
+    let report = trainer.step(&case.examples()).unwrap();
+    let want = case.expected["noise"]["loss"].as_f64().unwrap();
+    assert_close(&[report.loss], &[want], tolerance, 0.0, &format!("{what} loss"));
+    let gradients = model.backend().download(trainer.gradients());
+    let scale: f64 = targets
+        .iter()
+        .map(|t| {
+            largest(&case.tensor(&format!("grad.{}.poly_router.module_logits", t.path)).unwrap())
+        })
+        .fold(0.0, f64::max);
+    for (i, (target, bank)) in targets.iter().zip(banks.iter().flatten()).enumerate() {
+        let logits = n_bank + i * n_logits..n_bank + (i + 1) * n_logits;
+        for (part, range) in [
+            ("poly_lora_A", bank.a()),
+            ("poly_lora_B", bank.b()),
+            ("poly_router.module_logits", logits),
+        ] {
+            let name = format!("grad.{}.{part}", target.path);
+            let want = case.tensor(&name).unwrap();
+            // A router gradient is a difference of large numbers: relative to the largest one.
+            let size =
+                if part.starts_with("poly_router") { scale.max(1e-3) } else { largest(&want) };
+            assert_close(
+                &gradients[range],
+                &want,
+                0.0,
+                tolerance * 10.0 * size,
+                &format!("{what} {name}"),
+            );
+        }
+    }
+}
+
+fn check_training<B: Backend>(case: &Case, backend: B, tolerance: f64, what: &str) {
+    let model = case.model(backend);
+    let adapter = case.adapter(&model);
+    let mut trainer = Trainer::new(&model, adapter, train_config(case, false)).unwrap();
+    let want = case.numbers(["train", "losses"]);
+    let rows = case.examples();
+    let n = case.expected["train"]["step_rows"].as_u64().unwrap() as usize;
+    for (step, want) in want.iter().enumerate() {
+        let batch: Vec<_> = (0..n).map(|i| rows[(step * n + i) % rows.len()]).collect();
+        let report = trainer.step(&batch).unwrap();
+        assert_close(
+            &[report.loss],
+            &[*want],
+            tolerance,
+            0.0,
+            &format!("{what} step {}", step + 1),
+        );
+    }
+    for (path, module) in trainer.adapter().modules(model.backend()) {
+        for (part, got) in [
+            ("poly_lora_A", &module.lora_a.values),
+            ("poly_lora_B", &module.lora_b.values),
+            ("poly_router.module_logits", &module.router_logits),
+        ] {
+            let Some(want) = case.tensor(&format!("final.{path}.{part}")) else { continue };
+            let got: Vec<f64> = got.iter().map(|&v| f64::from(v)).collect();
+            assert_close(&got, &want, 1e-3, 1e-4, &format!("{what} final {path} {part}"));
+        }
+    }
+}
+
+#[test]
+fn the_oracle_evaluates_as_peft() {
+    for name in CASES {
+        check_evaluation(&Case::open(name), Oracle, 1e-5, name);
+    }
+}
+
+#[test]
+fn the_oracle_has_pefts_gradients() {
+    for name in CASES {
+        for checkpointing in [false, true] {
+            check_gradients(&Case::open(name), Oracle, checkpointing, 5e-6, name);
+        }
+    }
+}
+
+#[test]
+fn the_oracle_trains_as_peft() {
+    for name in CASES {
+        check_training(&Case::open(name), Oracle, 1e-4, name);
+    }
+}
+
+/// Every instruction set, in f32.
+fn on_every_isa(check: impl Fn(Cpu, &str)) {
+    for isa in Isa::available() {
+        check(Cpu::with_isa(isa, Dtype::F32, 2).unwrap().poisoned(), isa.name());
+    }
+}
+
+#[test]
+fn the_cpu_evaluates_as_peft() {
+    for name in CASES {
+        let case = Case::open(name);
+        on_every_isa(|cpu, isa| check_evaluation(&case, cpu, 1e-5, &format!("{name} {isa}")));
+    }
+}
+
+#[test]
+fn the_cpu_has_pefts_gradients() {
+    for name in CASES {
+        let case = Case::open(name);
+        on_every_isa(|cpu, isa| {
+            for checkpointing in [false, true] {
+                check_gradients(&case, cpu.clone(), checkpointing, 1e-5, &format!("{name} {isa}"));
+            }
+        });
+    }
+}
+
+#[test]
+fn the_cpu_trains_as_peft() {
+    for name in CASES {
+        let case = Case::open(name);
+        on_every_isa(|cpu, isa| check_training(&case, cpu, 1e-3, &format!("{name} {isa}")));
+    }
+}
