@@ -155,7 +155,10 @@ mod tests {
         ] {
             std::fs::write(folder.join(FILE_NAME), bytes).unwrap();
             let error = Tokenizer::open(&folder, 8).unwrap_err().to_string();
-            assert!(error.contains("tokenizer.json: ") && error.contains(reason), "{error}\nnot: {reason}");
+            assert!(
+                error.contains("tokenizer.json: ") && error.contains(reason),
+                "{error}\nnot: {reason}"
+            );
         }
         std::fs::remove_dir_all(folder).unwrap();
     }
