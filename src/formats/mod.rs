@@ -23,6 +23,8 @@ pub mod safetensors;
 // Model folders:
 pub mod checkpoint;
 pub mod config;
+#[cfg(feature = "cli")]
+pub mod tokenizer;
 // Adapter folders:
 pub mod adapter;
 pub mod poly_config;

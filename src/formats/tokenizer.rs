@@ -1,0 +1,165 @@
+//! `tokenizer.json`: text to ids and back, by the `tokenizers` crate.
+//!
+//! ```text
+//! "Is it so?" -> encode, the file's own post-processor -> [271, 15, 8, 1]    (T5 appends </s> = 1)
+//! [271, 15, 8, 1] -> decode -> "Is it so?"
+//! ```
+//!
+//! Every id of the vocabulary is below the model's embedding rows; [`Tokenizer::open`] checks it, so
+//! that encoded text never reads beyond the embedding. (T5 has more rows than ids, which is fine;
+//! added chat tokens beyond the rows are not.) Truncation and padding that the file asks for are
+//! switched off: lengths are the command line's, and there is no padding here at all.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    error::{Error, Result},
+    formats::json::{excerpt, read_capped},
+};
+
+/// The most bytes of `tokenizer.json`.
+pub const MAX_FILE_BYTES: u64 = 64 << 20;
+
+const FILE_NAME: &str = "tokenizer.json";
+/// What a folder without it may have: the SentencePiece models that the slow tokenizers read.
+const SLOW_FILES: [&str; 2] = ["spiece.model", "tokenizer.model"];
+
+/// A model folder's tokenizer.
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder whose embedding has `vocab_rows` rows.
+    pub fn open(model_dir: impl AsRef<Path>, vocab_rows: usize) -> Result<Self> {
+        let dir = model_dir.as_ref();
+        let path = dir.join(FILE_NAME);
+        if !path.exists()
+            && let Some(slow) = SLOW_FILES.into_iter().find(|name| dir.join(name).exists())
+        {
+            return Err(Error::file(
+                dir,
+                format!(
+                    "there is no {FILE_NAME}, and {slow} is not read; convert it once in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                ),
+            ));
+        }
+        let bytes = read_capped(&path, MAX_FILE_BYTES)?;
+        let fail = |detail: String| Error::file(&path, detail);
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|error| fail(format!("not a tokenizer: {error}")))?;
+        inner.with_truncation(None).map_err(|error| fail(error.to_string()))?;
+        inner.with_padding(None);
+        let largest = inner.get_vocab(true).into_iter().max_by_key(|&(_, id)| id);
+        let Some((token, id)) = largest else {
+            return Err(fail("the vocabulary is empty".to_owned()));
+        };
+        if id as usize >= vocab_rows {
+            return Err(fail(format!(
+                "token {} has id {id}, but the model's embedding has {vocab_rows} rows (ids 0 to {}); tokenizer and model do not belong together, or the embedding was not resized when tokens were added",
+                excerpt(&token),
+                vocab_rows.saturating_sub(1)
+            )));
+        }
+        Ok(Self { path, inner })
+    }
+
+    /// The ids of a text, with what the file's post-processor adds.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self
+            .inner
+            .encode_fast(text, true)
+            .map_err(|error| self.error(format!("cannot encode {}: {error}", excerpt(text))))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of ids. Special tokens (`</s>`, ...) leave no text if `skip_special`; unknown ids
+    /// leave none.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|error| self.error(format!("cannot decode {} ids: {error}", ids.len())))
+    }
+
+    /// The vocabulary's entry of one id, as it stands in the file.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    fn error(&self, detail: String) -> Error {
+        Error::file(&self.path, detail)
+    }
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tokenizer({})", self.path.display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encodings_are_those_recorded() {
+        let shared = std::env::var_os("POLYTAPE_SHARED")
+            .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
+        let folder = shared.join("models/tokenizer-superni-8k");
+        if !folder.exists() {
+            println!("skipped: {} is not there (set POLYTAPE_SHARED)", folder.display());
+            return;
+        }
+        let tokenizer = Tokenizer::open(&folder, 8192).unwrap();
+        let bytes = std::fs::read(folder.join("reference.json")).unwrap();
+        let reference: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        for sample in reference["samples"].as_array().unwrap() {
+            let text = sample["text"].as_str().unwrap();
+            let ids: Vec<u32> = serde_json::from_value(sample["ids"].clone()).unwrap();
+            assert_eq!(tokenizer.encode(text).unwrap(), ids, "{text:?}");
+            if !text.contains('<') {
+                assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+            }
+        }
+        assert_eq!(tokenizer.token(1).as_deref(), Some("</s>"));
+        let error = Tokenizer::open(&folder, 8191).unwrap_err().to_string();
+        assert!(
+            error.contains("\"<extra_id_0>\" has id 8191, but the model's embedding has 8191 rows"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn bad_files_are_refused() {
+        let folder =
+            std::env::temp_dir().join(format!("polytape-tokenizer-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let error = Tokenizer::open(&folder, 8).unwrap_err().to_string();
+        assert!(error.starts_with("cannot open "), "{error}");
+        std::fs::write(folder.join("spiece.model"), b"").unwrap();
+        let error = Tokenizer::open(&folder, 8).unwrap_err().to_string();
+        assert!(error.contains("spiece.model is not read; convert it"), "{error}");
+        for (bytes, reason) in [
+            ("", "not a tokenizer"),
+            ("{}", "not a tokenizer"),
+            (
+                r#"{"version":"1.0","model":{"type":"WordLevel","vocab":{},"unk_token":"u"},"added_tokens":[]}"#,
+                "vocabulary is empty",
+            ),
+            // An added token counts, too.
+            (
+                r#"{"version":"1.0","model":{"type":"WordLevel","vocab":{"a":0,"b":1,"c":2,"d":3,"e":4,"f":5,"g":6,"h":7},"unk_token":"u"},"added_tokens":[{"id":8,"content":"<x>","single_word":false,"lstrip":false,"rstrip":false,"normalized":false,"special":true}]}"#,
+                "has id 8, but the model's embedding has 8 rows (ids 0 to 7)",
+            ),
+        ] {
+            std::fs::write(folder.join(FILE_NAME), bytes).unwrap();
+            let error = Tokenizer::open(&folder, 8).unwrap_err().to_string();
+            assert!(
+                error.contains("tokenizer.json: ") && error.contains(reason),
+                "{error}\nnot: {reason}"
+            );
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}
