@@ -1,10 +1,12 @@
 //! polytape
+pub mod demo;
 pub mod dtype;
 pub mod error;
 pub mod formats;
 pub mod generate;
 pub mod kernels;
 pub mod model;
+pub mod report;
 pub mod tape;
 pub mod tensor;
 pub mod train;
