@@ -80,6 +80,11 @@ impl Cpu {
         self.isa
     }
 
+    /// The type of activations.
+    pub fn compute_dtype(&self) -> Dtype {
+        self.compute
+    }
+
     /// The number of threads.
     pub fn n_threads(&self) -> usize {
         self.threads.current_num_threads()
