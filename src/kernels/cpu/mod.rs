@@ -307,7 +307,7 @@ impl Backend for Cpu {
         self.scope(|| head::head_loss(self, args))
     }
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
-        self.scope(|| head::argmax(logits, forbidden))
+        self.scope(|| head::argmax(self, logits, forbidden))
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         route::route(self, args)
