@@ -7,6 +7,9 @@
 mod adamw;
 mod attention;
 mod buffer;
+#[cfg(test)]
+mod checks;
+mod dot;
 mod elementwise;
 mod embed;
 mod gated;

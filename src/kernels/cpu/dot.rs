@@ -1,0 +1,125 @@
+//! Dot products in 16 lanes: `y[m, n] = Σ_k x[m, k] W[n, k]`, for a few rows.
+//!
+//! Lane `i` sums the products of `k = i mod 16`, one after the other; then the lanes are added as a
+//! tree. Each weight row is read from memory once, whatever the number of rows: decoding is as fast
+//! as the memory.
+
+use super::{
+    Cpu,
+    buffer::Buffer,
+    gemm::{Matrix, with_element},
+    isa::{Element, LANES, Simd, SimdOp},
+};
+
+/// The elements of a matrix as f32, `[rows, cols]`.
+pub(super) fn widen(cpu: &Cpu, matrix: Matrix<'_>) -> Buffer {
+    struct Widen<'a> {
+        matrix: Matrix<'a>,
+        out: &'a mut [f32],
+    }
+    impl SimdOp for Widen<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn eval<S: Simd>(self, simd: S) {
+            let Self { matrix, out } = self;
+            with_element!(matrix.dtype, E => {
+                for (row, out) in out.chunks_mut(matrix.cols.max(1)).enumerate() {
+                    let (whole, rest) = matrix.row::<E>(row).as_chunks();
+                    let (out, out_rest) = out.as_chunks_mut();
+                    for (x, out) in whole.iter().zip(out) {
+                        simd.store(E::load(simd, x), out);
+                    }
+                    simd.store_part(E::load_part(simd, rest), out_rest);
+                }
+            });
+        }
+    }
+    let mut out = cpu.scratch(matrix.rows * matrix.cols);
+    cpu.isa.run(Widen { matrix, out: out.as_mut_slice() });
+    out
+}
+
+/// `y[m, n] = Σ_k x[m, k] weight[n, k]`.
+pub(super) struct Dots<'a> {
+    /// `[m, k]`.
+    pub(super) x: &'a [f32],
+    /// `[n, k]`.
+    pub(super) weight: Matrix<'a>,
+    /// `[m, stride]`, of which the first n columns are written.
+    pub(super) y: &'a mut [f32],
+    pub(super) stride: usize,
+}
+
+impl SimdOp for Dots<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        with_element!(self.weight.dtype, E => dots::<S, E>(simd, self));
+    }
+}
+
+#[inline(always)]
+fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
+    let Dots { x, weight, y, stride } = args;
+    let (k, n, m) = (weight.cols, weight.rows, y.len() / stride);
+    assert_eq!(x.len(), m * k);
+    let x = |row: usize| &x[row * k..row * k + k];
+    // Four weight rows at a time stay in the L1 cache while the rows of x pass over them.
+    for n0 in (0..n).step_by(4) {
+        if n0 + 4 <= n {
+            let w = [0, 1, 2, 3].map(|j| weight.row::<E>(n0 + j));
+            let mut row = 0;
+            while row + 2 <= m {
+                let sums = tile::<S, E, 2, 4>(simd, [x(row), x(row + 1)], w);
+                for (i, sums) in sums.iter().enumerate() {
+                    y[(row + i) * stride + n0..][..4].copy_from_slice(sums);
+                }
+                row += 2;
+            }
+            if row < m {
+                let [sums] = tile::<S, E, 1, 4>(simd, [x(row)], w);
+                y[row * stride + n0..][..4].copy_from_slice(&sums);
+            }
+        } else {
+            for n in n0..n {
+                for row in 0..m {
+                    y[row * stride + n] =
+                        tile::<S, E, 1, 1>(simd, [x(row)], [weight.row::<E>(n)])[0][0];
+                }
+            }
+        }
+    }
+}
+
+/// The dot products of `R` rows of x with `C` weight rows, in the one order there is.
+#[inline(always)]
+fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
+    simd: S,
+    x: [&[f32]; R],
+    w: [&[E::Item]; C],
+) -> [[f32; C]; R] {
+    let (n_whole, rest) = (x[0].len() / LANES, x[0].len() / LANES * LANES);
+    let mut sums = [[simd.splat(0.0); C]; R];
+    let step = |sums: &mut [[S::V; C]; R], x: [S::V; R], w: [S::V; C]| {
+        for i in 0..R {
+            for j in 0..C {
+                sums[i][j] = simd.fma(x[i], w[j], sums[i][j]);
+            }
+        }
+    };
+    let (whole_x, whole_w) = (
+        x.map(|x| &x.as_chunks::<LANES>().0[..n_whole]),
+        w.map(|w| &w.as_chunks::<LANES>().0[..n_whole]),
+    );
+    for k in 0..n_whole {
+        step(&mut sums, whole_x.map(|x| simd.load(&x[k])), whole_w.map(|w| E::load(simd, &w[k])));
+    }
+    if rest < x[0].len() {
+        step(
+            &mut sums,
+            x.map(|x| simd.load_part(&x[rest..], 0.0)),
+            w.map(|w| E::load_part(simd, &w[rest..])),
+        );
+    }
+    sums.map(|sums| sums.map(|v| simd.sum(v)))
+}
