@@ -23,8 +23,10 @@ mod mix;
 mod norm;
 mod route;
 mod shrink;
+#[cfg(test)]
+mod testing;
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 pub use buffer::Buffer;
 use half::bf16;
@@ -107,6 +109,29 @@ impl Cpu {
     }
 }
 
+/// Elements of a task of pointwise work: what starting another one is surely worth.
+const GRAIN: usize = 16 * 1024;
+
+/// Evaluates an expression with `$t` as the element type of an activation of type `$dtype`.
+macro_rules! with_element {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            $crate::dtype::Dtype::F32 => {
+                type $t = f32;
+                $body
+            }
+            $crate::dtype::Dtype::Bf16 => {
+                type $t = half::bf16;
+                $body
+            }
+            $crate::dtype::Dtype::F16 | $crate::dtype::Dtype::F64 => {
+                unreachable!("the CPU computes in f32 or bf16")
+            }
+        }
+    };
+}
+use with_element;
+
 /// Activations in memory: a slice of one of the two compute types.
 enum Slice<'a> {
     F32(&'a [f32]),
@@ -120,6 +145,21 @@ enum SliceMut<'a> {
 }
 
 impl Tensor<Cpu> {
+    /// The elements as `T`, which [`with_element`] chose.
+    fn items<T: isa::Element>(&self) -> &[T::Item] {
+        assert_eq!(mem::size_of::<T::Item>(), self.dtype.size_bytes());
+        self.buffer.as_slice()
+    }
+
+    /// The elements as `T`, for writing.
+    ///
+    /// # Panics
+    /// If somebody else holds the buffer.
+    fn items_mut<T: isa::Element>(&mut self) -> &mut [T::Item] {
+        assert_eq!(mem::size_of::<T::Item>(), self.dtype.size_bytes());
+        self.buffer_mut().expect("a tensor that is written is held once").as_mut_slice()
+    }
+
     /// The elements, whichever type they have.
     fn slice(&self) -> Slice<'_> {
         match self.dtype {
@@ -286,7 +326,7 @@ impl Backend for Cpu {
         self.scope(|| mix::unmix(self, args));
     }
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
-        self.scope(|| adamw::sum_of_squares(tensor))
+        self.scope(|| adamw::sum_of_squares(self, tensor))
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {
         tensor.buffer_mut().expect("a tensor that is written is held once").bytes_mut().fill(0);
