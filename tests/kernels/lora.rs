@@ -154,11 +154,9 @@ impl Op for LoraBackward {
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let (x, rest) = inputs.t.split_first().unwrap();
-        let term = |of: &'_ [_]| {
-            let [z, d_y, mixed_b] = of else { unreachable!() };
-            ops::LoraTerm { z, d_y, mixed_b }
-        };
-        let terms: Vec<ops::LoraTerm<'_, B>> = rest.chunks(3).map(term).collect();
+        let chunks = rest.as_chunks().0.iter();
+        let terms: Vec<_> =
+            chunks.map(|[z, d_y, mixed_b]| ops::LoraTerm { z, d_y, mixed_b }).collect();
         let (segments, scale) = (&batch.segments(), self.scale);
         let args = ops::LoraBackward { x, terms: &terms, segments, scale };
         let outputs = |gradients: ops::LoraGradients<B>| {
