@@ -525,7 +525,7 @@ fn seeds(name: &str) -> Vec<u64> {
             None => vec![parse(&case)],
         };
     }
-    let n = std::env::var("POLYTAPE_CASES").map_or(15, |n| parse(&n));
+    let n = std::env::var("POLYTAPE_CASES").map_or(40, |n| parse(&n));
     let base = std::env::var("POLYTAPE_SEED").map_or(1, |seed| parse(&seed));
     let name_bits = name.bytes().fold(base, |h, b| Gen::new(h ^ u64::from(b)).word());
     let n_classes = Class::ALL.len() as u64;
@@ -594,7 +594,12 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64) {
 /// What the oracle says, and how far a backend may be from it.
 pub fn answer<O: Op>(case: &Case<O>, inputs: &Inputs) -> (Vec<Output>, Vec<Vec<f64>>) {
     let expected = case.op.run(&Oracle, &case.batch, &inputs.load(&Oracle));
-    let tolerance = case.op.tolerance(&case.batch, inputs, &expected);
+    let mut tolerance = case.op.tolerance(&case.batch, inputs, &expected);
+    if case.class == Class::Spread {
+        // Where one term is as large as all others together, each later addition rounds at its
+        // scale: up to 256 times in a row, a random walk of 16 * 0.58 units, four times that wide.
+        tolerance.iter_mut().flatten().for_each(|bound| *bound *= 7.0);
+    }
     for dtype in [Dtype::F32, Dtype::Bf16] {
         let perfect: Vec<_> = expected.iter().map(|output| output.rounded(dtype)).collect();
         if let Err(error) = compare(case.class, &perfect, &expected, &tolerance) {

@@ -25,6 +25,15 @@ pub struct Linear {
     output: Precision,
 }
 
+impl Linear {
+    /// A frozen linear and nothing else.
+    pub fn plain() -> Self {
+        let projection = Projection { bias: false, lora: None, dropout: None, residual: false };
+        let (order, output) = (ops::Order::Panel, Precision::Activation);
+        Self { projections: vec![projection], order, output }
+    }
+}
+
 #[derive(Debug)]
 struct Projection {
     bias: bool,
