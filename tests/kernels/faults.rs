@@ -239,7 +239,8 @@ fn hidden_special_values_are_caught() {
     for (expected, found) in cases {
         for class in [Class::Exact, Class::Uniform, Class::Special] {
             let tolerance = [vec![1e-3, 1e-3]];
-            let compare = |found| compare(class, &found, &output(expected), &tolerance);
+            let compare =
+                |found: Vec<Output>| compare(class, &found, &output(expected), &tolerance);
             assert!(compare(output(found)).is_err(), "{found} for {expected}");
             assert!(compare(output(expected)).is_ok(), "{expected}");
         }
