@@ -302,7 +302,7 @@ impl Backend for Cpu {
         self.scope(|| head::head_loss(self, args))
     }
     fn argmax(&self, logits: &Tensor<Self>) -> Vec<u32> {
-        self.scope(|| head::argmax(logits))
+        self.scope(|| head::argmax(self, logits))
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         route::route(self, args)
