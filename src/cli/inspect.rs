@@ -12,7 +12,6 @@ use crate::{
         adapter::AdapterFiles, checkpoint::Fate, poly_config::PolyConfig,
         safetensors::write_atomically,
     },
-    model::Model,
 };
 
 #[derive(Args)]

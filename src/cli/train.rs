@@ -28,7 +28,7 @@ use crate::{
         poly_config::PolyConfig, rows::Targets, safetensors::write_atomically, tasks::TaskNames,
     },
     generate::{Engine, GenerateOptions},
-    kernels::{Backend, cpu::Cpu},
+    kernels::cpu::Cpu,
     model::{
         Adapter, Example, Model,
         dataset::{Dataset, read_rows},
