@@ -112,8 +112,8 @@ impl AdapterFiles {
             return Err(Error::file(
                 dir.join(PICKLE),
                 "this is a pickle, which can run code and is not read; convert it once in \
-                    Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes \
-                    adapter_model.safetensors",
+                Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes \
+                adapter_model.safetensors",
             ));
         }
         let file = SafetensorsFile::open(&path)?;
@@ -141,7 +141,7 @@ impl AdapterFiles {
                 dir.join(tasks::FILE_NAME),
                 format!(
                     "{} names, but n_tasks in {} is {}: there must be one name a task, in the \
-                        order of their ids",
+                    order of their ids",
                     tasks.n_tasks(),
                     poly_config::FILE_NAME,
                     config.n_tasks
@@ -182,7 +182,7 @@ fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
             file.path(),
             format!(
                 "{} tensors are not of a Poly adapter: {}; expected {PREFIX}<path> with \
-                    {LORA_A}, {LORA_B} or {ROUTER}",
+                {LORA_A}, {LORA_B} or {ROUTER}",
                 unexpected.len(),
                 list_names(unexpected.iter().copied())
             ),

@@ -116,7 +116,7 @@ impl Checkpoint {
                 let n_tensors = index.values().filter(|name| *name == shard).count();
                 return Err(fail(format!(
                     "shard {shard}, which has {n_tensors} of the tensors, is missing; copy or \
-                        download the whole folder again"
+                    download the whole folder again"
                 )));
             }
             let file = SafetensorsFile::open(path)?;
@@ -148,7 +148,7 @@ impl Checkpoint {
                 None => {
                     return Err(fail(format!(
                         "tensor {} is said to be in {shard}, which does not have it; the index \
-                            and the shards are not of one model",
+                        and the shards are not of one model",
                         excerpt(name)
                     )));
                 }
@@ -157,7 +157,7 @@ impl Checkpoint {
         if let Some((shard, name)) = unlisted.first() {
             return Err(fail(format!(
                 "shard {shard} has tensor {}, which the index does not list ({} such tensors); \
-                    the index and the shards are not of one model",
+                the index and the shards are not of one model",
                 excerpt(name),
                 unlisted.len()
             )));
@@ -246,8 +246,8 @@ impl Checkpoint {
                 path: dir,
                 detail: format!(
                     "{} tensors belong to no part of the model that config.json describes: {}; \
-                        config.json and the weights are not of one model, or it has parts that are \
-                        not supported here",
+                    config.json and the weights are not of one model, or it has parts that are \
+                    not supported here",
                     unexpected.len(),
                     list_names(unexpected.iter().map(String::as_str))
                 ),
@@ -273,8 +273,8 @@ fn no_weights(dir: &Path, pickle: Option<&str>) -> Error {
         match pickle {
             Some(found) => format!(
                 "found {found}, a pickle, which can run code and is not read; convert it once \
-                    in Python: AutoModelForSeq2SeqLM.from_pretrained(DIR).save_pretrained(DIR, \
-                    safe_serialization=True) (AutoModelForCausalLM for causal models)"
+                in Python: AutoModelForSeq2SeqLM.from_pretrained(DIR).save_pretrained(DIR, \
+                safe_serialization=True) (AutoModelForCausalLM for causal models)"
             ),
             None => format!("not a model folder: neither {SINGLE_FILE} nor {INDEX_FILE} is in it"),
         },

@@ -256,7 +256,7 @@ impl ModelConfig {
                 return Err(fields.error(
                     "model_type",
                     "umt5 is not supported: it has a relative position bias in every layer; t5 \
-                        and mt5 are",
+                    and mt5 are",
                 ));
             }
             _ => {
@@ -378,7 +378,7 @@ fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)
             fields.path(),
             format!(
                 "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also \
-                    behind \"gated-\"",
+                behind \"gated-\"",
                 excerpt(found)
             ),
         )

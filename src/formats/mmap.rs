@@ -61,7 +61,7 @@ impl MappedFile {
         let metadata = self.file.metadata().map_err(Error::io("stat", &self.path))?;
         let (found, expected) = (metadata.len(), self.map.len() as u64);
         let remedy = "files in use must be replaced by renaming, not written into: restore the file and \
-            start again";
+        start again";
         if found != expected {
             return Err(Error::file(
                 &self.path,

@@ -120,7 +120,7 @@ impl PolyConfig {
                     "peft_type",
                     format!(
                         "expected \"POLY\", found {found}; other adapters are not read here (LoRA \
-                    folders become Poly adapters with `polytape import`)"
+                        folders become Poly adapters with `polytape import`)"
                     ),
                 ));
             }
@@ -141,7 +141,7 @@ impl PolyConfig {
                 "modules_to_save",
                 format!(
                     "{found} asks for trained copies of whole modules, which are not supported: \
-                expected null; train the adapter without them"
+                    expected null; train the adapter without them"
                 ),
             ));
         }
@@ -201,7 +201,7 @@ impl PolyConfig {
         if n_logits > MAX_LOGITS {
             return Err(format!(
                 "n_tasks {} x n_splits {} x n_skills {} is {n_logits} router logits a layer; at \
-                    most {MAX_LOGITS} are supported",
+                most {MAX_LOGITS} are supported",
                 self.n_tasks, self.n_splits, self.n_skills
             ));
         }
@@ -221,7 +221,7 @@ impl PolyConfig {
                 Some(TargetModules::Pattern(pattern)) if pattern.len() > MAX_PATTERN_BYTES => {
                     return Err(format!(
                         "{name} is a pattern of {} bytes; at most {MAX_PATTERN_BYTES} are \
-                            supported",
+                        supported",
                         pattern.len()
                     ));
                 }
@@ -237,7 +237,7 @@ impl PolyConfig {
                     {
                         return Err(format!(
                             "{name} has the entry {} of {} bytes; at most \
-                                {MAX_MODULE_NAME_BYTES} are supported",
+                            {MAX_MODULE_NAME_BYTES} are supported",
                             excerpt(long),
                             long.len()
                         ));

@@ -145,7 +145,7 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Header> {
     let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| {
         fail(format!(
             "a safetensors file has at least {LENGTH_BYTES} bytes, this one has {}: it was \
-                truncated or is another kind of file",
+            truncated or is another kind of file",
             bytes.len()
         ))
     })?;
@@ -153,8 +153,8 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Header> {
     if header_bytes > MAX_HEADER_BYTES as u64 {
         return Err(fail(format!(
             "the header is said to have {header_bytes} bytes; at most {MAX_HEADER_BYTES} are \
-                read (the format allows {FORMAT_MAX_HEADER_BYTES}): this is not a safetensors file, \
-                or a hostile one"
+            read (the format allows {FORMAT_MAX_HEADER_BYTES}): this is not a safetensors file, \
+            or a hostile one"
         )));
     }
     // At most 16 MiB, so it fits.
@@ -162,7 +162,7 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Header> {
     let Some((json, data)) = rest.split_at_checked(header_bytes) else {
         return Err(fail(format!(
             "the header is said to have {header_bytes} bytes, but only {} follow: the file was \
-                truncated; copy or download it again",
+            truncated; copy or download it again",
             rest.len()
         )));
     };
@@ -219,7 +219,7 @@ fn check_tiling(
     if found < expected {
         return Err(format!(
             "the tensors need {expected} bytes of data, the file has {found}: it was truncated; \
-                copy or download it again"
+            copy or download it again"
         ));
     }
     if found > expected {
@@ -410,7 +410,7 @@ impl SafetensorsFile {
                 self.path(),
                 format!(
                     "tensor {} has dtype {}, which is not supported here: F32, BF16 and F16 \
-                        are; convert the weights",
+                    are; convert the weights",
                     excerpt(name),
                     dtype.name()
                 ),

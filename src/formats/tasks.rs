@@ -135,7 +135,7 @@ impl TaskNames {
                     row,
                     format!(
                         "task {} has no task_id in any row, but other tasks have: give one to \
-                            all or to none",
+                        all or to none",
                         excerpt(name)
                     ),
                 );

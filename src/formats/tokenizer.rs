@@ -42,7 +42,7 @@ impl Tokenizer {
                 dir,
                 format!(
                     "there is no {FILE_NAME}, and {slow} is not read; convert it once in \
-                        Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                    Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
                 ),
             ));
         }
@@ -59,8 +59,8 @@ impl Tokenizer {
         if id as usize >= vocab_rows {
             return Err(fail(format!(
                 "token {} has id {id}, but the model's embedding has {vocab_rows} rows (ids 0 \
-                    to {}); tokenizer and model do not belong together, or the embedding was not \
-                    resized when tokens were added",
+                to {}); tokenizer and model do not belong together, or the embedding was not \
+                resized when tokens were added",
                 excerpt(&token),
                 vocab_rows.saturating_sub(1)
             )));
