@@ -1,4 +1,6 @@
 //! polytape
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod demo;
 pub mod dtype;
 pub mod error;
@@ -6,6 +8,7 @@ pub mod formats;
 pub mod generate;
 pub mod kernels;
 pub mod model;
+pub mod process;
 pub mod report;
 pub mod tape;
 pub mod tensor;

@@ -255,7 +255,8 @@ impl ModelConfig {
             "umt5" => {
                 return Err(fields.error(
                     "model_type",
-                    "umt5 is not supported: it has a relative position bias in every layer; t5 and mt5 are",
+                    "umt5 is not supported: it has a relative position bias in every layer; t5 \
+                    and mt5 are",
                 ));
             }
             _ => {
@@ -376,7 +377,8 @@ fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)
         Error::file(
             fields.path(),
             format!(
-                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also behind \"gated-\"",
+                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also \
+                behind \"gated-\"",
                 excerpt(found)
             ),
         )
