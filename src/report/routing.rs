@@ -13,21 +13,12 @@ use crate::formats::{adapter::AdapterModule, poly_config::PolyConfig};
 /// An adapter's tensors, by the path of the adapted linear.
 pub type Modules = BTreeMap<String, AdapterModule>;
 
-/// Mixing weights in inference, `[n_splits][n_tasks, n_skills]`, averaged over the adapted linears.
-pub fn mixing_weights(config: &PolyConfig, modules: &Modules) -> Vec<Vec<f64>> {
-    let &PolyConfig { n_tasks, n_splits, n_skills, .. } = config;
-    let mut mean = vec![vec![0.0; n_tasks * n_skills]; n_splits];
+/// Mixing weights in inference, `[n_tasks, n_splits, n_skills]`, averaged over the adapted linears.
+pub fn mixing_weights(config: &PolyConfig, modules: &Modules) -> Vec<f64> {
+    let mut mean = vec![0.0; config.n_tasks * config.n_splits * config.n_skills];
     for module in modules.values() {
         let weights = weights(config, module);
-        for task in 0..n_tasks {
-            for (split, mean) in mean.iter_mut().enumerate() {
-                let from = (task * n_splits + split) * n_skills;
-                let to = &mut mean[task * n_skills..][..n_skills];
-                to.iter_mut()
-                    .zip(&weights[from..][..n_skills])
-                    .for_each(|(to, w)| *to += w / modules.len() as f64);
-            }
-        }
+        mean.iter_mut().zip(weights).for_each(|(mean, w)| *mean += w / modules.len() as f64);
     }
     mean
 }
@@ -64,15 +55,19 @@ fn weights(config: &PolyConfig, module: &AdapterModule) -> Vec<f64> {
 
 /// The picture of [`mixing_weights`]: tasks by skills, a panel a split.
 pub fn mixing_weights_svg(config: &PolyConfig, modules: &Modules, task_names: &[String]) -> String {
-    let panels: Vec<_> = mixing_weights(config, modules)
-        .into_iter()
-        .enumerate()
-        .map(|(split, values)| {
-            let name = if config.n_splits > 1 { format!("split {split}") } else { String::new() };
-            Panel { name, values }
+    let &PolyConfig { n_splits, n_skills, .. } = config;
+    let mean = mixing_weights(config, modules);
+    let panels: Vec<_> = (0..n_splits)
+        .map(|split| Panel {
+            name: if n_splits > 1 { format!("split {split}") } else { String::new() },
+            values: mean
+                .chunks_exact(n_splits * n_skills)
+                .flat_map(|task| &task[split * n_skills..][..n_skills])
+                .copied()
+                .collect(),
         })
         .collect();
-    let skills: Vec<_> = (0..config.n_skills).map(|s| format!("skill {s}")).collect();
+    let skills: Vec<_> = (0..n_skills).map(|s| format!("skill {s}")).collect();
     let note = format!("mean over {} adapted linears; a row of a panel sums to 1", modules.len());
     heat_map_svg(&HeatMap {
         title: "Which skills a task uses",
@@ -115,8 +110,8 @@ mod tests {
         let b = module(&[-on, on, on, -on, on, -on, on, -on]);
         let modules = BTreeMap::from([("a".to_owned(), a), ("b".to_owned(), b)]);
         let mean = mixing_weights(&config, &modules);
-        assert_eq!((mean.len(), mean[0].len()), (2, 4));
-        assert!(mean.iter().flatten().all(|w| (w - 0.5).abs() < 1e-9), "{mean:?}");
+        assert_eq!(mean.len(), 8);
+        assert!(mean.iter().all(|w| (w - 0.5).abs() < 1e-9), "{mean:?}");
         // Task 0 and 1 differ in split 0 and agree in split 1, in both linears.
         let shared = agreement(&config, &modules);
         for (found, expected) in shared.iter().zip([1.0, 0.5, 0.5, 1.0]) {
