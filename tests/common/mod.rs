@@ -42,6 +42,8 @@ use polytape::{
 
 /// Unit roundoff of f32: what everything is computed in.
 pub const U: f64 = 1.0 / 16_777_216.0;
+/// The smallest normal f32: an exponential below it may be 0.
+pub const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
 /// Below this nothing is compared: products of f32 may be flushed or denormal.
 const TINY: f64 = 1e-36;
 
