@@ -433,26 +433,42 @@ fn store_block<S: Simd, const MR: usize, const NV: usize>(
     }
 }
 
-/// Adds a product to `MR` rows of a panel.
+/// `MR` rows of a panel as a register tile.
 #[inline(always)]
-fn update<S: Simd, const MR: usize, const NV: usize>(
+fn load_rows<S: Simd, const MR: usize, const NV: usize>(
     s: S,
-    rows: &mut [PanelRow<NV>],
-    product: impl FnOnce(&mut [[S::V; NV]; MR]),
-) {
-    let rows: &mut [PanelRow<NV>; MR] = rows.first_chunk_mut().expect("rows are padded to blocks");
+    rows: &[PanelRow<NV>; MR],
+) -> [[S::V; NV]; MR] {
     let mut acc = zeros::<S, MR, NV>(s);
-    for (acc, row) in acc.iter_mut().zip(&*rows) {
+    for (acc, row) in acc.iter_mut().zip(rows) {
         for (acc, x) in acc.iter_mut().zip(row) {
             *acc = s.load(x);
         }
     }
-    product(&mut acc);
+    acc
+}
+
+/// A register tile to `MR` rows of a panel.
+#[inline(always)]
+fn store_rows<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    acc: &[[S::V; NV]; MR],
+    rows: &mut [PanelRow<NV>; MR],
+) {
     for (acc, row) in acc.iter().zip(rows) {
         for (&acc, to) in acc.iter().zip(row) {
             s.store(acc, to);
         }
     }
+}
+
+/// `MR` rows of a panel, which is padded to whole blocks.
+#[inline(always)]
+fn rows_from<const MR: usize, const NV: usize>(
+    panel: &mut [PanelRow<NV>],
+    first: usize,
+) -> &mut [PanelRow<NV>; MR] {
+    panel[first..].first_chunk_mut().expect("rows are padded to blocks")
 }
 
 /// Writes row `i` of panels (`n` rows each), times `scale`, to a row of the output.
@@ -854,14 +870,14 @@ impl<T: ElementMut> Backward<'_, T> {
                         for c in 0..n_panels {
                             let own = c * key_rows + first_key + first;
                             let from = c * n_queries + first_query;
-                            update::<S, MR, NV>(s, &mut d_v[own..], |acc| {
-                                let rhs = &d_o[from..][..in_block];
-                                product_of_columns(s, p, first, rhs, acc);
-                            });
-                            update::<S, MR, NV>(s, &mut d_k[own..], |acc| {
-                                let rhs = &q[from..][..in_block];
-                                product_of_columns(s, d_s, first, rhs, acc);
-                            });
+                            let rows = rows_from::<MR, NV>(d_v, own);
+                            let mut acc = load_rows(s, rows);
+                            product_of_columns(s, p, first, &d_o[from..][..in_block], &mut acc);
+                            store_rows(s, &acc, rows);
+                            let rows = rows_from::<MR, NV>(d_k, own);
+                            let mut acc = load_rows(s, rows);
+                            product_of_columns(s, d_s, first, &q[from..][..in_block], &mut acc);
+                            store_rows(s, &acc, rows);
                         }
                     }
                     // Sums over keys, a tile of queries at a time.
@@ -869,9 +885,10 @@ impl<T: ElementMut> Backward<'_, T> {
                     for (t, d_s) in rows.take(in_block.div_ceil(MR)) {
                         for c in 0..n_panels {
                             let rhs = &k[c * n_keys + first_key..][..seen];
-                            update::<S, MR, NV>(s, &mut d_q[c * BLOCK + t * MR..], |acc| {
-                                product_of_rows(s, d_s, rhs, acc);
-                            });
+                            let rows = rows_from::<MR, NV>(d_q, c * BLOCK + t * MR);
+                            let mut acc = load_rows(s, rows);
+                            product_of_rows(s, d_s, rhs, &mut acc);
+                            store_rows(s, &acc, rows);
                         }
                     }
                 }

@@ -24,6 +24,8 @@ mod norm;
 mod route;
 mod shrink;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod testing;
 
 use std::{mem, sync::Arc};
