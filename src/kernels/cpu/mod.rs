@@ -24,8 +24,6 @@ mod norm;
 mod route;
 mod shrink;
 #[cfg(test)]
-mod speed;
-#[cfg(test)]
 mod testing;
 
 use std::{mem, sync::Arc};
