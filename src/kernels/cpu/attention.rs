@@ -311,21 +311,27 @@ fn pack_rows<'a, S: Simd, T: Element, const NV: usize>(
 /// `n` rows transposed, as panels of rows: panel `p` holds, for each column, its value in rows
 /// `p * NV * LANES..`. Rows beyond the last are zeros.
 #[inline(always)]
-fn pack_transposed<'a, T: Element, const NV: usize>(
+fn pack_transposed<'a, S: Simd, T: Element, const NV: usize>(
+    s: S,
     row: impl Fn(usize) -> &'a [T::Item],
     n: usize,
     to: &mut [PanelRow<NV>],
     head_dim: usize,
 ) {
     for (p, panel) in to.chunks_exact_mut(head_dim).enumerate() {
-        for lane in 0..NV * LANES {
-            let i = p * NV * LANES + lane;
-            if i < n {
-                for (to, &x) in panel.iter_mut().zip(row(i)) {
-                    to[lane / LANES][lane % LANES] = T::get(x);
+        for j in 0..NV {
+            for (c, panel) in panel.chunks_mut(LANES).enumerate() {
+                let mut square = [s.splat(0.0); LANES];
+                for (lane, v) in square.iter_mut().enumerate() {
+                    let i = (p * NV + j) * LANES + lane;
+                    if i < n {
+                        *v = load::<S, T>(s, row(i), c);
+                    }
                 }
-            } else {
-                panel.iter_mut().for_each(|to| to[lane / LANES][lane % LANES] = 0.0);
+                let square = s.transpose(square);
+                for (to, v) in panel.iter_mut().zip(&square) {
+                    s.store(*v, &mut to[j]);
+                }
             }
         }
     }
@@ -544,7 +550,7 @@ impl<T: ElementMut> Forward<'_, T> {
         let width = NV * LANES;
         let mut scratch = self.scratch;
         let k = panel_rows::<NV>(carve(&mut scratch, n_keys.next_multiple_of(width) * head_dim));
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.k, j), n_keys, k, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k, head_dim);
         let v = panel_rows::<NV>(carve(&mut scratch, n_keys * head_dim.next_multiple_of(width)));
         pack_rows::<S, T, NV>(s, |j| pair.of_key(pair.v, j), n_keys, v);
         let tile = carve(&mut scratch, head_dim * MR).as_chunks_mut::<MR>().0;
@@ -572,13 +578,12 @@ impl<T: ElementMut> Forward<'_, T> {
                 }
             }
             for c in 0..head_dim.div_ceil(width) {
-                let mut acc = zeros::<S, MR, NV>(s);
-                let panel = &v[c * n_keys..][..limit];
-                for (block, panel) in strip.iter().zip(panel.chunks(BLOCK)) {
-                    acc = product_of_rows(s, block, panel, acc);
-                }
                 let mut rows = [[[0.0; LANES]; NV]; MR];
-                store_rows(s, acc, &mut rows);
+                for (block, panel) in strip.iter().zip(v[c * n_keys..][..limit].chunks(BLOCK)) {
+                    // Through memory once a block: carried along, the tile stays there for good.
+                    let acc = product_of_rows(s, block, panel, load_rows(s, &rows));
+                    store_rows(s, acc, &mut rows);
+                }
                 for (m, row) in rows.iter().enumerate().take(n) {
                     let o = &mut self.o[(first + m) * group + g];
                     for (j, x) in row.iter().enumerate() {
@@ -803,9 +808,9 @@ impl<T: ElementMut> Backward<'_, T> {
         // K and V with keys in lanes, K with columns in lanes, and the sums over queries.
         let padded_keys = n_keys.next_multiple_of(width);
         let k_transposed = panels(padded_keys * head_dim);
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.k, j), n_keys, k_transposed, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k_transposed, head_dim);
         let v_transposed = panels(padded_keys * head_dim);
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.v, j), n_keys, v_transposed, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.v, j), n_keys, v_transposed, head_dim);
         let k = panels(n_keys * padded_dim);
         pack_rows::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k);
         let key_rows = n_keys.next_multiple_of(BLOCK);
