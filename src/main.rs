@@ -1,2 +1,7 @@
-//! The command line.
-fn main() {}
+//! The binary; see [`polytape::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    polytape::cli::run()
+}

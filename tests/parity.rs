@@ -4,9 +4,7 @@
 //! every instruction set that this machine has.
 #![allow(clippy::unwrap_used)]
 
-mod common;
-
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use polytape::{
     Dtype,
@@ -37,7 +35,7 @@ struct Case {
 
 impl Case {
     fn open(name: &str) -> Self {
-        let dir = common::data("parity").join(name);
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity").join(name);
         let expected: Value =
             serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
         let tensors = std::fs::read(dir.join("expected.safetensors")).unwrap();

@@ -9,6 +9,8 @@
 //! what they mean in PEFT.
 
 pub mod batch;
+pub mod dataset;
+pub mod presets;
 pub mod routed_lora;
 pub mod t5;
 pub mod targets;

@@ -178,6 +178,11 @@ impl<B: Backend> Adapter<B> {
         self.tasks.as_ref()
     }
 
+    /// The tasks: their names where they are known, and how many they are.
+    pub fn task_names(&self) -> TaskNames {
+        self.tasks.clone().unwrap_or_else(|| TaskNames::unnamed(self.config.n_tasks))
+    }
+
     /// Gives the tasks names.
     pub fn set_tasks(&mut self, tasks: Option<TaskNames>) {
         self.tasks = tasks;

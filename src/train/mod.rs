@@ -8,6 +8,7 @@
 //! random in a step are functions of the seed and the step's number, so a run repeats bit by bit for
 //! any number of threads.
 
+pub mod evaluate;
 pub mod metrics;
 pub mod order;
 pub mod schedule;

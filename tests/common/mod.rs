@@ -1,9 +1,630 @@
-//! What several test files share.
-#![allow(dead_code, clippy::unwrap_used)]
+//! The harness: random cases of an operation, run on every backend and compared with the oracle.
+//!
+//! A case is made from one 64-bit seed. Every failure prints `POLYTAPE_CASE=<operation>/<seed>`, and
+//! setting that variable replays that case alone. `POLYTAPE_CASES` sets how many cases each operation
+//! gets, `POLYTAPE_SEED` another base seed.
+//!
+//! Each case runs for f32 and for bf16 on each instruction set of this CPU, with buffers that start
+//! as NaN, and must
+//!
+//! 1. agree with the oracle: bit for bit on small integers, else within a bound per element that is
+//!    derived from the sizes of the terms ([`Op::tolerance`]);
+//! 2. give the same bits again, and on 1, 2, 3 and 7 threads;
+//! 3. give a token or sequence the same bits alone as among its neighbours.
 
-use std::path::PathBuf;
+pub mod guard;
 
-/// The folder of committed fixtures.
-pub fn data(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
+use std::{
+    any::Any,
+    fmt::Debug,
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, OnceLock},
+};
+
+use guard::{Guarded, Placement};
+use half::{bf16, f16};
+use polytape::{
+    dtype::Dtype,
+    kernels::{
+        Backend, Precision,
+        cpu::{Cpu, isa::Isa},
+        ops::{Dropout, Key, Segments, Spans, TokenKey},
+        oracle::Oracle,
+        philox::Purpose,
+    },
+    tensor::{Bytes, Frozen, Tensor},
+};
+
+/// Unit roundoff of f32: what everything is computed in.
+pub const U: f64 = 1.0 / 16_777_216.0;
+/// Below this nothing is compared: products of f32 may be flushed or denormal.
+const TINY: f64 = 1e-36;
+
+/// Numbers that look random: splitmix64.
+pub struct Gen(u64);
+
+impl Gen {
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn word(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in `0..n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.word() % n as u64) as usize
+    }
+
+    /// Uniform in `[0, 1)`, a multiple of 2^-24.
+    pub fn unit(&mut self) -> f64 {
+        (self.word() >> 40) as f64 * U
+    }
+
+    pub fn coin(&mut self) -> bool {
+        self.word() & 1 == 1
+    }
+
+    pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// A size around those where kernels change what they do.
+    pub fn size(&mut self, max: usize) -> usize {
+        const AWKWARD: [usize; 28] = [
+            1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 63, 64, 65, 96, 127, 128,
+            129, 192, 255, 256, 257,
+        ];
+        let n = AWKWARD.iter().filter(|&&size| size <= max).count();
+        if self.below(4) == 0 { 1 + self.below(max) } else { AWKWARD[self.below(n)] }
+    }
+
+    /// Values of a class. Weights are smaller integers, and equal where activations cancel.
+    pub fn values(&mut self, class: Class, n: usize, weights: bool) -> Vec<f64> {
+        let mut values = Vec::with_capacity(n);
+        for i in 0..n {
+            let uniform = 2.0 * self.unit() - 1.0;
+            values.push(match class {
+                Class::Exact => (uniform * if weights { 2.5 } else { 4.5 }).round(),
+                Class::Uniform | Class::Special => uniform,
+                Class::Spread => uniform.signum() * (16.0 * self.unit() - 10.0).exp2(),
+                Class::Cancelling if i % 2 == 0 => uniform,
+                Class::Cancelling => values[i - 1] * if weights { 1.0 } else { -1.0 },
+            });
+        }
+        values
+    }
+
+    /// Puts a few of `what` somewhere in `values`.
+    pub fn plant(&mut self, values: &mut [f64], what: &[f64]) {
+        for _ in 0..3.min(values.len()) {
+            let i = self.below(values.len());
+            values[i] = self.pick(what);
+        }
+    }
+
+    /// A frozen weight of any file type between guard pages.
+    pub fn weight(&mut self, class: Class, rows: usize, cols: usize) -> Frozen {
+        let mut values = self.values(class, rows * cols, true);
+        if class == Class::Special && self.coin() {
+            self.plant(&mut values, &SPECIALS);
+        }
+        self.weight_of(&values, rows, cols)
+    }
+
+    pub fn weight_of(&mut self, values: &[f64], rows: usize, cols: usize) -> Frozen {
+        let dtype = self.pick(&[Dtype::F32, Dtype::Bf16, Dtype::F16]);
+        let placement = self.pick(&[Placement::AtStart, Placement::AtEnd, Placement::BeforeEnd(1)]);
+        let placement = match placement {
+            Placement::BeforeEnd(_) => Placement::BeforeEnd(1 + self.below(63)),
+            other => other,
+        };
+        let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
+        let plain = Frozen::from_f32(&values, rows, cols, dtype);
+        let guarded = Guarded::new(plain.bytes(), placement);
+        let range = 0..guarded.bytes().len();
+        Frozen::new(Arc::new(guarded), range, dtype, rows, cols)
+    }
+}
+
+/// What the inputs of a case are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Small integers: every order of adding up gives the same bits.
+    Exact,
+    /// Uniform in `[-1, 1)`.
+    Uniform,
+    /// Magnitudes from 2^-10 to 2^6, logarithmically uniform.
+    Spread,
+    /// Neighbours that cancel.
+    Cancelling,
+    /// Uniform, with a few NaN, infinities, denormals and zeros of both signs.
+    Special,
+}
+
+impl Class {
+    const ALL: [Self; 5] =
+        [Self::Exact, Self::Uniform, Self::Spread, Self::Cancelling, Self::Special];
+
+    /// For operations that are not exact on integers.
+    pub fn inexact(self) -> Self {
+        if self == Self::Exact { Self::Uniform } else { self }
+    }
+
+    /// For operations whose limits at infinity are not defined.
+    pub fn finite(self) -> Self {
+        if self == Self::Special { Self::Uniform } else { self }
+    }
+}
+
+pub const SPECIALS: [f64; 7] =
+    [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e-40, -1e-40, 0.0, -0.0];
+pub const SPECIALS_FINITE: [f64; 6] = [f64::NAN, 1e-40, -1e-40, 0.0, -0.0, 1e4];
+
+/// Sequences one after the other: the tokens that per-token inputs have rows for.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    pub lens: Vec<usize>,
+    /// The routing row of each sequence.
+    pub rows: Vec<usize>,
+    pub n_rows: usize,
+    /// The keys of each sequence, for attention.
+    pub keys: Spans,
+    pub token_keys: Vec<TokenKey>,
+    /// Ids or labels of each token, any size.
+    pub ids: Vec<u32>,
+}
+
+impl Batch {
+    pub fn random(random: &mut Gen) -> Self {
+        let len = |random: &mut Gen| random.size(33);
+        let (lens, rows): (Vec<usize>, Vec<usize>) = match random.below(9) {
+            0 => (vec![1], vec![0]),
+            1 => (vec![0, len(random), 0], vec![2, 1, 0]),
+            2 => (vec![1; 40], (0..40).map(|_| random.below(7)).collect()),
+            3 => (vec![len(random), 1, len(random)], vec![1, 0, 1]),
+            4 => (vec![1, 0, random.size(129), 2], vec![0, 3, 1, 2]),
+            5 => (vec![0, 0], vec![0, 1]),
+            6 => (vec![64 + random.size(129)], vec![random.below(2)]),
+            _ => {
+                let n = 1 + random.below(6);
+                (
+                    (0..n).map(|_| random.below(12)).collect(),
+                    (0..n).map(|_| random.below(n)).collect(),
+                )
+            }
+        };
+        let n_rows = rows.iter().max().map_or(1, |max| max + 1) + random.below(3);
+        let tokens = lens.iter().enumerate().flat_map(|(s, &len)| (0..len).map(move |t| (s, t)));
+        let token_keys: Vec<_> =
+            tokens.map(|(s, t)| TokenKey { example: 3 + s as u32, position: t as u32 }).collect();
+        let ids = token_keys.iter().map(|_| random.word() as u32).collect();
+        let keys = Spans::packed(&lens);
+        Self { lens, rows, n_rows, keys, token_keys, ids }
+    }
+
+    pub fn n_tokens(&self) -> usize {
+        self.token_keys.len()
+    }
+
+    pub fn segments(&self) -> Segments {
+        Segments::new(&self.lens, &self.rows, self.n_rows)
+    }
+
+    pub fn dropout(&self, site: u32, p: f32) -> Dropout {
+        let key = Key::new(7, Purpose::Dropout, 3);
+        Dropout { p, key, site, tokens: self.token_keys.clone().into() }
+    }
+
+    /// `ids`, below `n`.
+    pub fn ids_below(&self, n: usize) -> Vec<u32> {
+        self.ids.iter().map(|id| id % n as u32).collect()
+    }
+
+    fn tokens_of(&self, sequence: usize) -> Range<usize> {
+        let start = self.lens[..sequence].iter().sum();
+        start..start + self.lens[sequence]
+    }
+
+    /// These tokens of a sequence and nothing else.
+    fn only(&self, sequence: usize, tokens: Range<usize>) -> Self {
+        Self {
+            lens: vec![tokens.len()],
+            rows: vec![self.rows[sequence]],
+            n_rows: self.n_rows,
+            keys: Spans {
+                starts: vec![self.keys.starts[sequence]],
+                lens: vec![self.keys.lens[sequence]],
+            },
+            token_keys: self.token_keys[tokens.clone()].to_vec(),
+            ids: self.ids[tokens].to_vec(),
+        }
+    }
+}
+
+/// An input tensor.
+#[derive(Clone, Debug)]
+pub struct Matrix {
+    pub values: Vec<f64>,
+    pub rows: usize,
+    pub cols: usize,
+    pub precision: Precision,
+    /// Whether row `t` belongs to token `t` of the batch.
+    pub per_token: bool,
+}
+
+impl Matrix {
+    pub fn at(&self, row: usize, col: usize) -> f64 {
+        self.values[row * self.cols + col]
+    }
+}
+
+/// What an operation reads.
+#[derive(Clone, Default)]
+pub struct Inputs {
+    pub tensors: Vec<Matrix>,
+    pub weights: Vec<Frozen>,
+}
+
+impl Inputs {
+    /// An activation with a row a token.
+    pub fn tokens(&mut self, batch: &Batch, cols: usize, values: Vec<f64>) {
+        let (rows, precision) = (batch.n_tokens(), Precision::Activation);
+        self.tensors.push(Matrix { values, rows, cols, precision, per_token: true });
+    }
+
+    /// A full-precision matrix with a row a token.
+    pub fn tokens_full(&mut self, batch: &Batch, cols: usize, values: Vec<f64>) {
+        let (rows, precision) = (batch.n_tokens(), Precision::Full);
+        self.tensors.push(Matrix { values, rows, cols, precision, per_token: true });
+    }
+
+    /// A full-precision matrix.
+    pub fn full(&mut self, rows: usize, cols: usize, values: Vec<f64>) {
+        let precision = Precision::Full;
+        self.tensors.push(Matrix { values, rows, cols, precision, per_token: false });
+    }
+
+    /// As a backend that computes in `compute` sees them.
+    fn rounded(&self, compute: Dtype) -> Self {
+        let mut inputs = self.clone();
+        for tensor in &mut inputs.tensors {
+            let full = tensor.precision == Precision::Full;
+            let to = if full { Dtype::F32 } else { compute };
+            tensor.values.iter_mut().for_each(|value| *value = round(*value, to));
+        }
+        inputs
+    }
+
+    /// Their absolute values.
+    pub fn abs(&self) -> Self {
+        let mut inputs = self.clone();
+        for tensor in &mut inputs.tensors {
+            tensor.values.iter_mut().for_each(|value| *value = value.abs());
+        }
+        for weight in &mut inputs.weights {
+            let values: Vec<f32> = weight.to_f32().iter().map(|value| value.abs()).collect();
+            *weight = Frozen::from_f32(&values, weight.rows(), weight.cols(), Dtype::F32);
+        }
+        inputs
+    }
+
+    /// The rows of these tokens.
+    fn only(&self, tokens: &Range<usize>) -> Self {
+        let mut inputs = self.clone();
+        for tensor in inputs.tensors.iter_mut().filter(|tensor| tensor.per_token) {
+            tensor.rows = tokens.len();
+            tensor.values =
+                tensor.values[tokens.start * tensor.cols..tokens.end * tensor.cols].to_vec();
+        }
+        inputs
+    }
+
+    pub fn load<B: Backend>(&self, backend: &B) -> Loaded<B> {
+        let upload = |t: &Matrix| backend.upload(&t.values, t.rows, t.cols, t.precision);
+        Loaded {
+            t: self.tensors.iter().map(upload).collect(),
+            w: self.weights.iter().map(|weight| backend.weight(weight)).collect(),
+        }
+    }
+}
+
+/// [`Inputs`] on a backend, in the same order.
+pub struct Loaded<B: Backend> {
+    pub t: Vec<Tensor<B>>,
+    pub w: Vec<B::Weight>,
+}
+
+/// One result of an operation.
+#[derive(Clone, Debug)]
+pub struct Output {
+    pub name: &'static str,
+    pub values: Vec<f64>,
+    pub cols: usize,
+    /// What values were rounded to.
+    pub dtype: Dtype,
+    /// Whether row `t` belongs to token `t` of the batch.
+    pub per_token: bool,
+}
+
+impl Output {
+    pub fn tokens<B: Backend>(backend: &B, name: &'static str, tensor: &Tensor<B>) -> Self {
+        Self { per_token: true, ..Self::whole(backend, name, tensor) }
+    }
+
+    pub fn whole<B: Backend>(backend: &B, name: &'static str, tensor: &Tensor<B>) -> Self {
+        let (values, cols, dtype) = (backend.download(tensor), tensor.cols(), tensor.dtype());
+        assert_eq!(values.len(), tensor.rows() * cols, "{name}");
+        Self { name, values, cols, dtype, per_token: false }
+    }
+
+    pub fn numbers(name: &'static str, values: Vec<f64>, per_token: bool) -> Self {
+        Self { name, values, cols: 1, dtype: Dtype::F64, per_token }
+    }
+
+    /// As if a perfect backend had computed it.
+    fn rounded(&self, dtype: Dtype) -> Self {
+        let values = self.values.iter().map(|&value| round(value, dtype)).collect();
+        Self { values, dtype, ..self.clone() }
+    }
+}
+
+/// How finely a batch can be cut without changing a token's results.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    Token,
+    Sequence,
+    Never,
+}
+
+/// An operation with its arguments other than tensors.
+pub trait Op: Debug {
+    const CUT: Cut;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output>;
+
+    /// For each output, how far each element may be from the oracle's, before it is rounded.
+    ///
+    /// Most operations are sums of products: their bound is a few units in the last place of the
+    /// sum of the terms' sizes, which is the operation itself on absolute values. The 4 is what
+    /// blocked sums in f32 keep with room (2 in practice, `notes/reliability.md`), the other 2 are
+    /// for what happens to the finished sum.
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let _ = expected;
+        let sizes = self.run(&Oracle, batch, &inputs.abs().load(&Oracle));
+        sizes.into_iter().map(|size| size.values.iter().map(|v| 6.0 * U * v).collect()).collect()
+    }
+}
+
+/// An operation with everything it needs.
+pub struct Case<O> {
+    pub class: Class,
+    pub batch: Batch,
+    pub inputs: Inputs,
+    pub op: O,
+}
+
+/// To the nearest value of a type.
+pub fn round(value: f64, dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => f64::from(value as f32),
+        // By way of f32, as backends do: a sum that is exact in f32 is rounded once.
+        Dtype::Bf16 => bf16::from_f32(value as f32).to_f64(),
+        Dtype::F16 => f16::from_f64(value).to_f64(),
+        Dtype::F64 => value,
+    }
+}
+
+/// Whether results are what they should be; else, what is wrong.
+pub fn compare(
+    class: Class,
+    found: &[Output],
+    expected: &[Output],
+    tolerance: &[Vec<f64>],
+) -> Result<(), String> {
+    assert_eq!((found.len(), expected.len()), (expected.len(), tolerance.len()));
+    for ((found, expected), tolerance) in found.iter().zip(expected).zip(tolerance) {
+        let name = found.name;
+        if found.values.len() != expected.values.len() {
+            return Err(format!("{name} has {} elements", found.values.len()));
+        }
+        assert_eq!(expected.values.len(), tolerance.len(), "{name}");
+        let mut wrong = (0..found.values.len()).filter(|&i| {
+            let (value, target) = (found.values[i], expected.values[i]);
+            !agrees(class, value, target, tolerance[i], found.dtype)
+        });
+        if let Some(i) = wrong.next() {
+            return Err(format!(
+                "{name}[{}, {}] is {:e}, not {:e} +- {:e}, and {} more of {}",
+                i / found.cols,
+                i % found.cols,
+                found.values[i],
+                expected.values[i],
+                tolerance[i],
+                wrong.count(),
+                found.values.len()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn agrees(class: Class, found: f64, expected: f64, tolerance: f64, dtype: Dtype) -> bool {
+    if expected.is_nan() {
+        return found.is_nan();
+    }
+    if expected.is_infinite() || class == Class::Exact {
+        return found == round(expected, dtype);
+    }
+    if class == Class::Special && tolerance.is_nan() {
+        return true; // An infinity somewhere in what it was made of.
+    }
+    let rounding = dtype.unit_roundoff() * (expected.abs() + tolerance);
+    (found - expected).abs() <= tolerance + rounding + TINY
+}
+
+fn assert_same_bits(what: &str, found: &[Output], expected: &[Output]) {
+    for (found, expected) in found.iter().zip(expected) {
+        assert_eq!(found.values.len(), expected.values.len(), "{}: {what}", found.name);
+        for (i, (a, b)) in found.values.iter().zip(&expected.values).enumerate() {
+            let same = a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+            assert!(same, "{}[{i}] is {a:e}, not {b:e}: {what}", found.name);
+        }
+    }
+}
+
+/// The rows of these tokens.
+fn rows_of(outputs: &[Output], tokens: &Range<usize>) -> Vec<Output> {
+    let cut = |output: &Output| {
+        let values = output.values[tokens.start * output.cols..tokens.end * output.cols].to_vec();
+        Output { values, ..output.clone() }
+    };
+    outputs.iter().filter(|output| output.per_token).map(cut).collect()
+}
+
+/// A backend on different numbers of threads.
+struct Subject {
+    name: String,
+    compute: Dtype,
+    /// On 2, 1, 3 and 7 threads.
+    on_threads: Vec<Cpu>,
+}
+
+fn subjects() -> &'static [Subject] {
+    static SUBJECTS: OnceLock<Vec<Subject>> = OnceLock::new();
+    SUBJECTS.get_or_init(|| {
+        let pairs =
+            Isa::available().into_iter().flat_map(|isa| [(isa, Dtype::F32), (isa, Dtype::Bf16)]);
+        pairs
+            .map(|(isa, compute)| {
+                let on = |n| Cpu::with_isa(isa, compute, n).unwrap().poisoned();
+                let name = format!("{} {compute}", isa.name());
+                Subject { name, compute, on_threads: [2, 1, 3, 7].map(on).into() }
+            })
+            .collect()
+    })
+}
+
+/// Every backend but the oracle.
+pub fn backends() -> impl Iterator<Item = &'static Cpu> {
+    subjects().iter().map(|subject| &subject.on_threads[0])
+}
+
+/// The seeds of an operation's cases; the last digit of a seed (base 5) is its class.
+fn seeds(name: &str) -> Vec<u64> {
+    let parse = |text: &str| text.parse::<u64>().unwrap_or_else(|e| panic!("{text}: {e}"));
+    if let Ok(case) = std::env::var("POLYTAPE_CASE") {
+        return match case.rsplit_once('/') {
+            Some((op, seed)) if op == name => vec![parse(seed)],
+            Some(_) => vec![],
+            None => vec![parse(&case)],
+        };
+    }
+    let n = std::env::var("POLYTAPE_CASES").map_or(40, |n| parse(&n));
+    let base = std::env::var("POLYTAPE_SEED").map_or(1, |seed| parse(&seed));
+    let name_bits = name.bytes().fold(base, |h, b| Gen::new(h ^ u64::from(b)).word());
+    let n_classes = Class::ALL.len() as u64;
+    (0..n).map(|i| Gen::new(name_bits ^ i).word() / 8 * n_classes + i % n_classes).collect()
+}
+
+/// The case of a seed.
+pub fn case<O>(seed: u64, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) -> Case<O> {
+    let mut random = Gen::new(seed);
+    let batch = Batch::random(&mut random);
+    make(&mut random, Class::ALL[(seed % Class::ALL.len() as u64) as usize], batch)
+}
+
+/// Checks an operation on its cases.
+pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) {
+    let message = |panic: Box<dyn Any + Send>| {
+        let text = panic.downcast_ref::<String>().cloned();
+        text.or_else(|| panic.downcast_ref::<&str>().map(|&s| s.into())).unwrap_or_default()
+    };
+    for seed in seeds(name) {
+        let run = AssertUnwindSafe(|| {
+            let case = case(seed, &make);
+            let run = AssertUnwindSafe(|| check_case(&case, seed));
+            catch_unwind(run).map_err(|panic| {
+                let (op, class, lens) = (&case.op, case.class, &case.batch.lens);
+                format!("{}\n{op:?} {class:?}, sequences of {lens:?}", message(panic))
+            })
+        });
+        let outcome = catch_unwind(run).unwrap_or_else(|panic| Err(message(panic)));
+        if let Err(error) = outcome {
+            panic!("{name}: {error}\nreplay with POLYTAPE_CASE={name}/{seed}");
+        }
+    }
+}
+
+fn check_case<O: Op>(case: &Case<O>, seed: u64) {
+    for compute in [Dtype::F32, Dtype::Bf16] {
+        let inputs = case.inputs.rounded(compute);
+        let (expected, tolerance) = answer(case, &inputs);
+        for subject in subjects().iter().filter(|subject| subject.compute == compute) {
+            let run = |cpu: &Cpu, batch: &Batch, inputs: &Inputs| {
+                case.op.run(cpu, batch, &inputs.load(cpu))
+            };
+            let [first, others @ ..] = &subject.on_threads[..] else { unreachable!() };
+            let name = &subject.name;
+            let found = run(first, &case.batch, &inputs);
+            if let Err(error) = compare(case.class, &found, &expected, &tolerance) {
+                panic!("{name}: {error}");
+            }
+            assert_same_bits(&format!("{name}, again"), &run(first, &case.batch, &inputs), &found);
+            for cpu in others {
+                let what = format!("{name}, on {} threads", cpu.n_threads());
+                assert_same_bits(&what, &run(cpu, &case.batch, &inputs), &found);
+            }
+            for (sequence, tokens) in parts(&case.batch, O::CUT, seed) {
+                let batch = case.batch.only(sequence, tokens.clone());
+                let alone = run(first, &batch, &inputs.only(&tokens));
+                let alone: Vec<_> = alone.into_iter().filter(|output| output.per_token).collect();
+                let what = format!("{name}, tokens {tokens:?} alone");
+                assert_same_bits(&what, &alone, &rows_of(&found, &tokens));
+            }
+        }
+    }
+}
+
+/// What the oracle says, and how far a backend may be from it.
+pub fn answer<O: Op>(case: &Case<O>, inputs: &Inputs) -> (Vec<Output>, Vec<Vec<f64>>) {
+    let expected = case.op.run(&Oracle, &case.batch, &inputs.load(&Oracle));
+    let mut tolerance = case.op.tolerance(&case.batch, inputs, &expected);
+    if case.class == Class::Spread {
+        // Where one term is as large as all others together, each later addition rounds at its
+        // scale: up to 256 times in a row, a random walk of 16 * 0.58 units, four times that wide.
+        tolerance.iter_mut().flatten().for_each(|bound| *bound *= 7.0);
+    }
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        let perfect: Vec<_> = expected.iter().map(|output| output.rounded(dtype)).collect();
+        if let Err(error) = compare(case.class, &perfect, &expected, &tolerance) {
+            panic!("the harness rejects a perfect {dtype} backend: {error}");
+        }
+    }
+    (expected, tolerance)
+}
+
+/// Some sequences and some single tokens.
+fn parts(batch: &Batch, cut: Cut, seed: u64) -> Vec<(usize, Range<usize>)> {
+    let mut random = Gen::new(seed);
+    let with_tokens: Vec<_> = (0..batch.lens.len()).filter(|&s| batch.lens[s] > 0).collect();
+    if cut == Cut::Never || with_tokens.is_empty() {
+        return vec![];
+    }
+    let mut parts = Vec::new();
+    for _ in 0..2 {
+        let sequence = random.pick(&with_tokens);
+        let tokens = batch.tokens_of(sequence);
+        if cut == Cut::Token {
+            let token = tokens.start + random.below(tokens.len());
+            parts.push((sequence, token..token + 1));
+        }
+        parts.push((sequence, tokens));
+    }
+    parts
 }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
-    isa::{ElementMut, LANES, Simd, SimdOp},
+    isa::{Element, ElementMut, LANES, Simd, SimdOp},
     with_element,
 };
 use crate::tensor::Tensor;
@@ -45,6 +45,23 @@ pub(super) fn factors(dropout: &Dropout, token: usize, cols: Range<usize>, out: 
         }
         out.copy_from_slice(&all[..out.len()]);
         first = first.wrapping_add(8);
+    }
+}
+
+/// Vector `i` of a slice, whose last one may be partial.
+#[inline(always)]
+pub(super) fn load<S: Simd, T: Element>(s: S, from: &[T::Item], i: usize) -> S::V {
+    let (whole, tail) = from.as_chunks::<LANES>();
+    whole.get(i).map_or_else(|| T::load_part(s, tail), |x| T::load(s, x))
+}
+
+/// Vector `i` of a slice, whose last one may be partial.
+#[inline(always)]
+pub(super) fn store<S: Simd, T: ElementMut>(s: S, v: S::V, to: &mut [T::Item], i: usize) {
+    let (whole, tail) = to.as_chunks_mut::<LANES>();
+    match whole.get_mut(i) {
+        Some(to) => T::store(s, v, to),
+        None => T::store_part(s, v, tail),
     }
 }
 

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
-    elementwise::{FACTORS, factors},
+    elementwise::{FACTORS, factors, load, store},
     isa::{ElementMut, LANES, Simd, SimdOp},
     math::{normal, sigmoid},
     with_element,
@@ -145,23 +145,6 @@ impl<T: ElementMut> Block<'_, T> {
         let up = self.up.map_or(s.splat(1.0), |up| load::<S, T>(s, up, i));
         let kept = s.load(&self.factors.as_chunks::<LANES>().0[i]);
         (load::<S, T>(s, self.gate, i), up, kept)
-    }
-}
-
-/// Vector `i` of a slice, whose last one may be partial.
-#[inline(always)]
-fn load<S: Simd, T: ElementMut>(s: S, from: &[T::Item], i: usize) -> S::V {
-    let (whole, tail) = from.as_chunks::<LANES>();
-    whole.get(i).map_or_else(|| T::load_part(s, tail), |x| T::load(s, x))
-}
-
-/// Vector `i` of a slice, whose last one may be partial.
-#[inline(always)]
-fn store<S: Simd, T: ElementMut>(s: S, v: S::V, to: &mut [T::Item], i: usize) {
-    let (whole, tail) = to.as_chunks_mut::<LANES>();
-    match whole.get_mut(i) {
-        Some(to) => T::store(s, v, to),
-        None => T::store_part(s, v, tail),
     }
 }
 

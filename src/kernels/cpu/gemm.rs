@@ -175,13 +175,19 @@ impl Packed {
         packed
     }
 
-    /// Room for `n_rows x k`, to be filled through [`Packed::tiles_mut`].
+    /// Room for `n_rows x k`: at first for any `k` values of each row ([`Packed::values_mut`]),
+    /// then tile by tile for their packed form ([`Packed::tiles_mut`], [`pack_tile`]).
     pub(super) fn unwritten(cpu: &Cpu, n_rows: usize, k: usize, first_row: usize) -> Self {
         let mr = tile_shape(cpu.isa).0;
         Self { buffer: cpu.scratch(n_rows.next_multiple_of(mr) * k), first_row, k, mr }
     }
 
-    /// The tiles, each `[k][MR]`; before packing any `MR x k` values.
+    /// All values.
+    pub(super) fn values_mut(&mut self) -> &mut [f32] {
+        self.buffer.as_mut_slice()
+    }
+
+    /// The tiles, `MR x k` values each.
     pub(super) fn tiles_mut(&mut self) -> impl IndexedParallelIterator<Item = &mut [f32]> {
         let tile = (self.mr * self.k).max(1);
         self.buffer.as_mut_slice::<f32>().par_chunks_mut(tile)
@@ -191,6 +197,11 @@ impl Packed {
         let start = tile * self.k;
         &self.buffer.as_slice()[(start + k.start) * self.mr..(start + k.end) * self.mr]
     }
+}
+
+/// Packs at most `MR` rows as one tile.
+pub(super) fn pack_tile(isa: Isa, rows: Matrix<'_>, out: &mut [f32]) {
+    isa.run(PackRows { matrix: rows, first_row: 0, out });
 }
 
 /// `MR` and `WIDTH` of an instruction set.
@@ -594,7 +605,7 @@ impl Cut {
 }
 
 /// What happens to a sum before it is rounded: `residual + dropout(sum + bias)`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct Finish<'a> {
     /// Of all output columns.
     pub(super) bias: Option<&'a [f32]>,
@@ -603,8 +614,9 @@ pub(super) struct Finish<'a> {
 }
 
 /// Where [`Finish`] finds the residual.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) enum Residual<'a> {
+    #[default]
     None,
     /// In the output, which it makes room for.
     Output,

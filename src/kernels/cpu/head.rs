@@ -1,12 +1,349 @@
-//! Head, cross-entropy and argmax.
+//! Head and cross-entropy in one, and argmax.
+//!
+//! ```text
+//! logits = (scale * x)·Wᵀ    p = softmax(logits)    nll = -ln p[label]
+//! d_x = ((p - onehot(label)) * scale * d_nll)·W
+//! ```
+//!
+//! The logits of a chunk of tokens become, in place, the left operand of `d_x`'s product: for each
+//! tile of rows exponentials, then gradients, then the packed form. No more than 32 MiB of them
+//! exist at a time. Rows do not meet, so the chunks do not change a bit.
 
-use super::{super::ops::*, Cpu};
-use crate::tensor::Tensor;
+use rayon::prelude::*;
+
+use super::{
+    super::{Precision, ops::*},
+    Cpu, Slice, SliceMut,
+    gemm::{Accumulator, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, tile_shape},
+    isa::{Element, ElementMut, Isa, LANES, Simd, SimdOp},
+    math,
+};
+use crate::tensor::{Frozen, Tensor};
+
+/// Logits that exist at a time.
+const LOGITS: usize = 8 << 20;
+/// Exponentials that are added in f32 before their sum is added to the others in f64.
+const SUM_BLOCK: usize = 64 * LANES;
 
 pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
-    todo!()
+    let HeadLoss { x, weight, labels, scale, d_nll } = args;
+    let vocabulary = weight.rows();
+    assert_eq!((x.rows(), x.cols()), (labels.len(), weight.cols()));
+    assert!(labels.iter().all(|&label| (label as usize) < vocabulary), "labels are ids");
+    let mut nll = vec![0.0; x.rows()];
+    let mut d_x = d_nll.map(|_| cpu.alloc(x.rows(), x.cols(), Precision::Activation));
+    let n_rows = (LOGITS / vocabulary.max(1) / 12 * 12).clamp(12, 1152);
+    for start in (0..x.rows()).step_by(n_rows) {
+        let rows = start..x.rows().min(start + n_rows);
+        let mut logits = logits(cpu, Matrix::tensor(x).part_rows(rows.clone()), weight);
+        let mr = tile_shape(cpu.isa).0;
+        let nll = nll[rows.clone()].par_chunks_mut(mr);
+        let tiles = logits.tiles_mut().zip(labels[rows.clone()].par_chunks(mr)).zip(nll);
+        tiles.for_each(|((logits, labels), nll)| {
+            for ((row, &label), nll) in logits.chunks_mut(vocabulary).zip(labels).zip(nll) {
+                *nll = cpu.isa.run(Softmax { row, label: label as usize, scale, d_nll });
+            }
+            if d_nll.is_some() {
+                let gradients = &logits[..labels.len() * vocabulary];
+                let mut copy = cpu.scratch(gradients.len());
+                copy.as_mut_slice().copy_from_slice(gradients);
+                let rows = Matrix::f32s(copy.as_slice(), labels.len(), vocabulary);
+                pack_tile(cpu.isa, rows, logits);
+            }
+        });
+        let cols = x.cols();
+        let chunk = start * cols..rows.end * cols;
+        match d_x.as_mut().map(Tensor::slice_mut) {
+            Some(SliceMut::F32(d_x)) => backward(cpu, &logits, weight, &mut d_x[chunk]),
+            Some(SliceMut::Bf16(d_x)) => backward(cpu, &logits, weight, &mut d_x[chunk]),
+            None => {}
+        }
+    }
+    Loss { nll, d_x }
 }
 
-pub(super) fn argmax(logits: &Tensor<Cpu>, forbidden: &[u32]) -> Vec<u32> {
-    todo!()
+/// `x·Wᵀ`, row-major, with room for whole tiles.
+fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
+    let lhs = Packed::rows(cpu, x, 0);
+    let mut logits = Packed::unwritten(cpu, x.rows, weight.rows(), 0);
+    let out = &mut logits.values_mut()[..x.rows * weight.rows()];
+    cut(out, weight.rows(), 0, x.rows).into_par_iter().for_each(|rectangle| {
+        let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
+        sums.add(&Product {
+            lhs: &lhs,
+            first_k: 0,
+            rows: rectangle.rows.clone(),
+            rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: true, first_col: 0 }],
+        });
+        Finish::default().write(cpu.isa, rectangle, |row| sums.row(row));
+    });
+    logits
+}
+
+/// `d_x = d_logits·W`.
+fn backward<T: ElementMut<Item = T> + Send>(
+    cpu: &Cpu,
+    d_logits: &Packed,
+    weight: &Frozen,
+    d_x: &mut [T],
+) {
+    let n_rows = d_x.len() / weight.cols().max(1);
+    cut(d_x, weight.cols(), 0, n_rows.max(1)).into_par_iter().for_each(|rectangle| {
+        let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
+        sums.add(&Product {
+            lhs: d_logits,
+            first_k: 0,
+            rows: rectangle.rows.clone(),
+            rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: false, first_col: 0 }],
+        });
+        Finish::default().write(cpu.isa, rectangle, |row| sums.row(row));
+    });
+}
+
+/// One row: gives its nll and, where there is a `d_nll`, replaces the logits by their gradients.
+struct Softmax<'a> {
+    row: &'a mut [f32],
+    label: usize,
+    scale: f32,
+    d_nll: Option<f32>,
+}
+
+impl SimdOp for Softmax<'_> {
+    type Output = f64;
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> f64 {
+        let Self { row, label, scale, d_nll } = self;
+        let scale_lanes = simd.splat(scale);
+        each(simd, row, |v| simd.mul(v, scale_lanes));
+        let largest = max::<S, f32>(simd, row);
+        let at_label = row[label];
+        // NaN anywhere, or an infinity, makes the sum NaN: a broken model has no quiet loss.
+        let shift = simd.splat(largest);
+        let mut sum = 0.0;
+        for block in row.chunks_mut(SUM_BLOCK) {
+            let mut lanes = simd.splat(0.0);
+            each(simd, block, |v| {
+                let e = math::exp(simd, simd.sub(v, shift));
+                lanes = simd.add(lanes, e);
+                e
+            });
+            sum += f64::from(simd.sum(lanes));
+        }
+        if let Some(d_nll) = d_nll {
+            let d_logit = f64::from(scale) * f64::from(d_nll);
+            let at_label = (f64::from(row[label]) / sum - 1.0) * d_logit;
+            let factor = simd.splat((d_logit / sum) as f32);
+            each(simd, row, |v| simd.mul(v, factor));
+            row[label] = at_label as f32;
+        }
+        sum.ln() + (f64::from(largest) - f64::from(at_label))
+    }
+}
+
+/// Applies a function to all elements; lanes past the end are -inf.
+#[inline(always)]
+fn each<S: Simd>(simd: S, row: &mut [f32], mut f: impl FnMut(S::V) -> S::V) {
+    let (whole, rest) = row.as_chunks_mut();
+    for lanes in whole {
+        simd.store(f(simd.load(lanes)), lanes);
+    }
+    if !rest.is_empty() {
+        let v = f(simd.load_part(rest, f32::NEG_INFINITY));
+        simd.store_part(v, rest);
+    }
+}
+
+/// The largest element that is not NaN, or -inf.
+#[inline(always)]
+fn max<S: Simd, E: Element>(simd: S, row: &[E::Item]) -> f32 {
+    let (whole, rest) = row.as_chunks();
+    let mut largest = simd.splat(f32::NEG_INFINITY);
+    for lanes in whole {
+        largest = simd.max(E::load(simd, lanes), largest);
+    }
+    let rest = rest.iter().map(|&item| E::get(item));
+    rest.fold(simd.max_lane(largest), |a, b| if b > a { b } else { a })
+}
+
+pub(super) fn argmax(cpu: &Cpu, logits: &Tensor<Cpu>, forbidden: &[u32]) -> Vec<u32> {
+    let cols = logits.cols();
+    assert!(cols > 0, "a largest of none");
+    let mut walls: Vec<usize> = forbidden.iter().map(|&f| f as usize).collect();
+    walls.sort_unstable();
+    walls.retain(|&wall| wall < cols);
+    walls.push(cols);
+    match logits.slice() {
+        Slice::F32(slice) => argmax_of::<f32>(cpu.isa, slice, cols, &walls),
+        Slice::Bf16(slice) => argmax_of::<half::bf16>(cpu.isa, slice, cols, &walls),
+    }
+}
+
+fn argmax_of<E: Element>(isa: Isa, logits: &[E::Item], cols: usize, walls: &[usize]) -> Vec<u32> {
+    logits.par_chunks(cols).map(|row| isa.run(Argmax::<E> { row, walls })).collect()
+}
+
+/// The first of the largest elements outside the walls, the last of which is the row's end; 0 where
+/// all are NaN.
+struct Argmax<'a, E: Element> {
+    row: &'a [E::Item],
+    walls: &'a [usize],
+}
+
+impl<E: Element> SimdOp for Argmax<'_, E> {
+    type Output = u32;
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) -> u32 {
+        let Self { row, walls } = self;
+        let mut best: Option<(f32, usize)> = None;
+        let mut start = 0;
+        for &wall in walls {
+            let run = &row[start.min(wall)..wall];
+            let largest = max::<S, E>(simd, run);
+            if best.is_none_or(|(best, _)| largest > best)
+                && let Some(at) = run.iter().position(|&item| E::get(item) == largest)
+            {
+                best = Some((largest, start + at));
+            }
+            start = wall + 1;
+        }
+        best.map_or(0, |(_, at)| at as u32)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::checks::*, *};
+    use crate::kernels::Backend;
+
+    fn expected(cpu: &Cpu, args: &HeadLoss<'_, Cpu>) -> (Vec<(f64, f64)>, Vec<Sized>) {
+        let (k, n) = (args.x.cols(), args.weight.rows());
+        let w: Vec<_> = args.weight.to_f32().into_iter().map(f64::from).collect();
+        let (x, scale) = (cpu.download(args.x), f64::from(args.scale));
+        let (mut nll, mut d_x) = (Vec::new(), Vec::new());
+        for (x, &label) in x.chunks(k).zip(args.labels) {
+            let mut logits = vec![Sized::default(); n];
+            for (logit, w) in logits.iter_mut().zip(w.chunks(k)) {
+                x.iter().zip(w).for_each(|(x, w)| logit.add(x * w * scale));
+            }
+            let sum: f64 = logits.iter().map(|l| l.value.exp()).sum();
+            let largest = logits.iter().map(|l| l.size).fold(0.0, f64::max);
+            nll.push((sum.ln() - logits[label as usize].value, largest));
+            let mut d = vec![Sized::default(); k];
+            for (i, (logit, w)) in logits.iter().zip(w.chunks(k)).enumerate() {
+                let p = logit.value.exp() / sum;
+                let hot = f64::from(u8::from(i == label as usize));
+                let d_logit = scale * f64::from(args.d_nll.unwrap_or(0.0));
+                for (d, w) in d.iter_mut().zip(w) {
+                    d.value += (p - hot) * d_logit * w;
+                    // A probability's relative error is about that of its logit.
+                    d.size += (p * (2.0 + 2.0 * largest) + hot) * (d_logit * w).abs();
+                }
+            }
+            // Thousands of blocks, one after the other, err by the root of their number.
+            let growth = 1.0 + (n as f64 / 256.0).sqrt() / 16.0;
+            d.iter_mut().for_each(|d| d.size *= growth);
+            d_x.extend(d);
+        }
+        (nll, d_x)
+    }
+
+    #[test]
+    fn head_loss_is_its_definition() {
+        for cpu in backends() {
+            let mut data = Data::new(5, false);
+            for (m, k, n) in [
+                (0, 3, 5),
+                (1, 1, 1),
+                (7, 31, 97),
+                (13, 64, 2055),
+                (33, 17, 16),
+                (26, 300, 130),
+                (14, 1, 700_000), // Two chunks.
+            ] {
+                if n > 100_000 && cpu.isa.name() == "scalar" {
+                    continue;
+                }
+                let x = data.tensor(&cpu, m, k, Precision::Activation);
+                let weight = data.weight(n, k);
+                let labels: Vec<_> = (0..m).map(|_| data.below(n) as u32).collect();
+                let args =
+                    |d_nll| HeadLoss { x: &x, weight: &weight, labels: &labels, scale: 0.3, d_nll };
+                let (nll, d_x) = expected(&cpu, &args(Some(0.7)));
+                let loss = cpu.head_loss(args(Some(0.7)));
+                for (got, (want, size)) in loss.nll.iter().zip(&nll) {
+                    let bound = 4.0 * f64::powi(2.0, -24) * (size + want.abs() + 1.0);
+                    assert!((got - want).abs() <= bound, "{m} x {k} x {n}: {got}, not {want}");
+                }
+                let got = loss.d_x.clone().expect("asked for");
+                check(&format!("head_loss {m} x {k} x {n}"), &cpu, &got, &d_x, false);
+
+                let plain = cpu.head_loss(args(None));
+                assert!(plain.d_x.is_none());
+                let nll_bits =
+                    |l: &Loss<Cpu>| l.nll.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(nll_bits(&plain), nll_bits(&loss));
+                let again = with_threads(&cpu, 3).head_loss(args(Some(0.7)));
+                assert_eq!(nll_bits(&again), nll_bits(&loss));
+                assert_eq!(bits(&cpu, &again.d_x.expect("asked for")), bits(&cpu, &got));
+                for t in (0..m).step_by(3) {
+                    let x = some_rows(&cpu, &x, t..t + 1);
+                    let alone = cpu.head_loss(HeadLoss {
+                        x: &x,
+                        labels: &labels[t..=t],
+                        ..args(Some(0.7))
+                    });
+                    assert_eq!(alone.nll[0].to_bits(), loss.nll[t].to_bits());
+                    let row = some_rows(&cpu, &got, t..t + 1);
+                    assert_eq!(bits(&cpu, &alone.d_x.expect("asked for")), bits(&cpu, &row));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn broken_logits_have_no_quiet_loss() {
+        for cpu in backends() {
+            let weight = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2.0, -1e30, 1.0];
+            let weight = Frozen::from_f32(&weight, 6, 1, crate::dtype::Dtype::F32);
+            let x = cpu.upload(&[1.0], 1, 1, Precision::Activation);
+            for label in 0..6 {
+                let loss = cpu.head_loss(HeadLoss {
+                    x: &x,
+                    weight: &weight,
+                    labels: &[label],
+                    scale: 1.0,
+                    d_nll: None,
+                });
+                assert!(loss.nll[0].is_nan(), "label {label}: {}", loss.nll[0]);
+            }
+        }
+    }
+
+    #[test]
+    fn argmax_is_the_first_largest_number() {
+        const NAN: f64 = f64::NAN;
+        for cpu in backends() {
+            let mut data = Data::new(6, true);
+            for cols in [1, 2, 15, 16, 17, 40] {
+                let logits = data.tensor(&cpu, 9, cols, Precision::Full);
+                let values = cpu.download(&logits);
+                for (row, got) in values.chunks(cols).zip(cpu.argmax(&logits, &[])) {
+                    let first =
+                        (0..cols).rev().max_by(|&a, &b| row[a].total_cmp(&row[b])).expect("some");
+                    assert_eq!(got as usize, first, "{row:?}");
+                }
+            }
+            let odd = [NAN, f64::NEG_INFINITY, NAN, -3.0, NAN, -3.0, NAN, NAN];
+            for precision in [Precision::Activation, Precision::Full] {
+                let logits = cpu.upload(&odd, 4, 2, precision);
+                assert_eq!(cpu.argmax(&logits, &[]), [1, 1, 1, 0]);
+            }
+            let logits = cpu.upload(&[3.0, 5.0, 4.0, 5.0, -1.0], 1, 5, Precision::Full);
+            for (forbidden, want) in
+                [(&[][..], 1), (&[1], 3), (&[3, 1], 2), (&[3, 1, 1, 2, 9], 0), (&[0, 4], 1)]
+            {
+                assert_eq!(cpu.argmax(&logits, forbidden), [want], "{forbidden:?}");
+            }
+        }
+    }
 }

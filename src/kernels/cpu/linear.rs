@@ -324,7 +324,7 @@ pub(super) fn linear_backward(cpu: &Cpu, args: LinearBackward<'_, Cpu>) -> Tenso
         None => cpu.alloc(rows, cols, Precision::Activation),
     };
     let residual = if in_place { Residual::Output } else { Residual::None };
-    let finish = Finish { bias: None, dropout: None, residual };
+    let finish = Finish { residual, ..Finish::default() };
     match d_x.slice_mut() {
         SliceMut::F32(d_x) => write_backward(cpu, terms, finish, cols, d_x),
         SliceMut::Bf16(d_x) => write_backward(cpu, terms, finish, cols, d_x),

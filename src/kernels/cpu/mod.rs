@@ -80,6 +80,11 @@ impl Cpu {
         self.isa
     }
 
+    /// The type of activations.
+    pub fn compute_dtype(&self) -> Dtype {
+        self.compute
+    }
+
     /// The number of threads.
     pub fn n_threads(&self) -> usize {
         self.threads.current_num_threads()
@@ -302,7 +307,7 @@ impl Backend for Cpu {
         self.scope(|| head::head_loss(self, args))
     }
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
-        self.scope(|| head::argmax(logits, forbidden))
+        self.scope(|| head::argmax(self, logits, forbidden))
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         route::route(self, args)

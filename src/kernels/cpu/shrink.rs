@@ -1,12 +1,348 @@
-//! Into rank space.
+//! Into rank space: `z = scale * x·Â`, for siblings that share `x`, and the same straight from the
+//! bank: `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]`.
+//!
+//! The siblings' ranks stand side by side as the columns of one product, so `x` is read once. A task
+//! is a piece of a segment: it has one routing row's `Â`, and its rows of every `z` are contiguous.
 
-use super::{super::ops::*, Cpu};
+use std::{mem, ops::Range};
+
+use rayon::prelude::*;
+
+use super::{
+    super::{Precision, ops::*},
+    Cpu,
+    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rhs, with_element},
+    isa::{Element, LANES, Simd, SimdOp},
+    linear::mixing_weights,
+};
 use crate::tensor::Tensor;
 
+/// Tokens of a task: their packed `x` and the sums stay in the L2 cache.
+const TOKENS: usize = 96;
+
 pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
-    todo!()
+    let Shrink { x, mixed_a, segments, scale, order } = args;
+    let Some(rank) = mixed_a.first().map(|a| a.cols()) else { return Vec::new() };
+    for a in mixed_a {
+        assert_eq!((a.rows(), a.cols()), (segments.n_rows() * x.cols(), rank));
+    }
+    let rhs: Vec<_> = mixed_a
+        .iter()
+        .map(|a| Side { lhs: x, rhs: Matrix::tensor(a), rhs_rows: x.cols(), transposed: false })
+        .collect();
+    match order {
+        Order::Panel => into_rank_space(cpu, &rhs, rank, segments, scale),
+        Order::Dot => mixed_a.iter().map(|a| shrink_dot(cpu, x, a, segments, scale)).collect(),
+    }
+}
+
+/// One sibling of [`into_rank_space`].
+pub(super) struct Side<'a> {
+    /// `[tokens, k]`.
+    pub(super) lhs: &'a Tensor<Cpu>,
+    /// A block of `rhs_rows` rows for each routing row.
+    pub(super) rhs: Matrix<'a>,
+    pub(super) rhs_rows: usize,
+    /// A block is `[rank, k]`, else `[k, rank]`.
+    pub(super) transposed: bool,
+}
+
+/// `scale * lhs·rhs[row]` of each side; sides next to each other that share `lhs` share its packing.
+pub(super) fn into_rank_space(
+    cpu: &Cpu,
+    sides: &[Side<'_>],
+    rank: usize,
+    segments: &Segments,
+    scale: f32,
+) -> Vec<Tensor<Cpu>> {
+    let n_tokens = segments.n_tokens();
+    let mut zs: Vec<_> = sides.iter().map(|_| cpu.alloc(n_tokens, rank, Precision::Full)).collect();
+    if rank == 0 {
+        return zs;
+    }
+    for side in sides {
+        assert_eq!(side.lhs.rows(), n_tokens, "a routing row for every token");
+    }
+    let mut tasks: Vec<_> = pieces(segments).map(|(run, row)| (run, row, Vec::new())).collect();
+    for z in &mut zs {
+        let mut rest = z.f32s_mut();
+        for (run, _, outs) in &mut tasks {
+            let (now, later) = mem::take(&mut rest).split_at_mut(run.len() * rank);
+            outs.push(now);
+            rest = later;
+        }
+    }
+    tasks.into_par_iter().for_each(|(run, row, mut outs)| {
+        let mut start = 0;
+        while start < sides.len() {
+            let lhs = sides[start].lhs;
+            let shared = |side: &&Side<'_>| std::ptr::eq(side.lhs, lhs);
+            let end = start + sides[start..].iter().take_while(shared).count();
+            let packed =
+                Packed::rows_here(cpu, Matrix::tensor(lhs).part_rows(run.clone()), run.start);
+            let rhs: Vec<_> = (sides[start..end].iter().enumerate())
+                .map(|(i, side)| Rhs {
+                    matrix: side.rhs.part_rows(row * side.rhs_rows..(row + 1) * side.rhs_rows),
+                    transposed: side.transposed,
+                    first_col: i * rank,
+                })
+                .collect();
+            write(cpu, &packed, &rhs, run.clone(), scale, &mut outs[start..end]);
+            start = end;
+        }
+    });
+    zs
+}
+
+/// `outs[i][t, j] = scale * Σ_k lhs[t, k] rhs[i][k, j]`.
+fn write(
+    cpu: &Cpu,
+    lhs: &Packed,
+    rhs: &[Rhs<'_>],
+    rows: Range<usize>,
+    scale: f32,
+    outs: &mut [&mut [f32]],
+) {
+    let rank = outs[0].len() / rows.len();
+    let n_cols = rank * outs.len();
+    for start in (0..n_cols).step_by(COLS) {
+        let cols = start..n_cols.min(start + COLS);
+        let mut sums = Accumulator::new(cpu, rows.clone(), cols.clone());
+        sums.add(&Product { lhs, first_k: 0, rows: rows.clone(), rhs });
+        for (i, row) in rows.clone().enumerate() {
+            let values = sums.row(row);
+            for (col, value) in cols.clone().zip(values) {
+                outs[col / rank][i * rank + col % rank] = scale * value;
+            }
+        }
+    }
+}
+
+/// The segments, cut into pieces of at most [`TOKENS`].
+fn pieces(segments: &Segments) -> impl Iterator<Item = (Range<usize>, usize)> + '_ {
+    segments.iter().flat_map(|(run, row)| {
+        let end = run.end;
+        run.step_by(TOKENS).map(move |start| (start..end.min(start + TOKENS), row))
+    })
+}
+
+fn shrink_dot(
+    cpu: &Cpu,
+    x: &Tensor<Cpu>,
+    a: &Tensor<Cpu>,
+    segments: &Segments,
+    scale: f32,
+) -> Tensor<Cpu> {
+    let (d_in, rank) = (x.cols(), a.cols());
+    by_token(cpu, x, rank, segments, |x, row, z| {
+        let a = &a.f32s()[row * d_in * rank..(row + 1) * d_in * rank];
+        cpu.isa.run(Lanes { x, a, out: &mut *z });
+        z.iter_mut().for_each(|z| *z *= scale);
+    })
 }
 
 pub(super) fn shrink_stacked(cpu: &Cpu, args: ShrinkStacked<'_, Cpu>) -> Tensor<Cpu> {
-    todo!()
+    let ShrinkStacked { x, stacked, segments, scale } = args;
+    let Bank { n_splits, n_skills, d_in, rank, .. } = stacked.bank;
+    assert_eq!(d_in, x.cols());
+    let width = d_in / n_splits;
+    let a = &stacked.params.f32s()[stacked.bank.a()];
+    by_token(cpu, x, rank, segments, |x, row, z| {
+        let mut u = vec![0.0; rank];
+        z.fill(0.0);
+        for q in 0..n_splits {
+            let x = x.part(0..1, q * width..(q + 1) * width);
+            for (s, &w) in mixing_weights(&stacked, segments.n_rows(), row, q).iter().enumerate() {
+                let start = (q * n_skills + s) * width * rank;
+                cpu.isa.run(Lanes { x, a: &a[start..start + width * rank], out: &mut u });
+                z.iter_mut().zip(&u).for_each(|(z, u)| *z += w * u);
+            }
+        }
+        z.iter_mut().for_each(|z| *z *= scale);
+    })
+}
+
+/// A `[tokens, rank]` tensor, each row written from the token's `x` and its routing row.
+fn by_token(
+    cpu: &Cpu,
+    x: &Tensor<Cpu>,
+    rank: usize,
+    segments: &Segments,
+    write: impl Fn(Matrix<'_>, usize, &mut [f32]) + Sync,
+) -> Tensor<Cpu> {
+    assert_eq!(x.rows(), segments.n_tokens(), "a routing row for every token");
+    let mut z = cpu.alloc(x.rows(), rank, Precision::Full);
+    let x = Matrix::tensor(x);
+    let rows: Vec<_> = segments.iter().flat_map(|(run, row)| run.map(move |_| row)).collect();
+    let zs = z.f32s_mut().par_chunks_mut(rank.max(1)).zip(rows).enumerate();
+    zs.for_each(|(token, (z, row))| write(x.part_rows(token..token + 1), row, z));
+    z
+}
+
+/// `out[j] = Σ_k x[k] a[k, j]` in 16 lanes: lane `i` sums `k = i mod 16` in order, then the lanes
+/// are added as a tree.
+struct Lanes<'a> {
+    /// `[1, k]`.
+    x: Matrix<'a>,
+    /// `[k, rank]`.
+    a: &'a [f32],
+    /// `[rank]`.
+    out: &'a mut [f32],
+}
+
+impl SimdOp for Lanes<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        with_element!(self.x.dtype, E => {
+            // A vector holds the same lane of 16 ranks, or, where the rank divides 16, several lanes
+            // of all ranks: either way 16 consecutive elements of `a`.
+            let Self { x, a, out } = self;
+            let rank = out.len();
+            let mut sums = vec![0.0; LANES * rank];
+            let mut wide = vec![0.0; LANES * rank];
+            let x = x.row::<E>(0);
+            assert_eq!(a.len(), x.len() * rank);
+            for (x, a) in x.chunks(LANES).zip(a.chunks((LANES * rank).max(1))) {
+                for (wide, &x) in wide.chunks_mut(rank).zip(x) {
+                    wide.fill(E::get(x));
+                }
+                let (whole, rest) = a.as_chunks();
+                let (sums, sums_rest) = sums.as_chunks_mut();
+                let (wide, wide_rest) = wide.as_chunks();
+                for ((sum, x), a) in sums.iter_mut().zip(wide).zip(whole) {
+                    let sum_now = simd.fma(simd.load(x), simd.load(a), simd.load(sum));
+                    simd.store(sum_now, sum);
+                }
+                if let Some((sum, x)) = sums.get_mut(whole.len()).zip(wide.get(whole.len())) {
+                    let n = rest.len();
+                    let a = simd.load_part(rest, 0.0);
+                    let v = simd.fma(simd.load_part(&x[..n], 0.0), a, simd.load_part(&sum[..n], 0.0));
+                    simd.store_part(v, &mut sum[..n]);
+                }
+                debug_assert!(sums_rest.is_empty() && wide_rest.is_empty());
+            }
+            for step in [8, 4, 2, 1] {
+                let (lower, upper) = sums.split_at_mut(step * rank);
+                lower.iter_mut().zip(upper).for_each(|(l, u)| *l += *u);
+            }
+            out.copy_from_slice(&sums[..rank]);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::checks::*, *};
+    use crate::kernels::Backend;
+
+    const K: [usize; 10] = [0, 1, 5, 16, 17, 33, 97, 255, 256, 513];
+
+    fn alone(segments: &Segments, token: usize) -> Segments {
+        let (_, row) = segments.within(token..token + 1).next().expect("every token has a row");
+        Segments::new(&[1], &[row], segments.n_rows())
+    }
+
+    #[test]
+    fn shrink_is_its_definition() {
+        for cpu in backends() {
+            for exact in [true, false] {
+                let mut data = Data::new(7, exact);
+                for k in K.into_iter().chain([30; 10]) {
+                    let m = data.pick(&AWKWARD);
+                    let (rank, n_siblings) = (data.pick(&[1, 3, 8, 16, 40]), 1 + data.below(3));
+                    let segments = data.segments(m);
+                    let x = data.tensor(&cpu, m, k, Precision::Activation);
+                    let mut a = || data.tensor(&cpu, segments.n_rows() * k, rank, Precision::Full);
+                    let all_a: Vec<_> = (0..n_siblings).map(|_| a()).collect();
+                    let all_a: Vec<_> = all_a.iter().collect();
+                    let values = cpu.download(&x);
+                    for order in [Order::Panel, Order::Dot] {
+                        let run = |cpu: &Cpu, x: &Tensor<Cpu>, segments: &Segments| {
+                            cpu.shrink(Shrink { x, mixed_a: &all_a, segments, scale: 0.5, order })
+                        };
+                        let zs = run(&cpu, &x, &segments);
+                        let again = run(&with_threads(&cpu, 3), &x, &segments);
+                        for ((z, a), again) in zs.iter().zip(&all_a).zip(&again) {
+                            let mut want = vec![Sized::default(); m * rank];
+                            for (run, row) in segments.iter() {
+                                for (t, i, j) in run.flat_map(|t| {
+                                    (0..k).flat_map(move |i| (0..rank).map(move |j| (t, i, j)))
+                                }) {
+                                    let a = f64::from(a.f32s()[(row * k + i) * rank + j]);
+                                    want[t * rank + j].add(0.5 * values[t * k + i] * a);
+                                }
+                            }
+                            let name = format!("shrink {order:?} {m} x {k} x {rank}");
+                            check(&name, &cpu, z, &want, exact);
+                            assert_eq!(bits(&cpu, z), bits(&cpu, again));
+                        }
+                        for t in (0..m).step_by(11) {
+                            let x = some_rows(&cpu, &x, t..t + 1);
+                            for (z, alone) in zs.iter().zip(run(&cpu, &x, &alone(&segments, t))) {
+                                let row = some_rows(&cpu, z, t..t + 1);
+                                assert_eq!(bits(&cpu, &row), bits(&cpu, &alone));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shrink_stacked_is_its_definition() {
+        for cpu in backends() {
+            for exact in [true, false] {
+                let mut data = Data::new(8, exact);
+                for width in K {
+                    let (m, rank) = (data.pick(&AWKWARD[..14]), data.pick(&[1, 3, 8, 16]));
+                    let (n_splits, n_skills) = (1 + data.below(3), 1 + data.below(4));
+                    let d_in = n_splits * width;
+                    let segments = data.segments(m);
+                    let n_rows = segments.n_rows();
+                    let x = data.tensor(&cpu, m, d_in, Precision::Activation);
+                    let (linear, a_start, b_start, d_out) = (2, 3, 0, 0);
+                    let bank =
+                        Bank { linear, a_start, b_start, n_splits, n_skills, d_in, d_out, rank };
+                    let params = data.tensor(&cpu, 1, a_start + bank.a_len() + 2, Precision::Full);
+                    let weights =
+                        data.tensor(&cpu, 4 * n_rows, n_splits * n_skills, Precision::Full);
+                    let stacked = Stacked { bank, params: &params, weights: &weights };
+                    let run = |cpu: &Cpu, x: &Tensor<Cpu>, segments: &Segments| {
+                        cpu.shrink_stacked(ShrinkStacked { x, stacked, segments, scale: 0.25 })
+                    };
+                    let z = run(&cpu, &x, &segments);
+                    let values = cpu.download(&x);
+                    let mut want = vec![Sized::default(); m * rank];
+                    for (run, row) in segments.iter() {
+                        for t in run {
+                            for c in 0..n_splits * n_skills {
+                                let (q, s) = (c / n_skills, c % n_skills);
+                                let w = (linear * n_rows + row) * n_splits * n_skills + c;
+                                let w = f64::from(weights.f32s()[w]) * 0.25;
+                                for i in 0..width {
+                                    let x = values[t * d_in + q * width + i];
+                                    for j in 0..rank {
+                                        let a = ((q * n_skills + s) * width + i) * rank + j;
+                                        let a = f64::from(params.f32s()[a_start + a]);
+                                        want[t * rank + j].add(w * x * a);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                    check(&format!("shrink_stacked {m} x {d_in}"), &cpu, &z, &want, exact);
+                    assert_eq!(
+                        bits(&cpu, &z),
+                        bits(&cpu, &run(&with_threads(&cpu, 3), &x, &segments))
+                    );
+                    for t in (0..m).step_by(5) {
+                        let alone = run(&cpu, &some_rows(&cpu, &x, t..t + 1), &alone(&segments, t));
+                        assert_eq!(bits(&cpu, &alone), bits(&cpu, &some_rows(&cpu, &z, t..t + 1)));
+                    }
+                }
+            }
+        }
+    }
 }

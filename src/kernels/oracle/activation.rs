@@ -55,15 +55,7 @@ fn value(activation: Activation, x: f64) -> f64 {
 /// `activation'(x)`.
 fn slope(activation: Activation, x: f64) -> f64 {
     match activation {
-        Activation::Relu => {
-            if x > 0.0 {
-                1.0
-            } else if x.is_nan() {
-                x
-            } else {
-                0.0
-            }
-        }
+        Activation::Relu => f64::from(u8::from(x > 0.0)),
         Activation::GeluNew => {
             let s = sigmoid(2.0 * gelu_new_argument(x));
             let d_argument = (2.0 / PI).sqrt() * (1.0 + 3.0 * 0.044715 * x * x);

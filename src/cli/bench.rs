@@ -1,0 +1,287 @@
+//! `bench`: how long a training step, an evaluation or a generation takes, on random rows.
+//!
+//! Row i has task i mod n_tasks; ids are random and lengths full. `train` is forward, backward and
+//! AdamW step; with `--adapter none` it is forward, and backward through the activations down to both
+//! embeddings: the floor that an adapter is compared with.
+
+use std::{path::PathBuf, time::Instant};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::{Common, OnOff, print_json};
+use crate::{
+    error::{Error, Result},
+    formats::poly_config::PolyConfig,
+    generate::{Engine, GenerateOptions},
+    kernels::{
+        Backend, Precision,
+        cpu::Cpu,
+        philox::{Key, Purpose},
+    },
+    model::{Adapter, Batch, Example, Model, routed_lora::parse_targets, t5::Sides},
+    process::Memory,
+    tape::{Gradients, Tape},
+    train::{Schedule, TrainConfig, Trainer},
+};
+
+#[derive(Args)]
+pub(super) struct Bench {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// What is timed.
+    what: What,
+    /// The base model's folder.
+    #[arg(long)]
+    model: PathBuf,
+    /// Rows.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch: u32,
+    /// Source tokens of a row.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    src: u32,
+    /// Label tokens of a row.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    tgt: u32,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    new: u32,
+    /// With a Poly adapter, or the base alone.
+    #[arg(long, default_value = "poly")]
+    adapter: AdapterFlag,
+    /// Rank.
+    #[arg(long, default_value_t = 8)]
+    r: usize,
+    /// Skills.
+    #[arg(long, default_value_t = 4)]
+    n_skills: usize,
+    /// Splits.
+    #[arg(long, default_value_t = 4)]
+    n_splits: usize,
+    /// Tasks.
+    #[arg(long, default_value_t = 8)]
+    n_tasks: usize,
+    /// Names, a regular expression, or all-linear.
+    #[arg(long, default_value = "q,v")]
+    target_modules: String,
+    /// Whether activations are computed again instead of kept.
+    #[arg(long, default_value = "off")]
+    checkpointing: OnOff,
+    /// Dropout of the base.
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f32,
+    /// Timed steps, after two that are not.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum What {
+    Train,
+    Eval,
+    Generate,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AdapterFlag {
+    Poly,
+    None,
+}
+
+const WARM_UP: u32 = 2;
+
+impl Bench {
+    pub(super) fn run(&self) -> Result<()> {
+        let model = self.common.open_model(&self.model)?;
+        let adapter = match self.adapter {
+            AdapterFlag::Poly => Some(self.adapter(&model)?),
+            AdapterFlag::None => None,
+        };
+        let examples = self.examples(&model);
+        let examples: Vec<&Example> = examples.iter().collect();
+        let mut timer = Timer::default();
+        let loss = match (self.what, adapter) {
+            (What::Train, Some(adapter)) => self.train(&model, adapter, &examples, &mut timer)?,
+            (What::Train, None) => self.floor(&model, &examples, &mut timer),
+            (_, adapter) => self.infer(&model, adapter.as_ref(), &examples, &mut timer),
+        };
+        let row_tokens = match self.what {
+            What::Generate => self.new,
+            What::Train | What::Eval => self.src + self.tgt,
+        };
+        let (median, min) = timer.summary();
+        let backend = model.backend();
+        print_json(&json!({
+            "median_s": median,
+            "min_s": min,
+            "tok_per_s": f64::from(self.batch * row_tokens) / median,
+            "rss_mib": Memory::now().peak_rss_mib,
+            "anon_mib": timer.anon_mib,
+            "isa": backend.isa().name(),
+            "threads": backend.n_threads(),
+            "loss": loss,
+            "what": self.what.to_possible_value().map(|v| v.get_name().to_owned()),
+            "model": self.model,
+            "dtype": backend.compute_dtype().to_string(),
+            "adapter": if self.adapter == AdapterFlag::Poly { "poly" } else { "none" },
+            "batch": self.batch,
+            "src": self.src,
+            "tgt": self.tgt,
+            "new": self.new,
+            "r": self.r,
+            "n_skills": self.n_skills,
+            "n_splits": self.n_splits,
+            "n_tasks": self.n_tasks,
+            "target_modules": self.target_modules,
+            "checkpointing": self.checkpointing.is_on(),
+            "dropout": self.dropout,
+            "steps": self.steps,
+        }))
+    }
+
+    fn adapter(&self, model: &Model) -> Result<Adapter<Cpu>> {
+        if self.n_tasks == 0 {
+            return Err(Error::Usage("--n-tasks must be at least 1".into()));
+        }
+        let config = PolyConfig {
+            r: self.r,
+            n_tasks: self.n_tasks,
+            n_skills: self.n_skills,
+            n_splits: self.n_splits,
+            target_modules: Some(parse_targets(&self.target_modules)),
+            ..PolyConfig::default()
+        };
+        Adapter::new(model, &config, self.common.seed)
+    }
+
+    fn examples(&self, model: &Model) -> Vec<Example> {
+        let key = Key::new(self.common.seed, Purpose::Data, 1);
+        let n_ids = (model.vocab_size() - 3) as u64;
+        let mut draw = 0;
+        let mut ids = |n: u32| -> Vec<u32> {
+            (0..n)
+                .map(|_| {
+                    draw += 1;
+                    3 + (u64::from(key.word(draw)) * n_ids >> 32) as u32
+                })
+                .collect()
+        };
+        (0..self.batch)
+            .map(|i| Example {
+                input: ids(self.src),
+                labels: ids(self.tgt),
+                task: i % self.n_tasks.max(1) as u32,
+            })
+            .collect()
+    }
+
+    fn train(
+        &self,
+        model: &Model,
+        adapter: Adapter<Cpu>,
+        examples: &[&Example],
+        timer: &mut Timer,
+    ) -> Result<f64> {
+        let config = TrainConfig {
+            learning_rate: 1e-4,
+            router_learning_rate: 1e-4,
+            max_grad_norm: 0.0,
+            schedule: Schedule::Constant,
+            batch_size: examples.len(),
+            dropout: Some(self.dropout),
+            checkpointing: self.checkpointing.is_on(),
+            seed: self.common.seed,
+            ..TrainConfig::default()
+        };
+        let mut trainer = Trainer::new(model, adapter, config)?;
+        let mut loss = 0.0;
+        for _ in 0..WARM_UP + self.steps {
+            timer.time(|| trainer.step(examples).map(|report| loss = report.loss))?;
+        }
+        Ok(loss)
+    }
+
+    /// The frozen base: forward, and backward to both embeddings.
+    fn floor(&self, model: &Model, examples: &[&Example], timer: &mut Timer) -> f64 {
+        let backend = model.backend();
+        let start = model.generation().decoder_start_token_id;
+        let batch = Batch::new(examples.iter().copied(), start, 0);
+        let n_labels = batch.labels.len();
+        let dropout = (self.dropout, Key::new(self.common.seed, Purpose::Dropout, 1));
+        let mut sides = Sides::new(&batch, &batch.own_rows(), Some(dropout));
+        for side in [&mut sides.source, &mut sides.target] {
+            side.keep = !self.checkpointing.is_on();
+            side.watch = true;
+        }
+        let mut loss = 0.0;
+        for _ in 0..WARM_UP + self.steps {
+            timer.time(|| {
+                backend.scope(|| {
+                    let none = || backend.zeros(0, 0, Precision::Full);
+                    let mut gradients = Gradients { params: none(), weights: none() };
+                    let mut tape = Tape::recording(backend, None);
+                    let d_nll = 1.0 / n_labels as f32;
+                    let nll = model.network().loss(&mut tape, &batch, &sides, d_nll);
+                    loss = nll.iter().sum::<f64>() / n_labels as f64;
+                    tape.backward(Vec::new(), &mut gradients);
+                });
+            });
+        }
+        loss
+    }
+
+    fn infer(
+        &self,
+        model: &Model,
+        adapter: Option<&Adapter<Cpu>>,
+        examples: &[&Example],
+        timer: &mut Timer,
+    ) -> f64 {
+        let tasks = examples.iter().map(|example| example.task);
+        let engine = Engine::new(model, adapter, tasks, examples.len());
+        let new = self.new as usize;
+        let options = GenerateOptions { max_new_tokens: new, min_new_tokens: new };
+        let mut loss = 0.0;
+        for _ in 0..WARM_UP + self.steps {
+            timer.time(|| match self.what {
+                What::Generate => drop(engine.generate(examples, &options, |_, _| ())),
+                What::Train | What::Eval => {
+                    let nll = engine.nll(examples);
+                    let n: usize = nll.iter().map(Vec::len).sum();
+                    loss = nll.iter().flatten().sum::<f64>() / n as f64;
+                }
+            });
+        }
+        loss
+    }
+}
+
+#[derive(Default)]
+struct Timer {
+    seconds: Vec<f64>,
+    anon_mib: u64,
+}
+
+impl Timer {
+    fn time<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        let started = Instant::now();
+        let result = work();
+        self.seconds.push(started.elapsed().as_secs_f64());
+        // Buffers are kept for reuse, so what is resident after a step is the step's peak.
+        self.anon_mib = self.anon_mib.max(Memory::now().anon_mib);
+        result
+    }
+
+    /// Median and minimum of the timed steps.
+    fn summary(&self) -> (f64, f64) {
+        let mut timed = self.seconds[WARM_UP as usize..].to_vec();
+        timed.sort_by(f64::total_cmp);
+        let middle = timed.len() / 2;
+        let median = if timed.len() % 2 == 1 {
+            timed[middle]
+        } else {
+            (timed[middle - 1] + timed[middle]) / 2.0
+        };
+        (median, timed[0])
+    }
+}

@@ -1,0 +1,75 @@
+//! `eval`: loss, exact match and Rouge-L.
+
+use std::{io::Write, path::PathBuf};
+
+use clap::Args;
+
+use super::{Common, OnOff, data, print_json};
+use crate::{
+    error::Result,
+    formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
+    generate::{Engine, GenerateOptions},
+    model::Adapter,
+    train::evaluate::{Decode, evaluate},
+};
+
+#[derive(Args)]
+pub(super) struct Eval {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// The base model's folder.
+    #[arg(long)]
+    model: PathBuf,
+    /// The adapter's folder [default: the base alone].
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    data: data::DataFlags,
+    /// Writes a line of JSON a row: nll and n_tokens.
+    #[arg(long)]
+    per_example: Option<PathBuf>,
+    /// Whether outputs are generated and scored; without, exact_match and rouge_l are null.
+    #[arg(long, default_value = "on")]
+    generate: OnOff,
+    /// The most tokens of an output.
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// Rows that are computed together.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+}
+
+impl Eval {
+    pub(super) fn run(&self) -> Result<()> {
+        let model = self.common.open_model(&self.model)?;
+        let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
+        let tokenizer = data::open_tokenizer(&model)?;
+        let tasks = adapter.as_ref().map(Adapter::task_names);
+        let data = self.data.load(&model, tokenizer.as_ref(), tasks.as_ref(), Targets::Required)?;
+        let present = data.examples.iter().map(|example| example.task);
+        let engine = Engine::new(&model, adapter.as_ref(), present, self.batch_size as usize);
+        let options =
+            GenerateOptions { max_new_tokens: self.max_new_tokens, ..GenerateOptions::default() };
+        let evaluation = evaluate(
+            &engine,
+            &data,
+            self.generate.is_on().then_some(&options),
+            tokenizer.as_ref().map(|t| t as &dyn Decode),
+            |task| task_name(tasks.as_ref(), task),
+        )?;
+        model.verify_unchanged()?;
+        if let Some(path) = &self.per_example {
+            write_atomically(path, |file| {
+                evaluation.rows.iter().try_for_each(|(nll, n_tokens)| {
+                    writeln!(file, "{}", serde_json::json!({"nll": nll, "n_tokens": n_tokens}))
+                })
+            })?;
+        }
+        print_json(&evaluation)
+    }
+}
+
+/// The name of a task, else its number.
+pub(super) fn task_name(tasks: Option<&TaskNames>, task: u32) -> String {
+    tasks.and_then(|tasks| tasks.name(task)).map_or_else(|| task.to_string(), str::to_owned)
+}

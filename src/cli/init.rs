@@ -1,0 +1,47 @@
+//! `init`: a base with random weights.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Common, ComputeDtype, print, print_json};
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    model::presets::Preset,
+};
+
+#[derive(Args)]
+pub(super) struct Init {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// The shape, for example flan-t5-base.
+    #[arg(long)]
+    preset: String,
+    /// Where the folder goes.
+    #[arg(long)]
+    output_dir: PathBuf,
+}
+
+impl Init {
+    pub(super) fn run(&self) -> Result<()> {
+        let preset = Preset::named(&self.preset)?;
+        if self.output_dir.join("model.safetensors").exists() {
+            return Err(Error::Usage(format!(
+                "{} already holds a model: remove it first",
+                self.output_dir.display()
+            )));
+        }
+        let dtype = match self.common.dtype {
+            Some(ComputeDtype::F32) => Dtype::F32,
+            Some(ComputeDtype::Bf16) | None => Dtype::Bf16,
+        };
+        preset.write(&self.output_dir, dtype, self.common.seed)?;
+        if self.common.json {
+            return print_json(&serde_json::json!({
+                "preset": preset.name, "dtype": dtype.to_string(), "output_dir": self.output_dir,
+            }));
+        }
+        print(&format!("{} in {dtype}: {}", preset.name, self.output_dir.display()))
+    }
+}

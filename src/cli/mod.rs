@@ -1,0 +1,252 @@
+//! The command line: one file a verb, flags and exit codes as in the README.
+
+mod bench;
+mod data;
+mod doctor;
+mod eval;
+mod generate;
+mod init;
+mod inspect;
+mod train;
+
+use std::{
+    io::{IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    model::{Model, Options},
+};
+
+/// Trains and runs Poly / MHR adapters over a frozen, memory-mapped transformer.
+#[derive(Parser)]
+#[command(name = "polytape", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Train an adapter on JSONL rows.
+    Train(train::Train),
+    /// Loss, exact match and Rouge-L of a data file, per task and overall.
+    Eval(eval::Eval),
+    /// Generate an output for every row of a data file.
+    Generate(generate::Generate),
+    /// Say what is in a model or adapter folder.
+    Inspect(inspect::Inspect),
+    /// Make a base with random weights.
+    Init(init::Init),
+    /// Time a training step, an evaluation or a generation.
+    Bench(bench::Bench),
+    /// Say what this machine offers and what is used of it.
+    Doctor(doctor::Doctor),
+}
+
+/// Flags of every verb.
+#[derive(Args, Clone)]
+struct Common {
+    /// Compute type [default: bf16 where the base is 16-bit, else f32].
+    #[arg(long)]
+    dtype: Option<ComputeDtype>,
+    /// Where to compute.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Threads [default: one a core].
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// What everything random is derived from.
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// One JSON object a line on stdout; the last line is the result.
+    #[arg(long)]
+    json: bool,
+    /// More log lines (twice: everything). RUST_LOG wins.
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Fewer log lines and no progress bar.
+    #[arg(short)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ComputeDtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Device {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnOff {
+    On,
+    Off,
+}
+
+impl OnOff {
+    fn is_on(self) -> bool {
+        self == Self::On
+    }
+}
+
+impl Common {
+    fn dtype(&self) -> Option<Dtype> {
+        self.dtype.map(|dtype| match dtype {
+            ComputeDtype::F32 => Dtype::F32,
+            ComputeDtype::Bf16 => Dtype::Bf16,
+        })
+    }
+
+    fn n_threads(&self) -> usize {
+        self.threads.map_or(0, usize::from)
+    }
+
+    fn check_device(&self) -> Result<()> {
+        match self.device {
+            Device::Cpu => Ok(()),
+            Device::Cuda => {
+                Err(Error::Device("this version has no CUDA backend yet: use --device cpu".into()))
+            }
+        }
+    }
+
+    fn open_model(&self, dir: &PathBuf) -> Result<Model> {
+        self.check_device()?;
+        let options = Options { dtype: self.dtype(), n_threads: self.n_threads() };
+        let model = Model::open(dir, &options)?;
+        let backend = model.backend();
+        tracing::info!(
+            "{}: {} tensors, computing in {} on {} ({} threads)",
+            dir.display(),
+            model.tensors().len(),
+            backend.compute_dtype(),
+            backend.isa().name(),
+            backend.n_threads()
+        );
+        Ok(model)
+    }
+
+    /// A progress bar on a terminal, else nothing.
+    fn progress(&self, n: u64) -> indicatif::ProgressBar {
+        if self.quiet || self.json || !std::io::stderr().is_terminal() {
+            return indicatif::ProgressBar::hidden();
+        }
+        let style = indicatif::ProgressStyle::with_template(
+            "{bar:30} {pos}/{len} {msg} {elapsed} (eta {eta})",
+        );
+        let bar = indicatif::ProgressBar::new(n);
+        style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
+    }
+}
+
+/// Prints a line on stdout. A reader that went away is no error.
+fn print(line: &str) -> Result<()> {
+    match writeln!(std::io::stdout(), "{line}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::io("write", "stdout")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Prints a result as a line of JSON.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let line = serde_json::to_string(value).map_err(|error| Error::Config(error.to_string()))?;
+    print(&line)
+}
+
+/// Flags in Hugging Face's snake_case are the kebab-case ones.
+fn kebab(argument: String) -> String {
+    match argument.strip_prefix("--") {
+        Some(rest) => {
+            let (name, value) = rest.split_once('=').map_or((rest, None), |(n, v)| (n, Some(v)));
+            let name = name.replace('_', "-");
+            value.map_or(format!("--{name}"), |value| format!("--{name}={value}"))
+        }
+        None => argument,
+    }
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let arguments = std::env::args_os().map(|argument| match argument.into_string() {
+        Ok(text) => kebab(text).into(),
+        Err(raw) => raw,
+    });
+    let cli = Cli::parse_from(arguments);
+    let common = cli.verb.common();
+    let default = match (common.quiet, common.verbose) {
+        (true, _) => "error",
+        (false, 0) => "polytape=info,warn",
+        (false, 1) => "polytape=debug,warn",
+        (false, _) => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+        .init();
+    let done = match cli.verb {
+        Verb::Train(verb) => verb.run(),
+        Verb::Eval(verb) => verb.run(),
+        Verb::Generate(verb) => verb.run(),
+        Verb::Inspect(verb) => verb.run(),
+        Verb::Init(verb) => verb.run(),
+        Verb::Bench(verb) => verb.run(),
+        Verb::Doctor(verb) => verb.run(),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+impl Verb {
+    fn common(&self) -> &Common {
+        match self {
+            Self::Train(verb) => &verb.common,
+            Self::Eval(verb) => &verb.common,
+            Self::Generate(verb) => &verb.common,
+            Self::Inspect(verb) => &verb.common,
+            Self::Init(verb) => &verb.common,
+            Self::Bench(verb) => &verb.common,
+            Self::Doctor(verb) => &verb.common,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn snake_case_flags_are_accepted() {
+        assert_eq!(kebab("--max_steps".into()), "--max-steps");
+        assert_eq!(kebab("--model=my_dir".into()), "--model=my_dir");
+        assert_eq!(kebab("my_file".into()), "my_file");
+    }
+}

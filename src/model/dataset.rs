@@ -1,0 +1,234 @@
+//! Data rows to examples: text becomes ids, names become task ids, long rows are dealt with.
+
+use std::path::Path;
+
+use super::Example;
+use crate::{
+    error::{Error, Result},
+    formats::{
+        rows::{Row, RowReader, Sequence, Targets},
+        tasks::TaskNames,
+    },
+};
+
+/// Turns text into ids, with the special tokens that belong to them.
+pub trait Encode {
+    /// The ids of a text.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot encode it.
+    fn encode(&self, text: &str) -> Result<Vec<u32>>;
+}
+
+/// What happens to rows over the length limits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overlong {
+    /// They are cut (an end token at the end of a text stays) and counted.
+    Truncate,
+    /// They are left out and counted.
+    Skip,
+    /// They are an error.
+    Error,
+}
+
+/// How rows become examples.
+pub struct Encoding<'a> {
+    /// For text; rows of ids need none.
+    pub tokenizer: Option<&'a dyn Encode>,
+    /// Ids must be below.
+    pub vocab_size: usize,
+    /// The ids that end a text.
+    pub eos_token_ids: &'a [u32],
+    /// The most source tokens; none: 512 for text, no limit for ids.
+    pub max_source_length: Option<usize>,
+    /// The most label tokens.
+    pub max_target_length: usize,
+    /// What happens to longer rows.
+    pub overlong: Overlong,
+    /// The tasks' names and number; none: tasks do not matter.
+    pub tasks: Option<&'a TaskNames>,
+}
+
+/// Rows with their examples, in the file's order.
+#[derive(Clone, Debug, Default)]
+pub struct Dataset {
+    /// What the file says.
+    pub rows: Vec<Row>,
+    /// What the model sees.
+    pub examples: Vec<Example>,
+    /// Rows that were cut.
+    pub n_truncated: usize,
+    /// Rows that were left out.
+    pub n_skipped: usize,
+}
+
+/// All rows of a data file.
+///
+/// # Errors
+/// If the file cannot be read, is empty, or a line is malformed: the message names the line.
+pub fn read_rows(path: &Path, targets: Targets) -> Result<Vec<Row>> {
+    RowReader::open(path, targets)?.collect()
+}
+
+impl Dataset {
+    /// Encodes the rows of the file at `path`.
+    ///
+    /// # Errors
+    /// If a row has text and there is no tokenizer, an id or task is out of range, or a row is too
+    /// long and that is to be an error: the message names the line.
+    pub fn encode(rows: Vec<Row>, path: &Path, encoding: &Encoding<'_>) -> Result<Self> {
+        let mut dataset = Self::default();
+        for row in rows {
+            let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
+            let task = match encoding.tasks {
+                Some(tasks) => tasks.resolve(&row, path)?.ok_or_else(|| {
+                    fail("the row has neither task nor task_id, but the adapter needs one".into())
+                })?,
+                None => 0,
+            };
+            let source_limit = encoding
+                .max_source_length
+                .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
+            let (input, input_cut) =
+                encoding.sequence(&row.input, source_limit).map_err(|e| e.into_error(fail))?;
+            let (labels, labels_cut) = match &row.target {
+                Some(target) => encoding
+                    .sequence(target, Some(encoding.max_target_length))
+                    .map_err(|e| e.into_error(fail))?,
+                None => (Vec::new(), None),
+            };
+            if let Some((n, limit)) = input_cut.or(labels_cut) {
+                match encoding.overlong {
+                    Overlong::Truncate => dataset.n_truncated += 1,
+                    Overlong::Skip => {
+                        dataset.n_skipped += 1;
+                        continue;
+                    }
+                    Overlong::Error => {
+                        return Err(fail(format!(
+                            "the row has {n} tokens where {limit} are allowed"
+                        )));
+                    }
+                }
+            }
+            dataset.examples.push(Example { input, labels, task });
+            dataset.rows.push(row);
+        }
+        if dataset.examples.is_empty() {
+            return Err(Error::file(path, "every row is longer than the limits: none is left"));
+        }
+        Ok(dataset)
+    }
+}
+
+/// What is wrong with a sequence.
+enum Fault {
+    Detail(String),
+    Other(Error),
+}
+
+impl Fault {
+    fn into_error(self, fail: impl Fn(String) -> Error) -> Error {
+        match self {
+            Self::Detail(detail) => fail(detail),
+            Self::Other(error) => error,
+        }
+    }
+}
+
+impl Encoding<'_> {
+    /// Ids, and where they were cut: how many there were and how many are allowed.
+    #[allow(clippy::type_complexity)]
+    fn sequence(
+        &self,
+        sequence: &Sequence,
+        limit: Option<usize>,
+    ) -> Result<(Vec<u32>, Option<(usize, usize)>), Fault> {
+        let (mut ids, is_text) = match (sequence, self.tokenizer) {
+            (Sequence::Ids(ids), _) => (ids.clone(), false),
+            (Sequence::Text(text), Some(tokenizer)) => {
+                (tokenizer.encode(text).map_err(Fault::Other)?, true)
+            }
+            (Sequence::Text(_), None) => {
+                return Err(Fault::Detail(
+                    "the row has text, but the model folder has no tokenizer.json; give input_ids and label_ids".into(),
+                ));
+            }
+        };
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            return Err(Fault::Detail(format!(
+                "token id {id} is out of range: the model's vocabulary has {} ids",
+                self.vocab_size
+            )));
+        }
+        let n = ids.len();
+        let Some(limit) = limit.filter(|&limit| n > limit) else { return Ok((ids, None)) };
+        let end = ids.last().copied().filter(|id| is_text && self.eos_token_ids.contains(id));
+        ids.truncate(limit);
+        if let (Some(end), Some(last)) = (end, ids.last_mut()) {
+            *last = end;
+        }
+        Ok((ids, Some((n, limit))))
+    }
+}
+
+#[cfg(feature = "cli")]
+impl Encode for crate::formats::tokenizer::Tokenizer {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Bytes;
+    impl Encode for Bytes {
+        fn encode(&self, text: &str) -> Result<Vec<u32>> {
+            Ok(text.bytes().map(u32::from).chain([1]).collect())
+        }
+    }
+
+    fn encode(lines: &str, max: usize, overlong: Overlong) -> Result<Dataset> {
+        let path = Path::new("rows.jsonl");
+        let rows: Result<Vec<Row>> =
+            RowReader::new(lines.as_bytes(), path, Targets::Required).collect();
+        let encoding = Encoding {
+            tokenizer: Some(&Bytes),
+            vocab_size: 256,
+            eos_token_ids: &[1],
+            max_source_length: Some(max),
+            max_target_length: max,
+            overlong,
+            tasks: Some(&TaskNames::unnamed(2)),
+        };
+        Dataset::encode(rows?, path, &encoding)
+    }
+
+    const ROWS: &str = r#"{"task_id": 1, "input": "abcdef", "target": "a"}
+{"task_id": 0, "input_ids": [5, 6, 7, 8, 9, 10], "label_ids": [5]}
+{"task_id": 0, "input_ids": [5], "label_ids": [5]}
+"#;
+
+    #[test]
+    fn long_rows_are_cut_and_texts_keep_their_end() {
+        let dataset = encode(ROWS, 4, Overlong::Truncate).unwrap();
+        assert_eq!(dataset.examples[0].input, [97, 98, 99, 1]);
+        assert_eq!(dataset.examples[1].input, [5, 6, 7, 8]);
+        assert_eq!((dataset.n_truncated, dataset.examples.len()), (2, 3));
+        assert_eq!(encode(ROWS, 4, Overlong::Skip).unwrap().n_skipped, 2);
+        let error = encode(ROWS, 4, Overlong::Error).unwrap_err().to_string();
+        assert_eq!(error, "rows.jsonl:1: the row has 7 tokens where 4 are allowed");
+    }
+
+    #[test]
+    fn what_is_out_of_range_names_its_line() {
+        let id = r#"{"task_id": 0, "input_ids": [256], "label_ids": [5]}"#;
+        let error = encode(id, 9, Overlong::Error).unwrap_err().to_string();
+        assert!(error.starts_with("rows.jsonl:1: token id 256 is out of range"), "{error}");
+        let task = r#"{"task_id": 2, "input_ids": [2], "label_ids": [5]}"#;
+        let error = encode(task, 9, Overlong::Error).unwrap_err().to_string();
+        assert!(error.contains("task_id 2 is out of range: there are 2 tasks"), "{error}");
+    }
+}

@@ -1,0 +1,25 @@
+//! What this process uses, as Linux tells it.
+
+use std::fs;
+
+/// Memory of this process, in MiB; 0 where the system does not tell.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Memory {
+    /// The peak of the resident size, mapped weights included.
+    pub peak_rss_mib: u64,
+    /// Resident anonymous memory now: without the mapped weights.
+    pub anon_mib: u64,
+}
+
+impl Memory {
+    /// As of now.
+    pub fn now() -> Self {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mib = |field: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(field));
+            let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse().ok());
+            kib.unwrap_or(0_u64).div_ceil(1024)
+        };
+        Self { peak_rss_mib: mib("VmHWM:"), anon_mib: mib("RssAnon:") }
+    }
+}

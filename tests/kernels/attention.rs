@@ -1,0 +1,296 @@
+//! Attention and its backward.
+
+use polytape::kernels::{Backend, Precision, ops, oracle::Oracle};
+
+use crate::{
+    common::{Batch, Case, Class, Cut, Gen, Inputs, Loaded, Matrix, Op, Output, U, check},
+    dense::activations,
+};
+
+#[derive(Clone, Debug)]
+pub struct Attention {
+    pub n_heads: usize,
+    pub n_kv_heads: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub causal: bool,
+    /// The column of distance 0.
+    pub bias: Option<usize>,
+    pub dropout: Option<f32>,
+}
+
+impl Attention {
+    /// Inputs: `q, k, v`, and the bias table where there is one as the last.
+    fn with<B: Backend, R>(
+        &self,
+        batch: &Batch,
+        inputs: &Loaded<B>,
+        run: impl FnOnce(&ops::Attention<'_, B>) -> R,
+    ) -> R {
+        let bias = self
+            .bias
+            .map(|zero| ops::RelativeBias { table: inputs.t[inputs.t.len() - 1].clone(), zero });
+        let dropout = self.dropout.map(|p| batch.dropout(3, p));
+        run(&ops::Attention {
+            q: &inputs.t[0],
+            k: &inputs.t[1],
+            v: &inputs.t[2],
+            queries: &ops::Spans::packed(&batch.lens),
+            keys: &batch.keys,
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            scale: self.scale,
+            causal: self.causal,
+            bias: bias.as_ref(),
+            dropout: dropout.as_ref(),
+        })
+    }
+
+    /// For each query token and head: the keys it sees, as rows of `k`.
+    fn for_each_query(&self, batch: &Batch, mut visit: impl FnMut(Query)) {
+        let mut token = 0;
+        for (sequence, &n) in batch.lens.iter().enumerate() {
+            let (first_key, n_keys) = (batch.keys.starts[sequence], batch.keys.lens[sequence]);
+            for i in 0..n {
+                let n_seen = if self.causal { (i + n_keys + 1).saturating_sub(n) } else { n_keys };
+                for head in 0..self.n_heads {
+                    let q_col = head * self.head_dim;
+                    let kv_col = head * self.n_kv_heads / self.n_heads * self.head_dim;
+                    let dropout_col = head * n_keys.next_multiple_of(8);
+                    // The query stands at key `i + n_keys - n` of its sequence.
+                    let bias_col = self.bias.map(|zero| zero + n - i - n_keys);
+                    visit(Query {
+                        token,
+                        head,
+                        q_col,
+                        kv_col,
+                        first_key,
+                        n_seen,
+                        dropout_col,
+                        bias_col,
+                    });
+                }
+                token += 1;
+            }
+        }
+    }
+}
+
+/// One head of one query token.
+struct Query {
+    token: usize,
+    head: usize,
+    q_col: usize,
+    kv_col: usize,
+    first_key: usize,
+    n_seen: usize,
+    dropout_col: usize,
+    /// The bias table's column for key 0.
+    bias_col: Option<usize>,
+}
+
+/// Per key that a query sees: its score and the score's error.
+fn scores(op: &Attention, inputs: &Inputs, query: &Query) -> (Vec<f64>, Vec<f64>) {
+    let [q, k] = [&inputs.tensors[0], &inputs.tensors[1]];
+    let table = inputs.tensors.last().unwrap();
+    let scale = f64::from(op.scale);
+    let score = |j: usize| {
+        let products = (0..op.head_dim).map(|c| {
+            scale * q.at(query.token, query.q_col + c) * k.at(query.first_key + j, query.kv_col + c)
+        });
+        let bias = query.bias_col.map_or(0.0, |col| table.at(query.head, col + j));
+        let score = products.clone().sum::<f64>() + bias;
+        (score, 6.0 * U * (products.map(f64::abs).sum::<f64>() + bias.abs()))
+    };
+    (0..query.n_seen).map(score).unzip()
+}
+
+impl Op for Attention {
+    const CUT: Cut = Cut::Sequence;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let ops::Attended { o, lse } = self.with(batch, inputs, |args| backend.attention(args));
+        vec![Output::tokens(backend, "o", &o), Output::tokens(backend, "lse", &lse)]
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let v = &inputs.tensors[2];
+        let dropout = self.dropout.map(|p| batch.dropout(3, p));
+        let mut bounds =
+            vec![vec![0.0; expected[0].values.len()], vec![0.0; expected[1].values.len()]];
+        self.for_each_query(batch, |query| {
+            let (scores, errors) = scores(self, inputs, &query);
+            let lse = expected[1].values[query.token * self.n_heads + query.head];
+            let error = errors.into_iter().fold(0.0, f64::max);
+            let lse_error = error + 6.0 * U * (1.0 + lse.abs());
+            bounds[1][query.token * self.n_heads + query.head] =
+                if query.n_seen == 0 { 0.0 } else { lse_error };
+            for c in 0..self.head_dim {
+                let size: f64 = (0..query.n_seen)
+                    .map(|j| {
+                        let kept = dropout.as_ref().map_or(1.0, |dropout| {
+                            f64::from(dropout.factor(query.token, query.dropout_col + j))
+                        });
+                        let v = v.at(query.first_key + j, query.kv_col + c).abs();
+                        kept * (scores[j] - lse).exp() * v
+                    })
+                    .sum();
+                bounds[0][query.token * self.n_heads * self.head_dim + query.q_col + c] =
+                    ((2.0 * error).exp_m1() + 16.0 * U) * size;
+            }
+        });
+        bounds
+    }
+}
+
+fn parameters(random: &mut Gen, batch: &mut Batch, class: Class) -> (Attention, Vec<usize>) {
+    let n_kv_heads = random.pick(&[1, 2, 3]);
+    let n_heads = n_kv_heads * random.pick(&[1, 2, 4]);
+    let head_dim = random.pick(&[1, 3, 8, 16, 17, 33, 64]);
+    let causal = random.coin();
+    // Itself, a cache with room between, or other keys altogether.
+    let past = |random: &mut Gen| random.below(20);
+    let lens: Vec<_> = match random.below(3) {
+        0 => batch.lens.clone(),
+        1 => batch.lens.iter().map(|len| len + past(random)).collect(),
+        _ => batch.lens.iter().map(|_| 1 + random.size(129)).collect(),
+    };
+    let gap = random.pick(&[0, 0, 7]);
+    let starts = lens.iter().scan(gap, |at, len| Some(std::mem::replace(at, *at + len + gap)));
+    batch.keys = ops::Spans { starts: starts.collect(), lens };
+    let furthest = batch.lens.iter().chain(&batch.keys.lens).max().map_or(1, |max| max + 1);
+    let (scale, has_bias) = (random.pick(&[1.0, 0.3]), random.coin());
+    let dropout = (class != Class::Special && random.below(3) == 0).then_some(0.2);
+    let bias = has_bias.then_some(furthest);
+    let op = Attention { n_heads, n_kv_heads, head_dim, scale, causal, bias, dropout };
+    (op, vec![batch.keys.end() + gap, 2 * furthest + 1])
+}
+
+/// Pushes `q, k, v`.
+fn push_qkv(
+    random: &mut Gen,
+    class: Class,
+    batch: &Batch,
+    op: &Attention,
+    n_keys: usize,
+    inputs: &mut Inputs,
+) {
+    let (q, kv) = (op.n_heads * op.head_dim, op.n_kv_heads * op.head_dim);
+    let nan = [f64::NAN];
+    inputs.tokens(batch, q, activations(random, class, batch.n_tokens() * q, &nan));
+    for _ in 0..2 {
+        let values = activations(random, class, n_keys * kv, &nan);
+        let precision = Precision::Activation;
+        inputs.tensors.push(Matrix { values, rows: n_keys, cols: kv, precision, per_token: false });
+    }
+}
+
+fn push_bias(random: &mut Gen, op: &Attention, columns: usize, inputs: &mut Inputs) {
+    if op.bias.is_some() {
+        let values = random.values(Class::Uniform, op.n_heads * columns, false);
+        inputs.full(op.n_heads, columns, values);
+    }
+}
+
+pub fn attention(random: &mut Gen, class: Class, mut batch: Batch) -> Case<Attention> {
+    let (class, mut inputs) = (class.inexact(), Inputs::default());
+    let (op, sizes) = parameters(random, &mut batch, class);
+    push_qkv(random, class, &batch, &op, sizes[0], &mut inputs);
+    push_bias(random, &op, sizes[1], &mut inputs);
+    Case { class, batch, inputs, op }
+}
+
+#[test]
+fn attentions() {
+    check("attention", attention);
+}
+
+/// Inputs: `q, k, v, o, lse, d_o`, and the bias table.
+#[derive(Debug)]
+pub struct AttentionBackward(Attention);
+
+impl Op for AttentionBackward {
+    const CUT: Cut = Cut::Sequence;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [o, lse, d_o] = &inputs.t[3..6] else { unreachable!() };
+        let [d_q, d_k, d_v] = self.0.with(batch, inputs, |forward| {
+            backend.attention_backward(ops::AttentionBackward { forward, o, lse, d_o })
+        });
+        vec![
+            Output::tokens(backend, "d_q", &d_q),
+            Output::whole(backend, "d_k", &d_k),
+            Output::whole(backend, "d_v", &d_v),
+        ]
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let [q, k, v, o, lse, d_o] = &inputs.tensors[..6] else { unreachable!() };
+        let op = &self.0;
+        let dropout = op.dropout.map(|p| batch.dropout(3, p));
+        let mut bounds: Vec<_> = expected.iter().map(|o| vec![0.0; o.values.len()]).collect();
+        let scale = f64::from(op.scale);
+        op.for_each_query(batch, |query| {
+            let (scores, errors) = scores(op, inputs, &query);
+            let (token, q_col, kv_col) = (query.token, query.q_col, query.kv_col);
+            let dot = |term: &dyn Fn(usize) -> f64| {
+                let terms = (0..op.head_dim).map(term);
+                (terms.clone().sum::<f64>(), terms.map(f64::abs).sum::<f64>())
+            };
+            let lse = lse.at(token, query.head);
+            let (inner, inner_size) = dot(&|c| d_o.at(token, q_col + c) * o.at(token, q_col + c));
+            for j in 0..query.n_seen {
+                let key = query.first_key + j;
+                let kept = dropout
+                    .as_ref()
+                    .map_or(1.0, |dropout| f64::from(dropout.factor(token, query.dropout_col + j)));
+                let (d_p, d_p_size) =
+                    dot(&|c| kept * d_o.at(token, q_col + c) * v.at(key, kv_col + c));
+                let p = (scores[j] - lse).exp();
+                let p_error =
+                    p * ((errors[j] + 4.0 * U * (lse.abs() + scores[j].abs())).exp_m1() + 6.0 * U);
+                let d_score = p * (d_p - inner).abs();
+                let d_score_error = p_error * (d_p - inner).abs()
+                    + (p + p_error) * 6.0 * U * (d_p_size + inner_size);
+                let d_score_bound = scale * (d_score_error + 6.0 * U * d_score);
+                for c in 0..op.head_dim {
+                    let at_kv = key * k.cols + kv_col + c;
+                    bounds[0][token * q.cols + q_col + c] +=
+                        d_score_bound * k.at(key, kv_col + c).abs();
+                    bounds[1][at_kv] += d_score_bound * q.at(token, q_col + c).abs();
+                    bounds[2][at_kv] +=
+                        kept * (p_error + 6.0 * U * p) * d_o.at(token, q_col + c).abs();
+                }
+            }
+        });
+        bounds
+    }
+}
+
+pub fn attention_backward(
+    random: &mut Gen,
+    class: Class,
+    mut batch: Batch,
+) -> Case<AttentionBackward> {
+    let (class, mut inputs) = (class.inexact(), Inputs::default());
+    let (op, sizes) = parameters(random, &mut batch, class);
+    push_qkv(random, class, &batch, &op, sizes[0], &mut inputs);
+    let cols = inputs.tensors[0].cols;
+    let d_o = random.values(class, batch.n_tokens() * cols, false);
+    let mut forward = inputs.clone();
+    push_bias(random, &op, sizes[1], &mut forward);
+    let attended = op.with(&batch, &forward.load(&Oracle), |args| Oracle.attention(args));
+    inputs.tokens(&batch, cols, Oracle.download(&attended.o));
+    inputs.tokens_full(&batch, op.n_heads, Oracle.download(&attended.lse));
+    inputs.tokens(&batch, cols, d_o);
+    if op.bias.is_some() {
+        inputs.tensors.extend(forward.tensors.pop());
+    }
+    Case { class, batch, inputs, op: AttentionBackward(op) }
+}
+
+#[test]
+fn attentions_backward() {
+    check("attention_backward", attention_backward);
+}

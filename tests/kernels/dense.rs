@@ -1,0 +1,685 @@
+//! Embedding, norm, linears, gated products, element-wise operations, the head, and the optimiser.
+
+use polytape::{
+    kernels::{Backend, Precision, ops, ops::Activation, oracle::Oracle},
+    tensor::Tensor,
+};
+
+use crate::common::{
+    Batch, Case, Class, Cut, Gen, Inputs, Loaded, Op, Output, SPECIALS, SPECIALS_FINITE, U, check,
+};
+
+/// Activations of a class, with special values planted in the special class.
+pub fn activations(random: &mut Gen, class: Class, n: usize, specials: &[f64]) -> Vec<f64> {
+    let mut values = random.values(class, n, false);
+    if class == Class::Special {
+        random.plant(&mut values, specials);
+    }
+    values
+}
+
+#[derive(Debug)]
+pub struct Linear {
+    projections: Vec<Projection>,
+    order: ops::Order,
+    output: Precision,
+}
+
+impl Linear {
+    /// A frozen linear and nothing else.
+    pub fn plain() -> Self {
+        let projection = Projection { bias: false, lora: None, dropout: None, residual: false };
+        let (order, output) = (ops::Order::Panel, Precision::Activation);
+        Self { projections: vec![projection], order, output }
+    }
+}
+
+#[derive(Debug)]
+struct Projection {
+    bias: bool,
+    lora: Option<Lora>,
+    dropout: Option<f32>,
+    residual: bool,
+}
+
+#[derive(Debug)]
+enum Lora {
+    Mixed,
+    Stacked(ops::Bank),
+}
+
+impl Op for Linear {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let segments = batch.segments();
+        let (mut t, mut w) = (inputs.t.iter(), inputs.w.iter());
+        let mut t = || t.next().unwrap();
+        let mut w = || w.next().unwrap();
+        let x = t();
+        let dropouts: Vec<_> = (self.projections.iter().enumerate())
+            .map(|(site, p)| p.dropout.map(|p| batch.dropout(site as u32, p)))
+            .collect();
+        let project = |(projection, dropout): (&Projection, _)| ops::Projection {
+            weight: w(),
+            bias: projection.bias.then(&mut w),
+            lora: projection.lora.as_ref().map(|lora| ops::Expand {
+                z: t(),
+                segments: &segments,
+                rhs: match lora {
+                    Lora::Mixed => ops::ExpandRhs::Mixed(t()),
+                    &Lora::Stacked(bank) => {
+                        ops::ExpandRhs::Stacked(ops::Stacked { bank, params: t(), weights: t() })
+                    }
+                },
+            }),
+            dropout,
+            residual: projection.residual.then(&mut t),
+        };
+        let dropouts = dropouts.iter().map(Option::as_ref);
+        let projections: Vec<_> = self.projections.iter().zip(dropouts).map(project).collect();
+        let (order, output) = (self.order, self.output);
+        let y = backend.linear(ops::Linear { x, projections: &projections, order, output });
+        y.iter().map(|y| Output::tokens(backend, "y", y)).collect()
+    }
+}
+
+pub fn linear(random: &mut Gen, class: Class, batch: Batch) -> Case<Linear> {
+    let n_splits = random.pick(&[1, 1, 2, 4]);
+    let (d_in, rank) = (n_splits * random.size(257 / n_splits), random.size(17));
+    let n = batch.n_tokens();
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d_in, activations(random, class, n * d_in, &SPECIALS));
+    let siblings = 1 + random.below(3);
+    let has_lora = random.coin();
+    let projection = |random: &mut Gen, inputs: &mut Inputs| {
+        let d_out = n_splits * random.size(257 / n_splits);
+        inputs.weights.push(random.weight(class, d_out, d_in));
+        let bias = random.coin();
+        if bias {
+            inputs.weights.push(random.weight(class, 1, d_out));
+        }
+        let lora = has_lora.then(|| {
+            inputs.tokens_full(&batch, rank, activations(random, class, n * rank, &SPECIALS));
+            if random.coin() {
+                let values = random.values(class, batch.n_rows * rank * d_out, true);
+                inputs.full(batch.n_rows * rank, d_out, values);
+                Lora::Mixed
+            } else {
+                let bank = crate::lora::bank(random, n_splits, d_in, d_out, rank);
+                crate::lora::stacked(random, class, &bank, batch.n_rows, inputs);
+                Lora::Stacked(bank)
+            }
+        });
+        let dropout = (class != Class::Special && random.below(3) == 0).then_some(0.5);
+        let residual = random.coin();
+        if residual {
+            inputs.tokens(&batch, d_out, random.values(class, n * d_out, false));
+        }
+        Projection { bias, lora, dropout, residual }
+    };
+    let projections = (0..siblings).map(|_| projection(random, &mut inputs)).collect();
+    let order = random.pick(&[ops::Order::Panel, ops::Order::Dot]);
+    let output = random.pick(&[Precision::Activation, Precision::Full]);
+    Case { class, batch, inputs, op: Linear { projections, order, output } }
+}
+
+#[test]
+fn linears() {
+    check("linear", linear);
+}
+
+#[derive(Debug)]
+pub struct LinearBackward {
+    /// Whether each sibling has LoRA.
+    lora: Vec<bool>,
+    residual: bool,
+}
+
+impl Op for LinearBackward {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let segments = batch.segments();
+        let mut t = inputs.t.iter();
+        let mut t = || t.next().unwrap();
+        let terms: Vec<_> = (self.lora.iter().zip(&inputs.w))
+            .map(|(&lora, weight)| ops::LinearBackwardTerm {
+                d_y: t(),
+                weight,
+                lora: lora.then(|| (t(), t(), &segments)),
+            })
+            .collect();
+        // Held twice: the result must not be written into it.
+        let residual = self.residual.then(&mut t).cloned();
+        let run = |d_residual| {
+            let d_x = backend.linear_backward(ops::LinearBackward { terms: &terms, d_residual });
+            Output::tokens(backend, "d_x", &d_x)
+        };
+        let owned = run(residual.as_ref().map(|residual| backend.copy(residual)));
+        let shared = run(residual);
+        vec![owned, shared]
+    }
+}
+
+pub fn linear_backward(random: &mut Gen, class: Class, batch: Batch) -> Case<LinearBackward> {
+    let (d_in, rank, n) = (random.size(257), random.size(17), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    let lora: Vec<_> = (0..1 + random.below(3)).map(|_| random.coin()).collect();
+    for &lora in &lora {
+        let d_out = random.size(257);
+        inputs.tokens(&batch, d_out, activations(random, class, n * d_out, &SPECIALS));
+        inputs.weights.push(random.weight(class, d_out, d_in));
+        if lora {
+            inputs.tokens_full(&batch, rank, activations(random, class, n * rank, &SPECIALS));
+            let values = random.values(class, batch.n_rows * d_in * rank, true);
+            inputs.full(batch.n_rows * d_in, rank, values);
+        }
+    }
+    let residual = random.coin();
+    if residual {
+        inputs.tokens(&batch, d_in, random.values(class, n * d_in, false));
+    }
+    Case { class, batch, inputs, op: LinearBackward { lora, residual } }
+}
+
+#[test]
+fn linears_backward() {
+    check("linear_backward", linear_backward);
+}
+
+#[derive(Debug)]
+pub struct Embed {
+    vocabulary: usize,
+}
+
+impl Op for Embed {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let ids = batch.ids_below(self.vocabulary);
+        let y = backend.embed(ops::Embed { table: &inputs.w[0], ids: &ids });
+        vec![Output::tokens(backend, "y", &y)]
+    }
+}
+
+#[test]
+fn embeddings() {
+    check("embed", |random, class, batch| {
+        let (vocabulary, d_model) = (random.size(129), random.size(257));
+        let weights = vec![random.weight(class, vocabulary, d_model)];
+        let inputs = Inputs { weights, ..Inputs::default() };
+        Case { class, batch, inputs, op: Embed { vocabulary } }
+    });
+}
+
+#[derive(Debug)]
+pub struct Norm {
+    pub eps: f32,
+}
+
+impl Op for Norm {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let (x, weight) = (&inputs.t[0], &inputs.w[0]);
+        let ops::Normed { y, rstd } = backend.norm(ops::Norm { x, weight, eps: self.eps });
+        let again = backend.norm_again(ops::NormAgain { x, weight, rstd: &rstd });
+        let bits = |tensor: &Tensor<B>| -> Vec<u64> {
+            let values = backend.download(tensor).into_iter();
+            values.map(|v| if v.is_nan() { u64::MAX } else { v.to_bits() }).collect()
+        };
+        assert_eq!(bits(&y), bits(&again), "norm_again gives the bits of norm");
+        vec![Output::tokens(backend, "y", &y), Output::tokens(backend, "rstd", &rstd)]
+    }
+
+    fn tolerance(&self, _: &Batch, _: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        // The squares are positive: their sum, and so rstd, has a small relative error.
+        let relative = |output: &Output| output.values.iter().map(|v| 8.0 * U * v.abs()).collect();
+        expected.iter().map(relative).collect()
+    }
+}
+
+pub fn norm(random: &mut Gen, class: Class, batch: Batch) -> Case<Norm> {
+    let (class, d, n) = (class.inexact(), random.size(257), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+    inputs.weights.push(random.weight(class, 1, d));
+    Case { class, batch, inputs, op: Norm { eps: random.pick(&[1e-6, 1e-5, 0.1]) } }
+}
+
+#[test]
+fn norms() {
+    check("norm", norm);
+}
+
+#[derive(Debug)]
+pub struct NormBackward {
+    residual: bool,
+}
+
+impl Op for NormBackward {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [x, d_y, rstd, residual] = &inputs.t[..] else { unreachable!() };
+        let weight = &inputs.w[0];
+        let run = |d_residual| {
+            let d_x = backend.norm_backward(ops::NormBackward { x, weight, rstd, d_y, d_residual });
+            Output::tokens(backend, "d_x", &d_x)
+        };
+        let owned = run(self.residual.then(|| backend.copy(residual)));
+        let shared = run(self.residual.then(|| residual.clone()));
+        vec![owned, shared]
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, _: &[Output]) -> Vec<Vec<f64>> {
+        let [x, d_y, rstd, residual] = &inputs.abs().tensors[..] else { unreachable!() };
+        let weight = inputs.abs().weights[0].to_f32();
+        let d = x.cols;
+        let bound = |t: usize, c: usize| {
+            let through = |c: usize| d_y.at(t, c) * f64::from(weight[c]);
+            let mean = (0..d).map(|c| through(c) * x.at(t, c)).sum::<f64>() / d as f64;
+            let rstd = rstd.at(t, 0);
+            let past = if self.residual { residual.at(t, c) } else { 0.0 };
+            10.0 * U * (past + rstd * (through(c) + x.at(t, c) * rstd * rstd * mean))
+        };
+        let bounds: Vec<_> = (0..batch.n_tokens() * d).map(|i| bound(i / d, i % d)).collect();
+        vec![bounds.clone(), bounds]
+    }
+}
+
+pub fn norm_backward(random: &mut Gen, class: Class, batch: Batch) -> Case<NormBackward> {
+    let (class, d, n) = (class.inexact(), random.size(257), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS_FINITE));
+    inputs.tokens(&batch, d, random.values(class, n * d, false));
+    let rstd = (0..n).map(|_| 0.25 + random.unit()).collect();
+    inputs.tokens_full(&batch, 1, rstd);
+    inputs.tokens(&batch, d, random.values(class, n * d, false));
+    inputs.weights.push(random.weight(class.finite(), 1, d));
+    Case { class, batch, inputs, op: NormBackward { residual: random.coin() } }
+}
+
+#[test]
+fn norms_backward() {
+    check("norm_backward", norm_backward);
+}
+
+#[derive(Debug)]
+pub struct Gated {
+    pub activation: Activation,
+    pub up: bool,
+    pub dropout: Option<f32>,
+}
+
+impl Op for Gated {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [gate, up, d_h] = &inputs.t[..] else { unreachable!() };
+        let dropout = self.dropout.map(|p| batch.dropout(9, p));
+        let (up, activation) = (self.up.then_some(up), self.activation);
+        let args = ops::Gated { gate, up, activation, dropout: dropout.as_ref() };
+        let h = backend.gated(&args);
+        let (d_gate, d_up) = backend.gated_backward(&args, d_h);
+        assert_eq!(d_up.is_some(), self.up);
+        let mut outputs =
+            vec![Output::tokens(backend, "h", &h), Output::tokens(backend, "d_gate", &d_gate)];
+        outputs.extend(d_up.map(|d_up| Output::tokens(backend, "d_up", &d_up)));
+        outputs
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        // The activation is x times, its slope a sum of terms that are, at most about 1; both with
+        // an absolute error of that scale, as `1 + erf` or `1 + tanh` have it.
+        let dropout = self.dropout.map(|p| batch.dropout(9, p));
+        let kept = |i: usize| {
+            let (token, col) = (i / inputs.tensors[0].cols, i % inputs.tensors[0].cols);
+            dropout.as_ref().map_or(1.0, |d| f64::from(d.factor(token, col)))
+        };
+        let size = |which: usize, i: usize| inputs.tensors[which].values[i].abs();
+        let up = |i: usize| if self.up { size(1, i) } else { 1.0 };
+        let n = inputs.tensors[0].values.len();
+        let all = |bound: &dyn Fn(usize) -> f64| -> Vec<f64> { (0..n).map(bound).collect() };
+        let mut bounds = vec![
+            all(&|i| 8.0 * U * kept(i) * size(0, i) * up(i)),
+            all(&|i| 16.0 * U * kept(i) * size(2, i) * up(i)),
+            all(&|i| 8.0 * U * kept(i) * size(2, i) * size(0, i)),
+        ];
+        bounds.truncate(expected.len());
+        bounds
+    }
+}
+
+pub fn gated(random: &mut Gen, class: Class, batch: Batch) -> Case<Gated> {
+    let (class, d_ff, n) = (class.inexact(), random.size(257), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    let gate = activations(random, class, n * d_ff, &SPECIALS_FINITE);
+    let gate = gate.into_iter().map(|g| if class == Class::Uniform { 12.0 * g } else { g });
+    inputs.tokens(&batch, d_ff, gate.collect());
+    inputs.tokens(&batch, d_ff, random.values(class, n * d_ff, false));
+    inputs.tokens(&batch, d_ff, random.values(class, n * d_ff, false));
+    let activation =
+        random.pick(&[Activation::Relu, Activation::GeluNew, Activation::Gelu, Activation::Silu]);
+    let dropout = (class != Class::Special && random.coin()).then_some(0.3);
+    Case { class, batch, inputs, op: Gated { activation, up: random.coin(), dropout } }
+}
+
+#[test]
+fn gated_products() {
+    check("gated", gated);
+}
+
+#[derive(Debug)]
+pub struct Dropout {
+    pub p: f32,
+    pub site: u32,
+}
+
+impl Op for Dropout {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let y = backend.dropout(&inputs.t[0], &batch.dropout(self.site, self.p));
+        vec![Output::tokens(backend, "y", &y)]
+    }
+}
+
+pub fn dropout(random: &mut Gen, class: Class, batch: Batch) -> Case<Dropout> {
+    let (class, d, n) = (class.finite(), random.size(257), batch.n_tokens());
+    let p = if class == Class::Exact { 0.5 } else { random.pick(&[0.0, 0.1, 0.9]) };
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, random.values(class, n * d, false));
+    Case { class, batch, inputs, op: Dropout { p, site: random.word() as u32 } }
+}
+
+#[test]
+fn dropouts() {
+    check("dropout", dropout);
+}
+
+#[derive(Debug)]
+pub struct Add;
+
+impl Op for Add {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [a, b] = &inputs.t[..] else { unreachable!() };
+        let owned = backend.add(backend.copy(a), b);
+        let shared = backend.add(a.clone(), b);
+        let itself = backend.add(a.clone(), a);
+        [owned, shared, itself].map(|y| Output::tokens(backend, "y", &y)).into()
+    }
+}
+
+#[test]
+fn additions() {
+    check("add", |random, class, batch| {
+        let (d, n) = (random.size(257), batch.n_tokens());
+        let mut inputs = Inputs::default();
+        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+        Case { class, batch, inputs, op: Add }
+    });
+}
+
+#[derive(Debug)]
+pub struct CacheWrite {
+    rows: Vec<usize>,
+}
+
+impl Op for CacheWrite {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let mut cache = backend.copy(&inputs.t[0]);
+        let (source, rows) = (&inputs.t[1], &self.rows[..]);
+        backend.cache_write(ops::CacheWrite { cache: &mut cache, source, rows });
+        vec![Output::whole(backend, "cache", &cache)]
+    }
+}
+
+#[test]
+fn cache_writes() {
+    check("cache_write", |random, class, batch| {
+        let (width, n) = (random.size(129), batch.n_tokens());
+        let n_rows = n + random.below(20);
+        let mut rows: Vec<_> = (0..n_rows).collect();
+        (1..n_rows).rev().for_each(|i| rows.swap(i, random.below(i + 1)));
+        rows.truncate(n);
+        let mut inputs = Inputs::default();
+        inputs.full(n_rows, width, activations(random, class, n_rows * width, &SPECIALS));
+        inputs.tensors[0].precision = Precision::Activation;
+        inputs.tokens(&batch, width, activations(random, class, n * width, &SPECIALS));
+        Case { class, batch, inputs, op: CacheWrite { rows } }
+    });
+}
+
+#[derive(Debug)]
+pub struct HeadLoss {
+    pub scale: f32,
+    pub d_nll: f32,
+    pub label_shift: u32,
+}
+
+impl Op for HeadLoss {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        // The vocabulary is not known to `Loaded`; ids are made below it.
+        let labels: Vec<_> = batch.ids.iter().map(|id| id % self.label_shift).collect();
+        let run = |d_nll| {
+            let (x, weight, labels, scale) = (&inputs.t[0], &inputs.w[0], &labels[..], self.scale);
+            backend.head_loss(ops::HeadLoss { x, weight, labels, scale, d_nll })
+        };
+        let loss = run(Some(self.d_nll));
+        let evaluated = run(None);
+        assert!(evaluated.d_x.is_none());
+        vec![
+            Output::numbers("nll", loss.nll, true),
+            Output::tokens(backend, "d_x", &loss.d_x.unwrap()),
+            Output::numbers("nll without d_x", evaluated.nll, true),
+        ]
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, _: &[Output]) -> Vec<Vec<f64>> {
+        let (x, weight) = (&inputs.tensors[0], inputs.weights[0].to_f32());
+        let (d, scale) = (x.cols, f64::from(self.scale));
+        let w = |v: usize, i: usize| f64::from(weight[v * d + i]);
+        let n_vocabulary = inputs.weights[0].rows();
+        let (mut nll, mut d_x) = (Vec::new(), Vec::new());
+        for t in 0..batch.n_tokens() {
+            let logits = |term: &dyn Fn(f64) -> f64| -> Vec<f64> {
+                let logit = |v| (0..d).map(|i| term(scale * x.at(t, i) * w(v, i))).sum();
+                (0..n_vocabulary).map(logit).collect()
+            };
+            let (logits, sizes) = (logits(&|term| term), logits(&f64::abs));
+            let largest = |of: &[f64]| of.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
+            // Of a logit, and of the log-sum-exp: a mean of those errors, and its own arithmetic.
+            let error = 6.0 * U * largest(&sizes);
+            let error = 2.0 * error + 8.0 * U * (1.0 + largest(&logits));
+            nll.push(error);
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
+            let label = (batch.ids[t] % self.label_shift) as usize;
+            for i in 0..d {
+                let d_logit =
+                    |v: usize| (logits[v] - max).exp() / sum + f64::from(u8::from(v == label));
+                let size: f64 = (0..n_vocabulary).map(|v| d_logit(v) * w(v, i).abs()).sum();
+                let factor = (f64::from(self.d_nll) * scale).abs();
+                d_x.push((error.exp_m1() + 12.0 * U) * factor * size);
+            }
+        }
+        vec![nll.clone(), d_x, nll]
+    }
+}
+
+pub fn head_loss(random: &mut Gen, class: Class, batch: Batch) -> Case<HeadLoss> {
+    let class = class.inexact();
+    let (d, vocabulary, n) = (random.size(129), random.size(300), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS_FINITE[..5]));
+    inputs.weights.push(random.weight(class.finite(), vocabulary, d));
+    let scale = random.pick(&[1.0, 0.125]);
+    let op = HeadLoss { scale, d_nll: 0.01, label_shift: vocabulary as u32 };
+    Case { class, batch, inputs, op }
+}
+
+#[test]
+fn head_losses() {
+    check("head_loss", head_loss);
+}
+
+#[derive(Debug)]
+pub struct Argmax;
+
+impl Op for Argmax {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let columns = backend.argmax(&inputs.t[0]).into_iter().map(f64::from).collect();
+        vec![Output::numbers("column", columns, true)]
+    }
+
+    fn tolerance(&self, _: &Batch, _: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        vec![vec![0.0; expected[0].values.len()]]
+    }
+}
+
+#[test]
+fn argmaxes() {
+    check("argmax", |random, class, batch| {
+        let (cols, n) = (random.size(300), batch.n_tokens());
+        let mut inputs = Inputs::default();
+        let infinities = [f64::INFINITY, f64::NEG_INFINITY];
+        inputs.tokens_full(&batch, cols, activations(random, class, n * cols, &infinities));
+        if n > 0 && class == Class::Special {
+            inputs.tensors[0].values[..cols].fill(f64::NEG_INFINITY);
+        }
+        Case { class, batch, inputs, op: Argmax }
+    });
+}
+
+#[derive(Debug)]
+pub struct SumOfSquares;
+
+impl Op for SumOfSquares {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let sum = backend.sum_of_squares(&inputs.t[0]);
+        vec![Output::numbers("sum", vec![sum], false)]
+    }
+}
+
+#[test]
+fn sums_of_squares() {
+    check("sum_of_squares", |random, class, batch| {
+        let n = random.size(257) * random.size(257);
+        let mut inputs = Inputs::default();
+        inputs.full(1, n, activations(random, class, n, &SPECIALS));
+        Case { class, batch, inputs, op: SumOfSquares }
+    });
+}
+
+#[derive(Debug)]
+pub struct AdamW {
+    pub groups: Vec<ops::ParamGroup>,
+    pub step: u64,
+    pub beta1: f32,
+    pub beta2: f32,
+    pub eps: f32,
+    pub grad_scale: f32,
+}
+
+impl Op for AdamW {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [params, m, v, grads] = &inputs.t[..] else { unreachable!() };
+        let [mut params, mut m, mut v] = [params, m, v].map(|tensor| backend.copy(tensor));
+        let &Self { ref groups, step, beta1, beta2, eps, grad_scale } = self;
+        backend.adamw(ops::AdamW {
+            params: &mut params,
+            m: &mut m,
+            v: &mut v,
+            grads,
+            groups,
+            grad_scale,
+            step,
+            beta1,
+            beta2,
+            eps,
+        });
+        [("params", params), ("m", m), ("v", v)]
+            .map(|(name, tensor)| Output::whole(backend, name, &tensor))
+            .into()
+    }
+
+    fn tolerance(&self, _: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let n = inputs.tensors[0].values.len();
+        let mut bounds = vec![vec![0.0; n]; 3]; // What is in no group stays as it is.
+        let (beta1, beta2) = (f64::from(self.beta1), f64::from(self.beta2));
+        let correction1 = 1.0 - beta1.powf(self.step as f64);
+        let correction2 = 1.0 - beta2.powf(self.step as f64);
+        for group in &self.groups {
+            for i in group.range.clone() {
+                let [p, m, v, g] = [0, 1, 2, 3].map(|which| inputs.tensors[which].values[i].abs());
+                let g = g * f64::from(self.grad_scale);
+                bounds[1][i] = 6.0 * U * (beta1 * m + (1.0 - beta1) * g);
+                bounds[2][i] = 6.0 * U * (beta2 * v + (1.0 - beta2) * g * g);
+                let root = (expected[2].values[i] / correction2).sqrt() + f64::from(self.eps);
+                let lr = f64::from(group.lr);
+                let moved = lr * expected[1].values[i].abs() / correction1 / root;
+                let from_m = lr * bounds[1][i] / correction1 / root;
+                bounds[0][i] = from_m + 12.0 * U * moved + 4.0 * U * p;
+            }
+        }
+        bounds
+    }
+}
+
+pub fn adamw(random: &mut Gen, class: Class, batch: Batch) -> Case<AdamW> {
+    let (class, n) = (class.inexact().finite(), 40 + random.size(257) * random.size(33));
+    let mut inputs = Inputs::default();
+    for which in 0..4 {
+        let values = random.values(class, n, false).into_iter();
+        let values = values.map(|v| if which == 2 { v.abs() } else { v });
+        inputs.full(1, n, values.collect());
+    }
+    let cut = 1 + random.below(n - 20);
+    let groups = vec![
+        ops::ParamGroup { range: 0..cut, lr: 1e-3, weight_decay: 0.01 },
+        ops::ParamGroup { range: cut + 3..n - 5, lr: 0.1, weight_decay: 0.0 },
+    ];
+    let step = random.pick(&[1, 2, 10, 100_000]);
+    let (beta1, beta2, eps, grad_scale) = (0.9, 0.999, 1e-8, random.pick(&[1.0, 0.3]));
+    let op = AdamW { groups, step, beta1, beta2, eps, grad_scale };
+    Case { class, batch, inputs, op }
+}
+
+#[test]
+fn optimizer_steps() {
+    check("adamw", adamw);
+}
+
+/// Small integers survive every way in and out.
+#[test]
+fn uploads_copies_and_zeros() {
+    fn round_trip<B: Backend>(backend: &B) {
+        for precision in [Precision::Activation, Precision::Full] {
+            let values = [1.0, -2.0, 0.5, 0.0, 96.0, -0.0];
+            let tensor = backend.upload(&values, 2, 3, precision);
+            assert_eq!(backend.download(&tensor), values);
+            let mut copy = backend.copy(&tensor);
+            backend.clear(&mut copy);
+            assert_eq!(backend.download(&copy), [0.0; 6]);
+            assert_eq!(backend.download(&tensor), values);
+            assert_eq!(backend.download(&backend.zeros(5, 7, precision)), [0.0; 35]);
+        }
+    }
+    round_trip(&Oracle);
+    crate::common::backends().for_each(round_trip);
+}
