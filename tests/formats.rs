@@ -1,6 +1,8 @@
 //! Bad files, one by one: each is refused with exit code 3 (1 for what cannot be written) and a
 //! message that says where, what and what to do. Good ones of the shared models are read.
 
+#![allow(clippy::unwrap_used)] // Its helpers are test code, too.
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -1,13 +1,12 @@
 //! Adapter folders: PEFT's Poly adapters, read and written.
 //!
 //! ```text
-//! adapter_config.json                                             -> config
-//! adapter_model.safetensors
-//!   base_model.model.<path>.poly_lora_A  [n_splits, n_skills, d_in/n_splits, r]   -> modules[path].lora_a
-//!   base_model.model.<path>.poly_lora_B  [n_splits, n_skills, r, d_out/n_splits]  -> modules[path].lora_b
-//!   base_model.model.<path>.poly_router.module_logits  [n_tasks, n_splits·n_skills]
-//!                                                                                 -> modules[path].router_logits
-//! tasks.json (ours; PEFT ignores it)                              -> tasks
+//! adapter_config.json                     -> config
+//! adapter_model.safetensors               -> modules, of each base_model.model.<path>
+//!   .poly_lora_A                             lora_a [n_splits, n_skills, d_in/n_splits, r]
+//!   .poly_lora_B                             lora_b [n_splits, n_skills, r, d_out/n_splits]
+//!   .poly_router.module_logits               router_logits [n_tasks, n_splits·n_skills]
+//! tasks.json (ours; PEFT ignores it)      -> tasks
 //! ```
 //!
 //! What [`AdapterFiles::open`] returns is whole and consistent: every module has its three tensors, of
@@ -112,7 +111,9 @@ impl AdapterFiles {
         if !path.exists() && dir.join(PICKLE).exists() {
             return Err(Error::file(
                 dir.join(PICKLE),
-                "this is a pickle, which can run code and is not read; convert it once in Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes adapter_model.safetensors",
+                "this is a pickle, which can run code and is not read; convert it once in \
+                Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes \
+                adapter_model.safetensors",
             ));
         }
         let file = SafetensorsFile::open(&path)?;
@@ -139,7 +140,8 @@ impl AdapterFiles {
             return Err(Error::file(
                 dir.join(tasks::FILE_NAME),
                 format!(
-                    "{} names, but n_tasks in {} is {}: there must be one name a task, in the order of their ids",
+                    "{} names, but n_tasks in {} is {}: there must be one name a task, in the \
+                    order of their ids",
                     tasks.n_tasks(),
                     poly_config::FILE_NAME,
                     config.n_tasks
@@ -165,7 +167,10 @@ fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
             Part::ALL.iter().find_map(|&(part, suffix)| Some((inner.strip_suffix(suffix)?, part)))
         });
         match (inner, part) {
-            (_, Some((module, part))) if !module.is_empty() => {
+            // Paths go into messages and files, so they must be printable.
+            (_, Some((module, part)))
+                if !module.is_empty() && !module.contains(char::is_control) =>
+            {
                 parts.entry(module).or_default().push(part);
             }
             (Some(inner), _) if inner.ends_with(BASE) => ignored.push(name.clone()),
@@ -176,7 +181,8 @@ fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
         return Err(tensors_error(
             file.path(),
             format!(
-                "{} tensors are not of a Poly adapter: {}; expected {PREFIX}<path> with {LORA_A}, {LORA_B} or {ROUTER}",
+                "{} tensors are not of a Poly adapter: {}; expected {PREFIX}<path> with \
+                {LORA_A}, {LORA_B} or {ROUTER}",
                 unexpected.len(),
                 list_names(unexpected.iter().copied())
             ),
@@ -427,7 +433,7 @@ mod tests {
             AdapterFiles::open(&dir)
         };
         let read = open(&[&a, &b, &z, &base]).unwrap();
-        assert_eq!(read.ignored, [base.0.clone()]);
+        assert_eq!(read.ignored, std::slice::from_ref(&base.0));
 
         let shaped = |t: &(String, Vec<usize>, Vec<f32>), shape: &[usize]| {
             (t.0.clone(), shape.to_vec(), vec![0.0; shape.iter().product()])

@@ -115,7 +115,8 @@ impl Checkpoint {
             if !path.exists() {
                 let n_tensors = index.values().filter(|name| *name == shard).count();
                 return Err(fail(format!(
-                    "shard {shard}, which has {n_tensors} of the tensors, is missing; copy or download the whole folder again"
+                    "shard {shard}, which has {n_tensors} of the tensors, is missing; copy or \
+                    download the whole folder again"
                 )));
             }
             let file = SafetensorsFile::open(path)?;
@@ -146,7 +147,8 @@ impl Checkpoint {
                 }
                 None => {
                     return Err(fail(format!(
-                        "tensor {} is said to be in {shard}, which does not have it; the index and the shards are not of one model",
+                        "tensor {} is said to be in {shard}, which does not have it; the index \
+                        and the shards are not of one model",
                         excerpt(name)
                     )));
                 }
@@ -154,7 +156,8 @@ impl Checkpoint {
         }
         if let Some((shard, name)) = unlisted.first() {
             return Err(fail(format!(
-                "shard {shard} has tensor {}, which the index does not list ({} such tensors); the index and the shards are not of one model",
+                "shard {shard} has tensor {}, which the index does not list ({} such tensors); \
+                the index and the shards are not of one model",
                 excerpt(name),
                 unlisted.len()
             )));
@@ -242,7 +245,9 @@ impl Checkpoint {
             return Err(Error::Tensors {
                 path: dir,
                 detail: format!(
-                    "{} tensors belong to no part of the model that config.json describes: {}; config.json and the weights are not of one model, or it has parts that are not supported here",
+                    "{} tensors belong to no part of the model that config.json describes: {}; \
+                    config.json and the weights are not of one model, or it has parts that are \
+                    not supported here",
                     unexpected.len(),
                     list_names(unexpected.iter().map(String::as_str))
                 ),
@@ -254,7 +259,8 @@ impl Checkpoint {
 
 /// A shard must be a file of the folder itself: an index is no way to other folders.
 fn check_shard_name(name: &str) -> Result<(), String> {
-    let bare = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    let bare = !matches!(name, "" | "." | "..")
+        && !name.contains(|c: char| c.is_control() || matches!(c, '/' | '\\'));
     if bare { Ok(()) } else { Err(format!("shard {} is not a bare file name", excerpt(name))) }
 }
 
@@ -266,7 +272,9 @@ fn no_weights(dir: &Path, pickle: Option<&str>) -> Error {
         dir,
         match pickle {
             Some(found) => format!(
-                "found {found}, a pickle, which can run code and is not read; convert it once in Python: AutoModelForSeq2SeqLM.from_pretrained(DIR).save_pretrained(DIR, safe_serialization=True) (AutoModelForCausalLM for causal models)"
+                "found {found}, a pickle, which can run code and is not read; convert it once \
+                in Python: AutoModelForSeq2SeqLM.from_pretrained(DIR).save_pretrained(DIR, \
+                safe_serialization=True) (AutoModelForCausalLM for causal models)"
             ),
             None => format!("not a model folder: neither {SINGLE_FILE} nor {INDEX_FILE} is in it"),
         },

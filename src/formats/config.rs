@@ -255,7 +255,8 @@ impl ModelConfig {
             "umt5" => {
                 return Err(fields.error(
                     "model_type",
-                    "umt5 is not supported: it has a relative position bias in every layer; t5 and mt5 are",
+                    "umt5 is not supported: it has a relative position bias in every layer; t5 \
+                    and mt5 are",
                 ));
             }
             _ => {
@@ -302,7 +303,10 @@ impl T5Config {
         if relative_attention_max_distance <= relative_attention_num_buckets / 4 {
             return Err(fields.error(
                 distance,
-                format!("expected more than a quarter of {buckets} ({relative_attention_num_buckets}), found {relative_attention_max_distance}"),
+                format!(
+                    "expected more than a quarter of {buckets} ({relative_attention_num_buckets}), \
+                     found {relative_attention_max_distance}"
+                ),
             ));
         }
 
@@ -376,7 +380,8 @@ fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)
         Error::file(
             fields.path(),
             format!(
-                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also behind \"gated-\"",
+                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also \
+                behind \"gated-\"",
                 excerpt(found)
             ),
         )

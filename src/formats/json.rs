@@ -98,7 +98,7 @@ pub fn read_json<T: de::DeserializeOwned>(path: &Path, max_bytes: u64) -> Result
 /// Parses the JSON of the file at `path`.
 pub fn parse<'de, T: Deserialize<'de>>(bytes: &'de [u8], path: &Path) -> Result<T> {
     serde_json::from_slice(bytes)
-        .map_err(|error| Error::file(path, format!("not the JSON expected: {error}")))
+        .map_err(|error| Error::file(path, format!("not the JSON expected: {}", describe(&error))))
 }
 
 /// Opens a regular file. Links are followed (the Hub cache is made of them); what they lead to must
@@ -116,6 +116,29 @@ pub(crate) fn open_regular(path: &Path) -> Result<File> {
     // Once more on what was opened: the name may have changed hands in between.
     kind(file.metadata().map_err(Error::io("open", path))?)?;
     Ok(file)
+}
+
+/// serde_json's message and place, with what it echoes of the file cut and made printable.
+pub(crate) fn describe(error: &serde_json::Error) -> String {
+    format!("{} (line {}, column {})", reason(error), error.line(), error.column())
+}
+
+/// The same without the place.
+pub(crate) fn reason(error: &serde_json::Error) -> String {
+    const HEAD_CHARS: usize = 120;
+    const TAIL_CHARS: usize = 60; // "..., expected a string"
+    let message = error.to_string();
+    let reason = message.rsplit_once(" at line ").map_or(message.as_str(), |(head, _)| head);
+    let n_chars = reason.chars().count();
+    let mut text = String::new();
+    for (i, c) in reason.chars().enumerate() {
+        if i < HEAD_CHARS || i + TAIL_CHARS >= n_chars {
+            text.push(if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
+        } else if i == HEAD_CHARS {
+            text += "...";
+        }
+    }
+    text
 }
 
 /// The JSON type of a value, for messages: "expected a string, found a number".
@@ -136,7 +159,8 @@ pub(crate) fn excerpt(text: &str) -> String {
     if text.len() <= MAX_BYTES {
         return format!("{text:?}");
     }
-    format!("{:?}...", &text[..text.floor_char_boundary(MAX_BYTES)])
+    let cut = (0..=MAX_BYTES).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    format!("{:?}...", &text[..cut])
 }
 
 /// Foreign names for a message: the first 20, then how many more.
@@ -173,6 +197,20 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let error = read_capped(&std::env::temp_dir(), 10).unwrap_err().to_string();
         assert!(error.contains("found a directory"), "{error}");
+    }
+
+    #[test]
+    fn what_a_message_echoes_is_bounded_and_printable() {
+        let path = Path::new("x.json");
+        let long = format!("{{\"a\":\"{}\"}}", "z".repeat(100_000));
+        let error = parse::<UniqueMap<u32>>(long.as_bytes(), path).unwrap_err().to_string();
+        assert!(error.len() < 300 && error.contains("expected u32"), "{error}");
+        assert!(error.ends_with("(line 1, column 100007)"), "{error}");
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Empty {}
+        let error = parse::<Empty>(br#"{"\u001b[2J":1}"#, path).unwrap_err().to_string();
+        assert!(error.contains("unknown field `\u{fffd}[2J`"), "{error}");
     }
 
     #[test]

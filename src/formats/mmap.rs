@@ -60,7 +60,8 @@ impl MappedFile {
     pub fn verify_unchanged(&self) -> Result<()> {
         let metadata = self.file.metadata().map_err(Error::io("stat", &self.path))?;
         let (found, expected) = (metadata.len(), self.map.len() as u64);
-        let remedy = "files in use must be replaced by renaming, not written into: restore the file and start again";
+        let remedy = "files in use must be replaced by renaming, not written into: restore the file and \
+        start again";
         if found != expected {
             return Err(Error::file(
                 &self.path,

@@ -116,7 +116,13 @@ impl PolyConfig {
             Some(found) if found == "POLY" => {}
             Some(found) => {
                 let found = excerpt(&found);
-                return Err(fields.error("peft_type", format!("expected \"POLY\", found {found}; other adapters are not read here (LoRA folders become Poly adapters with `polytape import`)")));
+                return Err(fields.error(
+                    "peft_type",
+                    format!(
+                        "expected \"POLY\", found {found}; other adapters are not read here (LoRA \
+                        folders become Poly adapters with `polytape import`)"
+                    ),
+                ));
             }
             None => {
                 return Err(fields.error("peft_type", "missing: not an adapter's configuration"));
@@ -131,7 +137,13 @@ impl PolyConfig {
         }
         if let Some(found) = fields.take_value("modules_to_save") {
             let found = excerpt(&found.to_string());
-            return Err(fields.error("modules_to_save", format!("{found} asks for trained copies of whole modules, which are not supported: expected null; train the adapter without them")));
+            return Err(fields.error(
+                "modules_to_save",
+                format!(
+                    "{found} asks for trained copies of whole modules, which are not supported: \
+                    expected null; train the adapter without them"
+                ),
+            ));
         }
         let default = Self::default();
         let config = Self {
@@ -188,7 +200,8 @@ impl PolyConfig {
         let n_logits = self.n_tasks * self.n_splits * self.n_skills;
         if n_logits > MAX_LOGITS {
             return Err(format!(
-                "n_tasks {} x n_splits {} x n_skills {} is {n_logits} router logits a layer; at most {MAX_LOGITS} are supported",
+                "n_tasks {} x n_splits {} x n_skills {} is {n_logits} router logits a layer; at \
+                most {MAX_LOGITS} are supported",
                 self.n_tasks, self.n_splits, self.n_skills
             ));
         }
@@ -207,7 +220,8 @@ impl PolyConfig {
             match modules {
                 Some(TargetModules::Pattern(pattern)) if pattern.len() > MAX_PATTERN_BYTES => {
                     return Err(format!(
-                        "{name} is a pattern of {} bytes; at most {MAX_PATTERN_BYTES} are supported",
+                        "{name} is a pattern of {} bytes; at most {MAX_PATTERN_BYTES} are \
+                        supported",
                         pattern.len()
                     ));
                 }
@@ -222,7 +236,8 @@ impl PolyConfig {
                         list.iter().find(|entry| entry.len() > MAX_MODULE_NAME_BYTES)
                     {
                         return Err(format!(
-                            "{name} has the entry {} of {} bytes; at most {MAX_MODULE_NAME_BYTES} are supported",
+                            "{name} has the entry {} of {} bytes; at most \
+                            {MAX_MODULE_NAME_BYTES} are supported",
                             excerpt(long),
                             long.len()
                         ));

@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::{Error, Result},
-    formats::json::{UniqueObject, excerpt, open_regular, type_name},
+    formats::json::{UniqueObject, excerpt, open_regular, reason, type_name},
 };
 
 /// The longest line that is read, without its end.
@@ -173,10 +173,7 @@ impl<R: BufRead> RowReader<R> {
             return Err(self.error(format!("expected a JSON object, found {}", excerpt(text))));
         }
         let UniqueObject(raw) = serde_json::from_str(text).map_err(|error| {
-            let message = error.to_string();
-            let reason =
-                message.rsplit_once(" at line ").map_or(message.as_str(), |(head, _)| head);
-            self.error(format!("column {}: malformed JSON: {reason}", error.column()))
+            self.error(format!("column {}: malformed JSON: {}", error.column(), reason(&error)))
         })?;
         self.row(raw).map_err(|detail| self.error(detail))
     }

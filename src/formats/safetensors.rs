@@ -33,7 +33,7 @@ use crate::{
     dtype::Dtype,
     error::{Error, Result},
     formats::{
-        json::{UniqueMap, duplicate, excerpt},
+        json::{UniqueMap, describe, duplicate, excerpt},
         mmap::MappedFile,
     },
     tensor::{Bytes, Frozen},
@@ -144,29 +144,34 @@ pub fn parse_header(bytes: &[u8], path: &Path) -> Result<Header> {
     let fail = |detail: String| Error::file(path, detail);
     let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or_else(|| {
         fail(format!(
-            "a safetensors file has at least {LENGTH_BYTES} bytes, this one has {}: it was truncated or is another kind of file",
+            "a safetensors file has at least {LENGTH_BYTES} bytes, this one has {}: it was \
+            truncated or is another kind of file",
             bytes.len()
         ))
     })?;
     let header_bytes = u64::from_le_bytes(*length);
     if header_bytes > MAX_HEADER_BYTES as u64 {
         return Err(fail(format!(
-            "the header is said to have {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read (the format allows {FORMAT_MAX_HEADER_BYTES}): this is not a safetensors file, or a hostile one"
+            "the header is said to have {header_bytes} bytes; at most {MAX_HEADER_BYTES} are \
+            read (the format allows {FORMAT_MAX_HEADER_BYTES}): this is not a safetensors file, \
+            or a hostile one"
         )));
     }
     // At most 16 MiB, so it fits.
     let header_bytes = header_bytes as usize;
     let Some((json, data)) = rest.split_at_checked(header_bytes) else {
         return Err(fail(format!(
-            "the header is said to have {header_bytes} bytes, but only {} follow: the file was truncated; copy or download it again",
+            "the header is said to have {header_bytes} bytes, but only {} follow: the file was \
+            truncated; copy or download it again",
             rest.len()
         )));
     };
     if json.first() != Some(&b'{') {
         return Err(fail("the header does not begin with '{'".to_owned()));
     }
-    let raw: RawHeader = serde_json::from_slice(json)
-        .map_err(|error| fail(format!("the header is not what the format asks for: {error}")))?;
+    let raw: RawHeader = serde_json::from_slice(json).map_err(|error| {
+        fail(format!("the header is not what the format asks for: {}", describe(&error)))
+    })?;
 
     let data_start = LENGTH_BYTES + header_bytes;
     let mut tensors = BTreeMap::new();
@@ -213,7 +218,8 @@ fn check_tiling(
     let (found, expected) = (data_bytes, end - data_start);
     if found < expected {
         return Err(format!(
-            "the tensors need {expected} bytes of data, the file has {found}: it was truncated; copy or download it again"
+            "the tensors need {expected} bytes of data, the file has {found}: it was truncated; \
+            copy or download it again"
         ));
     }
     if found > expected {
@@ -403,7 +409,8 @@ impl SafetensorsFile {
             Error::file(
                 self.path(),
                 format!(
-                    "tensor {} has dtype {}, which is not supported here: F32, BF16 and F16 are; convert the weights",
+                    "tensor {} has dtype {}, which is not supported here: F32, BF16 and F16 \
+                    are; convert the weights",
                     excerpt(name),
                     dtype.name()
                 ),

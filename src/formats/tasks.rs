@@ -134,7 +134,8 @@ impl TaskNames {
                 return fail(
                     row,
                     format!(
-                        "task {} has no task_id in any row, but other tasks have: give one to all or to none",
+                        "task {} has no task_id in any row, but other tasks have: give one to \
+                        all or to none",
                         excerpt(name)
                     ),
                 );

@@ -41,7 +41,8 @@ impl Tokenizer {
             return Err(Error::file(
                 dir,
                 format!(
-                    "there is no {FILE_NAME}, and {slow} is not read; convert it once in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+                    "there is no {FILE_NAME}, and {slow} is not read; convert it once in \
+                    Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
                 ),
             ));
         }
@@ -57,7 +58,9 @@ impl Tokenizer {
         };
         if id as usize >= vocab_rows {
             return Err(fail(format!(
-                "token {} has id {id}, but the model's embedding has {vocab_rows} rows (ids 0 to {}); tokenizer and model do not belong together, or the embedding was not resized when tokens were added",
+                "token {} has id {id}, but the model's embedding has {vocab_rows} rows (ids 0 \
+                to {}); tokenizer and model do not belong together, or the embedding was not \
+                resized when tokens were added",
                 excerpt(&token),
                 vocab_rows.saturating_sub(1)
             )));
