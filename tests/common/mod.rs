@@ -2,7 +2,11 @@
 //!
 //! A case is made from one 64-bit seed. Every failure prints `POLYTAPE_CASE=<operation>/<seed>`, and
 //! setting that variable replays that case alone. `POLYTAPE_CASES` sets how many cases each operation
-//! gets, `POLYTAPE_SEED` another base seed.
+//! gets, `POLYTAPE_SEED` another base seed. A seed without an operation replays it in every one.
+//!
+//! ```text
+//! POLYTAPE_CASES=10000 cargo test --no-default-features --test kernels
+//! ```
 //!
 //! Each case runs for f32 and for bf16 on each instruction set of this CPU, with buffers that start
 //! as NaN, and must
