@@ -19,7 +19,10 @@ use regex::RegexBuilder;
 use super::{Module, ModuleKind};
 use crate::{
     error::{Error, Result},
-    formats::poly_config::{PolyConfig, TargetModules},
+    formats::{
+        json::{excerpt, list_names},
+        poly_config::{PolyConfig, TargetModules},
+    },
 };
 
 const ALL_LINEAR: &str = "all-linear";
@@ -121,14 +124,21 @@ impl Matcher {
                         pattern.len()
                     )));
                 }
-                let whole = format!(r"\A(?:{pattern})\z");
-                RegexBuilder::new(&whole).size_limit(1 << 20).build().map(Self::Pattern).map_err(
-                    |error| {
+                let compile =
+                    |pattern: &str| RegexBuilder::new(pattern).size_limit(1 << 20).build();
+                // By itself first: "q)|(?:v" must not become a pattern by what is put around it.
+                compile(pattern)
+                    .and_then(|_| compile(&format!(r"\A(?:{pattern})\z")))
+                    .map(Self::Pattern)
+                    .map_err(|error| {
+                        // The lines above the last one draw the pattern.
+                        let error = error.to_string();
+                        let reason = error.lines().last().unwrap_or_default();
+                        let pattern = excerpt(pattern);
                         Error::Config(format!(
-                            "{pattern:?} is not a pattern for module names: {error}"
+                            "{pattern} is not a pattern for module names: {reason}"
                         ))
-                    },
-                )
+                    })
             }
         }
     }
@@ -165,9 +175,9 @@ fn nothing_matched(targets: &TargetModules, excludes: bool, modules: &[Module]) 
     let names: Vec<_> = linears.into_iter().collect();
     let targets = match targets {
         TargetModules::List(list) => {
-            format!("[{}]", list.iter().map(String::as_str).collect::<Vec<_>>().join(", "))
+            format!("[{}]", list_names(list.iter().map(String::as_str)))
         }
-        TargetModules::Pattern(pattern) => format!("{pattern:?}"),
+        TargetModules::Pattern(pattern) => excerpt(pattern),
     };
     let excludes = if excludes { " after exclude_modules" } else { "" };
     format!(
@@ -230,7 +240,9 @@ mod tests {
             (list(&["v"]), list(&["v"]), "matches nothing after exclude_modules"),
             (list(&["encoder"]), None, "matches encoder, which is not a linear"),
             (list(&["lm_head"]), None, "the output head"),
-            (pattern("("), None, "is not a pattern"),
+            (pattern("("), None, "\"(\" is not a pattern for module names: error: unclosed group"),
+            (pattern("q)|(?:v"), None, "is not a pattern for module names: error: unopened group"),
+            (list(&["\u{1b}[2J"]), None, r#"target_modules ["\u{1b}[2J"] matches nothing"#),
         ] {
             let error = paths(targets, exclude).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");

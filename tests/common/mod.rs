@@ -2,7 +2,11 @@
 //!
 //! A case is made from one 64-bit seed. Every failure prints `POLYTAPE_CASE=<operation>/<seed>`, and
 //! setting that variable replays that case alone. `POLYTAPE_CASES` sets how many cases each operation
-//! gets, `POLYTAPE_SEED` another base seed.
+//! gets, `POLYTAPE_SEED` another base seed. A seed without an operation replays it in every one.
+//!
+//! ```text
+//! POLYTAPE_CASES=10000 cargo test --no-default-features --test kernels
+//! ```
 //!
 //! Each case runs for f32 and for bf16 on each instruction set of this CPU, with buffers that start
 //! as NaN, and must
@@ -38,27 +42,43 @@ use polytape::{
 
 /// Unit roundoff of f32: what everything is computed in.
 pub const U: f64 = 1.0 / 16_777_216.0;
+/// The smallest normal f32: an exponential below it may be 0.
+pub const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
 /// Below this nothing is compared: products of f32 may be flushed or denormal.
 const TINY: f64 = 1e-36;
 
-/// Numbers that look random: splitmix64.
-pub struct Gen(u64);
+/// Numbers that look random: splitmix64. A fuzzer steers the choices.
+pub struct Gen {
+    state: u64,
+    /// The next choices, the next one last; then splitmix64 makes them.
+    choices: Vec<u8>,
+    max_size: usize,
+}
 
 impl Gen {
     pub fn new(seed: u64) -> Self {
-        Self(seed)
+        Self { state: seed, choices: Vec::new(), max_size: usize::MAX }
+    }
+
+    /// Eight bytes seed the values; the others choose sizes and flags while they last. Sizes are kept
+    /// small, as a fuzzer wants many cases.
+    pub fn steered(bytes: &[u8]) -> Self {
+        let (seed, choices) = bytes.split_at(bytes.len().min(8));
+        let state = seed.iter().fold(0, |state, &byte| state << 8 | u64::from(byte));
+        Self { state, choices: choices.iter().rev().copied().collect(), max_size: 65 }
     }
 
     pub fn word(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
 
-    /// Uniform in `0..n`.
+    /// Uniform in `0..n`, or the next choice.
     pub fn below(&mut self, n: usize) -> usize {
-        (self.word() % n as u64) as usize
+        let choice = if n <= 256 { self.choices.pop().map(u64::from) } else { None };
+        (choice.unwrap_or_else(|| self.word()) % n as u64) as usize
     }
 
     /// Uniform in `[0, 1)`, a multiple of 2^-24.
@@ -67,7 +87,7 @@ impl Gen {
     }
 
     pub fn coin(&mut self) -> bool {
-        self.word() & 1 == 1
+        self.below(2) == 1
     }
 
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
@@ -80,6 +100,7 @@ impl Gen {
             1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 63, 64, 65, 96, 127, 128,
             129, 192, 255, 256, 257,
         ];
+        let max = max.min(self.max_size);
         let n = AWKWARD.iter().filter(|&&size| size <= max).count();
         if self.below(4) == 0 { 1 + self.below(max) } else { AWKWARD[self.below(n)] }
     }
@@ -561,6 +582,14 @@ pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>
     }
 }
 
+/// Checks the case that a fuzzer chose.
+pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) {
+    let class = random.pick(&Class::ALL);
+    let batch = Batch::random(&mut random);
+    let case = make(&mut random, class, batch);
+    check_case(&case, random.word());
+}
+
 fn check_case<O: Op>(case: &Case<O>, seed: u64) {
     for compute in [Dtype::F32, Dtype::Bf16] {
         let inputs = case.inputs.rounded(compute);
@@ -595,7 +624,7 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64) {
 pub fn answer<O: Op>(case: &Case<O>, inputs: &Inputs) -> (Vec<Output>, Vec<Vec<f64>>) {
     let expected = case.op.run(&Oracle, &case.batch, &inputs.load(&Oracle));
     let mut tolerance = case.op.tolerance(&case.batch, inputs, &expected);
-    if case.class == Class::Spread {
+    if matches!(case.class, Class::Spread | Class::Special) {
         // Where one term is as large as all others together, each later addition rounds at its
         // scale: up to 256 times in a row, a random walk of 16 * 0.58 units, four times that wide.
         tolerance.iter_mut().flatten().for_each(|bound| *bound *= 7.0);

@@ -100,7 +100,8 @@ pub fn linear(random: &mut Gen, class: Class, batch: Batch) -> Case<Linear> {
             inputs.weights.push(random.weight(class, 1, d_out));
         }
         let lora = has_lora.then(|| {
-            inputs.tokens_full(&batch, rank, activations(random, class, n * rank, &SPECIALS));
+            let z = activations(random, class, n * rank, &SPECIALS_FINITE);
+            inputs.tokens_full(&batch, rank, z);
             if random.coin() {
                 let values = random.values(class, batch.n_rows * rank * d_out, true);
                 inputs.full(batch.n_rows * rank, d_out, values);

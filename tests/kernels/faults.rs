@@ -115,11 +115,6 @@ fn faults_of_mixing_and_routing_are_caught() {
     assert_caught("swapped split and skill", mix, |case| swap(&mut case.inputs, &case.op.bank));
     assert_caught("another linear", mix, |case| case.op.bank.linear ^= 1);
     assert_caught("a shifted bank", mix, |case| case.op.bank.b_start -= 1);
-    assert_caught("a wrong rank", mix, |case| {
-        let bank = &mut case.op.bank;
-        (bank.d_in, bank.d_out) = (bank.d_out, bank.d_in);
-        bank.b_start = bank.a_start + bank.b_len();
-    });
     assert_caught("overwritten gradients", unmix, |case| {
         case.inputs.tensors[4].values.fill(0.0);
     });
@@ -142,9 +137,7 @@ fn faults_of_mixing_and_routing_are_caught() {
 #[test]
 fn faults_of_attention_are_caught() {
     assert_caught("a lost key", attention, |case| {
-        if !case.op.causal && case.op.dropout.is_none() && case.op.bias.is_none() {
-            case.batch.keys.lens.iter_mut().for_each(|len| *len = len.saturating_sub(1).max(1));
-        }
+        case.batch.keys.lens.iter_mut().for_each(|len| *len -= usize::from(*len > 1));
     });
     assert_caught("no mask", attention, |case| case.op.causal = false);
     assert_caught("a shifted bias", attention, |case| {
@@ -186,11 +179,11 @@ fn faults_of_pointwise_operations_are_caught() {
 /// What slips through a mean over the whole output (ggml's limit for products is 5e-4).
 #[test]
 fn faults_that_a_mean_square_error_misses_are_caught() {
-    let (rows, depth) = (48, 2048);
+    let (rows, depth) = (128, 4096);
     let make = |random: &mut Gen, _: Class, _: Batch| {
         let class = Class::Uniform;
         let mut batch = Batch::random(random);
-        batch.lens = vec![rows];
+        (batch.lens, batch.rows) = (vec![rows], vec![0]);
         batch.token_keys = vec![ops::TokenKey { example: 0, position: 0 }; rows];
         let mut inputs = Inputs::default();
         inputs.tokens(&batch, depth, random.values(class, rows * depth, false));
@@ -220,7 +213,7 @@ fn faults_that_a_mean_square_error_misses_are_caught() {
             |of: &dyn Fn(usize) -> f64| -> f64 { (0..rows * rows).map(|i| of(i) * of(i)).sum() };
         let (found, expected) = (&found[0].values, &expected[0].values);
         let mean = squares(&|i| found[i] - expected[i]) / squares(&|i| expected[i]);
-        assert!(mean < 1e-3, "{what}: {mean}");
+        assert!(mean < 5e-4, "{what}: {mean}");
     }
 }
 

@@ -103,7 +103,8 @@ impl Op for ShrinkStacked {
 pub fn shrink_stacked(random: &mut Gen, class: Class, batch: Batch) -> Case<ShrinkStacked> {
     let (bank, n) = (any_bank(random), batch.n_tokens());
     let mut inputs = Inputs::default();
-    inputs.tokens(&batch, bank.d_in, activations(random, class, n * bank.d_in, &SPECIALS));
+    // No infinities: whether the skills or the features are added up first is left open.
+    inputs.tokens(&batch, bank.d_in, activations(random, class, n * bank.d_in, &SPECIALS_FINITE));
     stacked(random, class, &bank, batch.n_rows, &mut inputs);
     Case { class, batch, inputs, op: ShrinkStacked { bank, scale: random.pick(&[1.0, 0.25]) } }
 }

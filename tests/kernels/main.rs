@@ -6,6 +6,15 @@
 mod attention;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../../fuzz/src/corpus.rs"]
+mod corpus;
 mod dense;
 mod faults;
 mod lora;
+#[path = "../../fuzz/src/routed_lora.rs"]
+mod routed_lora;
+
+#[test]
+fn fuzzed_cases() {
+    corpus::replay("routed_lora", routed_lora::check);
+}

@@ -67,7 +67,8 @@ fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
     // Four weight rows at a time stay in the L1 cache while the rows of x pass over them.
     for n0 in (0..n).step_by(4) {
         if n0 + 4 <= n {
-            let w = [0, 1, 2, 3].map(|j| weight.row::<E>(n0 + j));
+            let row_of = |j| weight.row::<E>(n0 + j);
+            let w = [row_of(0), row_of(1), row_of(2), row_of(3)];
             let mut row = 0;
             while row + 2 <= m {
                 let sums = tile::<S, E, 2, 4>(simd, [x(row), x(row + 1)], w);
@@ -98,28 +99,47 @@ fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
     x: [&[f32]; R],
     w: [&[E::Item]; C],
 ) -> [[f32; C]; R] {
-    let (n_whole, rest) = (x[0].len() / LANES, x[0].len() / LANES * LANES);
+    let k = x[0].len();
     let mut sums = [[simd.splat(0.0); C]; R];
-    let step = |sums: &mut [[S::V; C]; R], x: [S::V; R], w: [S::V; C]| {
-        for i in 0..R {
-            for j in 0..C {
-                sums[i][j] = simd.fma(x[i], w[j], sums[i][j]);
-            }
+    let (mut x_lanes, mut w_lanes) = ([simd.splat(0.0); R], [simd.splat(0.0); C]);
+    for at in (0..k / LANES * LANES).step_by(LANES) {
+        for (lanes, x) in x_lanes.iter_mut().zip(x) {
+            *lanes = simd.load(x[at..].first_chunk().expect("16 are left"));
         }
-    };
-    let (whole_x, whole_w) = (
-        x.map(|x| &x.as_chunks::<LANES>().0[..n_whole]),
-        w.map(|w| &w.as_chunks::<LANES>().0[..n_whole]),
-    );
-    for k in 0..n_whole {
-        step(&mut sums, whole_x.map(|x| simd.load(&x[k])), whole_w.map(|w| E::load(simd, &w[k])));
+        for (lanes, w) in w_lanes.iter_mut().zip(w) {
+            *lanes = E::load(simd, w[at..].first_chunk().expect("16 are left"));
+        }
+        step(simd, &mut sums, &x_lanes, &w_lanes);
     }
-    if rest < x[0].len() {
-        step(
-            &mut sums,
-            x.map(|x| simd.load_part(&x[rest..], 0.0)),
-            w.map(|w| E::load_part(simd, &w[rest..])),
-        );
+    let rest = k / LANES * LANES;
+    if rest < k {
+        for (lanes, x) in x_lanes.iter_mut().zip(x) {
+            *lanes = simd.load_part(&x[rest..], 0.0);
+        }
+        for (lanes, w) in w_lanes.iter_mut().zip(w) {
+            *lanes = E::load_part(simd, &w[rest..]);
+        }
+        step(simd, &mut sums, &x_lanes, &w_lanes);
     }
-    sums.map(|sums| sums.map(|v| simd.sum(v)))
+    let mut dots = [[0.0; C]; R];
+    for (dots, sums) in dots.iter_mut().zip(sums) {
+        for (dot, sum) in dots.iter_mut().zip(sums) {
+            *dot = simd.sum(sum);
+        }
+    }
+    dots
+}
+
+#[inline(always)]
+fn step<S: Simd, const R: usize, const C: usize>(
+    simd: S,
+    sums: &mut [[S::V; C]; R],
+    x: &[S::V; R],
+    w: &[S::V; C],
+) {
+    for i in 0..R {
+        for j in 0..C {
+            sums[i][j] = simd.fma(x[i], w[j], sums[i][j]);
+        }
+    }
 }

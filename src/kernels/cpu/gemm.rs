@@ -3,13 +3,16 @@
 //! ```text
 //! lhs    Packed       [tile][k][MR]            f32, once per operation, shared by all tasks
 //! rhs    panels       [panel][k][WIDTH]        f32, once per task and block of k, in its L2 cache
-//! sums   Accumulator  [tile][panel][MR][WIDTH] f32, a task's rows x 64 columns
+//! sums   Accumulator  [tile][panel][MR][WIDTH] f32, a task's rows x 128 columns
 //! ```
 //!
 //! The register tile is `MR x WIDTH` (`WIDTH = 16 NV`, both of the instruction set). Within a block
 //! of [`K_BLOCK`] an element is one chain of fused multiply-adds in registers; blocks are added to
 //! the sums in order. So an element's bits depend on its own row and column and on K, not on how
 //! many rows there are, where in a tile it lies, or which thread computes it.
+//!
+//! Loops here are loops, not `array::map` or `from_fn`: intrinsics in a closure are compiled without
+//! the instruction set wherever the closure's caller is not inlined, each to a function call.
 //!
 //! Frozen weights are packed anew by every operation, straight from the mapped file: a second copy
 //! of the base would double its memory, and at 1000 rows packing takes 2 % of the time.
@@ -32,7 +35,7 @@ use crate::{
 /// Products of an element that are summed in registers before they are added to the others.
 pub(super) const K_BLOCK: usize = 256;
 /// Columns of a task.
-pub(super) const COLS: usize = 64;
+pub(super) const COLS: usize = 128;
 /// Tiles of rows that stay in the L2 cache while the panels pass over them.
 const TILES: usize = 16;
 
@@ -237,14 +240,21 @@ fn pack_rows<S: Simd, const MR: usize, const NV: usize>(simd: S, args: PackRows<
     let PackRows { matrix, first_row, out } = args;
     with_element!(matrix.dtype, E => {
         for (tile, out) in out.chunks_mut((MR * matrix.cols).max(1)).enumerate() {
+            let mut rows: [&[<E as Element>::Item]; MR] = [&[]; MR];
             let first = first_row + tile * MR;
-            let rows: [&[<E as Element>::Item]; MR] = std::array::from_fn(|i| {
-                if first + i < matrix.rows { matrix.row::<E>(first + i) } else { &[] }
-            });
+            for (i, row) in rows.iter_mut().enumerate().take(matrix.rows - first) {
+                *row = matrix.row::<E>(first + i);
+            }
             for (i, out) in out.as_chunks_mut::<MR>().0.chunks_mut(LANES).enumerate() {
-                let block = rows.map(|row| load_lanes::<S, E>(simd, row, i));
-                for (k, out) in out.iter_mut().enumerate() {
-                    *out = block.map(|row| row[k]);
+                let mut block = [simd.splat(0.0); LANES];
+                for (v, row) in block.iter_mut().zip(rows) {
+                    *v = load_lanes::<S, E>(simd, row, i);
+                }
+                let block = simd.transpose(block);
+                for (out, v) in out.iter_mut().zip(block) {
+                    let mut lanes = [0.0; LANES];
+                    simd.store(v, &mut lanes);
+                    out.copy_from_slice(&lanes[..MR]);
                 }
             }
         }
@@ -253,16 +263,13 @@ fn pack_rows<S: Simd, const MR: usize, const NV: usize>(simd: S, args: PackRows<
 
 /// Lanes `16 i ..` of a row, widened; 0 past its end.
 #[inline(always)]
-fn load_lanes<S: Simd, E: Element>(simd: S, row: &[E::Item], i: usize) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
+fn load_lanes<S: Simd, E: Element>(simd: S, row: &[E::Item], i: usize) -> S::V {
     let (whole, rest) = row.as_chunks();
-    let v = match whole.get(i) {
+    match whole.get(i) {
         Some(whole) => E::load(simd, whole),
         None if i == whole.len() => E::load_part(simd, rest),
         None => simd.splat(0.0),
-    };
-    simd.store(v, &mut lanes);
-    lanes
+    }
 }
 
 /// A right operand, or one that stands beside others in the columns.
@@ -439,11 +446,14 @@ fn add_tile<S: Simd, const MR: usize, const NV: usize>(
 ) {
     let mut tile = [[simd.splat(0.0); NV]; MR];
     for (l, r) in lhs.iter().zip(rhs) {
-        let r: [S::V; NV] = std::array::from_fn(|j| simd.load(&r[j]));
+        let mut r_lanes = [simd.splat(0.0); NV];
+        for (lanes, r) in r_lanes.iter_mut().zip(r) {
+            *lanes = simd.load(r);
+        }
         for i in 0..MR {
             let l = simd.splat(l[i]);
             for j in 0..NV {
-                tile[i][j] = simd.fma(l, r[j], tile[i][j]);
+                tile[i][j] = simd.fma(l, r_lanes[j], tile[i][j]);
             }
         }
     }
@@ -529,18 +539,23 @@ fn pack_transposed<S: Simd, E: Element>(
     while n < matrix.rows {
         let lane = (at + n) % LANES;
         let now = (LANES - lane).min(matrix.rows - n);
-        let rows: [&[E::Item]; LANES] =
-            std::array::from_fn(|i| if i < now { matrix.row::<E>(n + i) } else { &[] });
+        let mut rows: [&[E::Item]; LANES] = [&[]; LANES];
+        for (i, row) in rows.iter_mut().enumerate().take(now) {
+            *row = matrix.row::<E>(n + i);
+        }
         let panel = &mut panels[(at + n) / width * n_k * width..][..n_k * width];
         let first = (at + n) % width;
         for (i, out) in panel.chunks_mut(LANES * width).enumerate() {
-            let block = rows.map(|row| load_lanes::<S, E>(simd, row, i));
-            for (k, out) in out.chunks_mut(width).enumerate() {
-                let column = block.map(|row| row[k]);
+            let mut block = [simd.splat(0.0); LANES];
+            for (v, row) in block.iter_mut().zip(rows) {
+                *v = load_lanes::<S, E>(simd, row, i);
+            }
+            let block = simd.transpose(block);
+            for (out, v) in out.chunks_exact_mut(width).zip(block) {
                 let out = &mut out[first..first + now];
                 match out.as_chunks_mut().0 {
-                    [out] => *out = column,
-                    _ => out.copy_from_slice(&column[..now]),
+                    [out] => simd.store(v, out),
+                    _ => simd.store_part(v, out),
                 }
             }
         }
@@ -595,11 +610,11 @@ pub(super) struct Cut {
 
 impl Cut {
     /// For left operands of `k` columns in all and outputs of `n` columns in all. The packed copy
-    /// of a long batch stays below 32 MiB, and there are at least some 16 tasks where there are
-    /// many rows. All numbers are multiples of every `MR`.
+    /// of a long batch stays below 32 MiB, and few columns are made up for by more tasks along the
+    /// rows. All numbers are multiples of every `MR`.
     pub(super) fn new(k: usize, n: usize) -> Self {
         let packed = ((8 << 20) / k.max(1) / 96 * 96).clamp(96, 1152);
-        let task = if n >= 16 * COLS { packed } else { packed.min(288) };
+        let task = if n >= 8 * COLS { packed } else { packed.min(576) };
         Self { packed, task }
     }
 }
@@ -655,14 +670,15 @@ impl<T: ElementMut<Item = T>, F: Fn(usize) -> [f32; COLS]> SimdOp for Write<'_, 
         for (row, out) in rows.zip(out) {
             let mut values = (self.sums)(row);
             if bias.is_some() {
-                values.iter_mut().zip(&bias_lanes).for_each(|(v, b)| *v += b);
+                for (v, b) in values.iter_mut().zip(&bias_lanes) {
+                    *v += b;
+                }
             }
             if let Some(dropout) = dropout {
                 let factors = factors(dropout, row, cols.start);
-                values
-                    .iter_mut()
-                    .zip(&factors)
-                    .for_each(|(v, &f)| *v = if f == 0.0 { 0.0 } else { *v * f });
+                for (v, &f) in values.iter_mut().zip(&factors) {
+                    *v = if f == 0.0 { 0.0 } else { *v * f };
+                }
             }
             let other = match residual {
                 Residual::None => None,
@@ -672,7 +688,9 @@ impl<T: ElementMut<Item = T>, F: Fn(usize) -> [f32; COLS]> SimdOp for Write<'_, 
                 })),
             };
             if let Some(other) = other {
-                values.iter_mut().zip(&other).for_each(|(v, o)| *v += o);
+                for (v, o) in values.iter_mut().zip(&other) {
+                    *v += o;
+                }
             }
             let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
             for (value, out) in values.iter().zip(&mut *whole) {
@@ -705,12 +723,15 @@ fn widen<S: Simd, E: Element>(simd: S, row: &[E::Item]) -> [f32; COLS] {
 fn factors(dropout: &Dropout, token: usize, first_col: usize) -> [f32; COLS] {
     let TokenKey { example, position } = dropout.tokens[token];
     let (threshold, scale) = (dropout.threshold(), dropout.scale());
-    let blocks: [[u32; 4]; COLS / 8] = std::array::from_fn(|i| {
-        dropout.key.block([(first_col / 8 + i) as u32, position, example, dropout.site])
-    });
+    let mut blocks = [[0; 4]; COLS / 8];
+    for (i, block) in blocks.iter_mut().enumerate() {
+        let counter = [(first_col / 8 + i) as u32, position, example, dropout.site];
+        *block = dropout.key.block(counter);
+    }
     let mut factors = [scale; COLS];
     for (pair, word) in factors.as_chunks_mut::<2>().0.iter_mut().zip(blocks.as_flattened()) {
-        *pair = [word & 0xFFFF, word >> 16].map(|bits| if bits < threshold { 0.0 } else { scale });
+        pair[0] = if word & 0xFFFF < threshold { 0.0 } else { scale };
+        pair[1] = if word >> 16 < threshold { 0.0 } else { scale };
     }
     factors
 }

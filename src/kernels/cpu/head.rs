@@ -113,8 +113,7 @@ impl SimdOp for Softmax<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) -> f64 {
         let Self { row, label, scale, d_nll } = self;
-        let scale_lanes = simd.splat(scale);
-        each(simd, row, |v| simd.mul(v, scale_lanes));
+        multiply(simd, row, scale);
         let largest = max::<S, f32>(simd, row);
         let at_label = row[label];
         // NaN anywhere, or an infinity, makes the sum NaN: a broken model has no quiet loss.
@@ -122,34 +121,40 @@ impl SimdOp for Softmax<'_> {
         let mut sum = 0.0;
         for block in row.chunks_mut(SUM_BLOCK) {
             let mut lanes = simd.splat(0.0);
-            each(simd, block, |v| {
+            let (whole, rest) = block.as_chunks_mut();
+            for v in whole {
+                let e = math::exp(simd, simd.sub(simd.load(v), shift));
+                lanes = simd.add(lanes, e);
+                simd.store(e, v);
+            }
+            if !rest.is_empty() {
+                let v = simd.load_part(rest, f32::NEG_INFINITY);
                 let e = math::exp(simd, simd.sub(v, shift));
                 lanes = simd.add(lanes, e);
-                e
-            });
+                simd.store_part(e, rest);
+            }
             sum += f64::from(simd.sum(lanes));
         }
         if let Some(d_nll) = d_nll {
             let d_logit = f64::from(scale) * f64::from(d_nll);
             let at_label = (f64::from(row[label]) / sum - 1.0) * d_logit;
-            let factor = simd.splat((d_logit / sum) as f32);
-            each(simd, row, |v| simd.mul(v, factor));
+            multiply(simd, row, (d_logit / sum) as f32);
             row[label] = at_label as f32;
         }
         sum.ln() + (f64::from(largest) - f64::from(at_label))
     }
 }
 
-/// Applies a function to all elements; lanes past the end are -inf.
+/// `row *= factor`.
 #[inline(always)]
-fn each<S: Simd>(simd: S, row: &mut [f32], mut f: impl FnMut(S::V) -> S::V) {
+fn multiply<S: Simd>(simd: S, row: &mut [f32], factor: f32) {
     let (whole, rest) = row.as_chunks_mut();
-    for lanes in whole {
-        simd.store(f(simd.load(lanes)), lanes);
+    let lanes = simd.splat(factor);
+    for v in whole {
+        simd.store(simd.mul(simd.load(v), lanes), v);
     }
-    if !rest.is_empty() {
-        let v = f(simd.load_part(rest, f32::NEG_INFINITY));
-        simd.store_part(v, rest);
+    for v in rest {
+        *v *= factor;
     }
 }
 

@@ -67,6 +67,74 @@ fn bf16_bits(v: __m256) -> __m256i {
     })
 }
 
+/// Eight bf16 as f32.
+#[inline(always)]
+fn widen_bf16(half: __m128i) -> __m256 {
+    intrinsics!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half))))
+}
+
+/// `2^n` for eight integral `n`.
+#[inline(always)]
+fn exp2_integral(n: __m256) -> __m256 {
+    intrinsics!({
+        let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+    })
+}
+
+/// An 8x8 block, transposed.
+#[inline(always)]
+fn transpose_8x8(r: [__m256; 8]) -> [__m256; 8] {
+    intrinsics!({
+        // Pairs of rows, then fours, then the 128-bit halves.
+        let t0 = _mm256_unpacklo_ps(r[0], r[1]);
+        let t1 = _mm256_unpackhi_ps(r[0], r[1]);
+        let t2 = _mm256_unpacklo_ps(r[2], r[3]);
+        let t3 = _mm256_unpackhi_ps(r[2], r[3]);
+        let t4 = _mm256_unpacklo_ps(r[4], r[5]);
+        let t5 = _mm256_unpackhi_ps(r[4], r[5]);
+        let t6 = _mm256_unpacklo_ps(r[6], r[7]);
+        let t7 = _mm256_unpackhi_ps(r[6], r[7]);
+        let s0 = _mm256_shuffle_ps::<0x44>(t0, t2);
+        let s1 = _mm256_shuffle_ps::<0xEE>(t0, t2);
+        let s2 = _mm256_shuffle_ps::<0x44>(t1, t3);
+        let s3 = _mm256_shuffle_ps::<0xEE>(t1, t3);
+        let s4 = _mm256_shuffle_ps::<0x44>(t4, t6);
+        let s5 = _mm256_shuffle_ps::<0xEE>(t4, t6);
+        let s6 = _mm256_shuffle_ps::<0x44>(t5, t7);
+        let s7 = _mm256_shuffle_ps::<0xEE>(t5, t7);
+        [
+            _mm256_permute2f128_ps::<0x20>(s0, s4),
+            _mm256_permute2f128_ps::<0x20>(s1, s5),
+            _mm256_permute2f128_ps::<0x20>(s2, s6),
+            _mm256_permute2f128_ps::<0x20>(s3, s7),
+            _mm256_permute2f128_ps::<0x31>(s0, s4),
+            _mm256_permute2f128_ps::<0x31>(s1, s5),
+            _mm256_permute2f128_ps::<0x31>(s2, s6),
+            _mm256_permute2f128_ps::<0x31>(s3, s7),
+        ]
+    })
+}
+
+/// A 16x16 block of half vectors, transposed. For whoever holds a token of AVX2 or more.
+#[inline(always)]
+pub(super) fn transpose(rows: [[__m256; 2]; LANES]) -> [[__m256; 2]; LANES] {
+    let mut columns = rows;
+    for to in 0..2 {
+        for from in 0..2 {
+            let mut block = [rows[0][0]; 8];
+            for i in 0..8 {
+                block[i] = rows[8 * to + i][from];
+            }
+            let block = transpose_8x8(block);
+            for i in 0..8 {
+                columns[8 * from + i][to] = block[i];
+            }
+        }
+    }
+    columns
+}
+
 impl Simd for Avx2 {
     type V = [__m256; 2];
     const MR: usize = 6; // 12 accumulators, 2 right operands, 1 broadcast of the 16 registers.
@@ -111,9 +179,7 @@ impl Simd for Avx2 {
     fn load_bf16_bytes(self, x: &[u8; 2 * LANES]) -> Self::V {
         intrinsics!({
             let p = x.as_ptr().cast::<__m128i>();
-            [_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))].map(|half| {
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
-            })
+            [widen_bf16(_mm_loadu_si128(p)), widen_bf16(_mm_loadu_si128(p.add(1)))]
         })
     }
     #[inline(always)]
@@ -157,24 +223,23 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn round(self, a: Self::V) -> Self::V {
-        intrinsics!(
-            a.map(|a| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
-        )
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        intrinsics!([_mm256_round_ps::<NEAREST>(a[0]), _mm256_round_ps::<NEAREST>(a[1])])
     }
     #[inline(always)]
     fn exp2_integral(self, n: Self::V) -> Self::V {
-        intrinsics!(n.map(|n| {
-            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
-        }))
+        [exp2_integral(n[0]), exp2_integral(n[1])]
     }
     #[inline(always)]
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
-        intrinsics!(
-            [0, 1].map(|i| {
-                _mm256_blendv_ps(no[i], yes[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]))
-            })
-        )
+        intrinsics!([
+            _mm256_blendv_ps(no[0], yes[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0])),
+            _mm256_blendv_ps(no[1], yes[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])),
+        ])
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        transpose(rows)
     }
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {

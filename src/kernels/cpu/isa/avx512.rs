@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{LANES, Simd, SimdOp};
+use super::{LANES, Simd, SimdOp, avx2};
 
 /// The token of AVX-512.
 #[derive(Clone, Copy, Debug)]
@@ -148,6 +148,20 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
         intrinsics!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes))
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        intrinsics!({
+            let mut halves = [[_mm256_setzero_ps(); 2]; LANES];
+            for (halves, &row) in halves.iter_mut().zip(&rows) {
+                *halves = [_mm512_castps512_ps256(row), _mm512_extractf32x8_ps::<1>(row)];
+            }
+            let mut columns = rows;
+            for (column, half) in columns.iter_mut().zip(avx2::transpose(halves)) {
+                *column = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(half[0]), half[1]);
+            }
+            columns
+        })
     }
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {

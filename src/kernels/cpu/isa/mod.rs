@@ -81,6 +81,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `yes` where `a < b`, else `no`.
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
 
+    /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES];
+
     /// The lanes' sum, as a tree: `i + (i + 8)`, then `+ 4`, `+ 2`, `+ 1`.
     fn sum(self, v: Self::V) -> f32;
     /// The largest lane.
@@ -360,6 +363,11 @@ mod tests {
                 s.load_part(&x[..5], 9.0),
                 s.fma(s.splat(2.0), b, s.splat(1.0)), // Doubling is exact: one rounding everywhere.
             ];
+            let mut rows = [s.splat(0.0); LANES];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = s.add(a, s.splat(100.0 * i as f32));
+            }
+            let vectors = [&vectors[..], &s.transpose(rows)].concat();
             let mut out: Vec<Vec<u32>> = vectors
                 .iter()
                 .map(|&v| {

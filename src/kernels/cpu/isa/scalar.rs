@@ -95,6 +95,16 @@ impl Simd for Scalar {
         each(|i| if a[i] < b[i] { yes[i] } else { no[i] })
     }
     #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut columns = [[0.0; LANES]; LANES];
+        for (i, row) in rows.iter().enumerate() {
+            for (column, &v) in columns.iter_mut().zip(row) {
+                column[i] = v;
+            }
+        }
+        columns
+    }
+    #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {
         let mut v = v;
         for step in [8, 4, 2, 1] {

@@ -1,0 +1,26 @@
+//! What each fuzz target asserts about arbitrary bytes: one `check` a module; see `README.md`.
+//!
+//! The modules are also included by polytape's own tests, which replay the committed corpus:
+//! `tests/fuzz_corpus.rs` those of the formats, `tests/kernels` the one of the kernels.
+
+pub mod adapter;
+pub mod checkpoint;
+pub mod config;
+pub mod memory;
+pub mod messages;
+pub mod routed_lora;
+pub mod rows;
+
+// The harness of the kernels' tests, and its cases.
+#[path = "../../tests/common/mod.rs"]
+#[allow(dead_code)]
+mod common;
+#[path = "../../tests/kernels/dense.rs"]
+#[allow(dead_code, unused_imports)]
+mod dense;
+#[path = "../../tests/kernels/lora.rs"]
+#[allow(dead_code, unused_imports)]
+mod lora;
+
+#[global_allocator]
+static ALLOCATOR: memory::Counting = memory::Counting;
