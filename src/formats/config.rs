@@ -303,10 +303,7 @@ impl T5Config {
         if relative_attention_max_distance <= relative_attention_num_buckets / 4 {
             return Err(fields.error(
                 distance,
-                format!(
-                    "expected more than a quarter of {buckets} ({relative_attention_num_buckets}), \
-                     found {relative_attention_max_distance}"
-                ),
+                format!("expected more than a quarter of {buckets} ({relative_attention_num_buckets}), found {relative_attention_max_distance}"),
             ));
         }
 

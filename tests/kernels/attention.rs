@@ -3,7 +3,9 @@
 use polytape::kernels::{Backend, Precision, ops, oracle::Oracle};
 
 use crate::{
-    common::{Batch, Case, Class, Cut, Gen, Inputs, Loaded, Matrix, Op, Output, U, check},
+    common::{
+        Batch, Case, Class, Cut, Gen, Inputs, Loaded, Matrix, Op, Output, SMALLEST, U, check,
+    },
     dense::activations,
 };
 
@@ -133,7 +135,7 @@ impl Op for Attention {
                             f64::from(dropout.factor(query.token, query.dropout_col + j))
                         });
                         let v = v.at(query.first_key + j, query.kv_col + c).abs();
-                        kept * (scores[j] - lse).exp() * v
+                        kept * ((scores[j] - lse).exp() + SMALLEST / U) * v
                     })
                     .sum();
                 bounds[0][query.token * self.n_heads * self.head_dim + query.q_col + c] =
@@ -250,8 +252,9 @@ impl Op for AttentionBackward {
                 let (d_p, d_p_size) =
                     dot(&|c| kept * d_o.at(token, q_col + c) * v.at(key, kv_col + c));
                 let p = (scores[j] - lse).exp();
-                let p_error =
-                    p * ((errors[j] + 4.0 * U * (lse.abs() + scores[j].abs())).exp_m1() + 6.0 * U);
+                let p_error = p
+                    * ((errors[j] + 4.0 * U * (lse.abs() + scores[j].abs())).exp_m1() + 6.0 * U)
+                    + SMALLEST;
                 let d_score = p * (d_p - inner).abs();
                 let d_score_error = p_error * (d_p - inner).abs()
                     + (p + p_error) * 6.0 * U * (d_p_size + inner_size);

@@ -129,7 +129,8 @@ impl SimdOp for Step<'_> {
             s.store(new[1], m);
             s.store(new[2], v);
         }
-        let [p, m, v, g] = [&*p_tail, &*m_tail, &*v_tail, g_tail].map(|x| s.load_part(x, 0.0));
+        let (p, m) = (s.load_part(p_tail, 0.0), s.load_part(m_tail, 0.0));
+        let (v, g) = (s.load_part(v_tail, 0.0), s.load_part(g_tail, 0.0));
         let new = Self::vector(s, f, [p, m, v, g]);
         s.store_part(new[0], p_tail);
         s.store_part(new[1], m_tail);

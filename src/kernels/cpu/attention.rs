@@ -18,6 +18,9 @@
 //! Keys that no query of a tile sees are not touched; those that only some of them see have the
 //! probability 0 in the others.
 
+// Loops over the register tile are by index: iterators over arrays keep it out of the registers.
+#![allow(clippy::needless_range_loop)]
+
 use rayon::prelude::*;
 
 use super::{
@@ -308,21 +311,27 @@ fn pack_rows<'a, S: Simd, T: Element, const NV: usize>(
 /// `n` rows transposed, as panels of rows: panel `p` holds, for each column, its value in rows
 /// `p * NV * LANES..`. Rows beyond the last are zeros.
 #[inline(always)]
-fn pack_transposed<'a, T: Element, const NV: usize>(
+fn pack_transposed<'a, S: Simd, T: Element, const NV: usize>(
+    s: S,
     row: impl Fn(usize) -> &'a [T::Item],
     n: usize,
     to: &mut [PanelRow<NV>],
     head_dim: usize,
 ) {
     for (p, panel) in to.chunks_exact_mut(head_dim).enumerate() {
-        for lane in 0..NV * LANES {
-            let i = p * NV * LANES + lane;
-            if i < n {
-                for (to, &x) in panel.iter_mut().zip(row(i)) {
-                    to[lane / LANES][lane % LANES] = T::get(x);
+        for j in 0..NV {
+            for (c, panel) in panel.chunks_mut(LANES).enumerate() {
+                let mut square = [s.splat(0.0); LANES];
+                for (lane, v) in square.iter_mut().enumerate() {
+                    let i = (p * NV + j) * LANES + lane;
+                    if i < n {
+                        *v = load::<S, T>(s, row(i), c);
+                    }
                 }
-            } else {
-                panel.iter_mut().for_each(|to| to[lane / LANES][lane % LANES] = 0.0);
+                let square = s.transpose(square);
+                for (to, v) in panel.iter_mut().zip(&square) {
+                    s.store(*v, &mut to[j]);
+                }
             }
         }
     }
@@ -345,75 +354,82 @@ fn pack_tile<'a, T: Element, const MR: usize>(
     }
 }
 
-/// One step of the register tile: `acc += a ⊗ b`.
+/// The register tile: `MR` rows of `NV` vectors. Functions take and return it by value, and index it
+/// with constants only, so that it stays in registers.
+type Tile<V, const MR: usize, const NV: usize> = [[V; NV]; MR];
+
+/// One step of the register tile: `acc + a ⊗ b`.
 #[inline(always)]
 fn step<S: Simd, const MR: usize, const NV: usize>(
     s: S,
-    a: [f32; MR],
+    a: &[f32; MR],
     b: &PanelRow<NV>,
-    acc: &mut [[S::V; NV]; MR],
-) {
+    mut acc: Tile<S::V, MR, NV>,
+) -> Tile<S::V, MR, NV> {
     let mut vectors = [s.splat(0.0); NV];
-    for (vector, b) in vectors.iter_mut().zip(b) {
-        *vector = s.load(b);
+    for j in 0..NV {
+        vectors[j] = s.load(&b[j]);
     }
-    for (acc, a) in acc.iter_mut().zip(a) {
-        let a = s.splat(a);
-        for (acc, b) in acc.iter_mut().zip(vectors) {
-            *acc = s.fma(a, b, *acc);
+    for m in 0..MR {
+        let a = s.splat(a[m]);
+        for j in 0..NV {
+            acc[m][j] = s.fma(a, vectors[j], acc[m][j]);
         }
     }
+    acc
 }
 
-/// `acc += lhsᵀ·rhs`, the left side packed by [`pack_tile`].
+/// `acc + lhsᵀ·rhs`, the left side packed by [`pack_tile`].
 #[inline(always)]
 fn product<S: Simd, const MR: usize, const NV: usize>(
     s: S,
     lhs: &[[f32; MR]],
     rhs: &[PanelRow<NV>],
-    acc: &mut [[S::V; NV]; MR],
-) {
-    for (&a, b) in lhs.iter().zip(rhs) {
-        step(s, a, b, acc);
+    mut acc: Tile<S::V, MR, NV>,
+) -> Tile<S::V, MR, NV> {
+    for (a, b) in lhs.iter().zip(rhs) {
+        acc = step(s, a, b, acc);
     }
+    acc
 }
 
-/// `acc += lhs·rhs`, the left side `MR` rows of a block.
+/// `acc + lhs·rhs`, the left side `MR` rows of a block.
 #[inline(always)]
 fn product_of_rows<S: Simd, const MR: usize, const NV: usize>(
     s: S,
     lhs: &[[f32; BLOCK]; MR],
     rhs: &[PanelRow<NV>],
-    acc: &mut [[S::V; NV]; MR],
-) {
+    mut acc: Tile<S::V, MR, NV>,
+) -> Tile<S::V, MR, NV> {
     for (k, b) in rhs.iter().take(BLOCK).enumerate() {
         let mut a = [0.0; MR];
-        for (a, row) in a.iter_mut().zip(lhs) {
-            *a = row[k];
+        for m in 0..MR {
+            a[m] = lhs[m][k];
         }
-        step(s, a, b, acc);
+        acc = step(s, &a, b, acc);
     }
+    acc
 }
 
-/// `acc += lhsᵀ·rhs`, the left side `MR` columns of a block from `first` on.
+/// `acc + lhsᵀ·rhs`, the left side `MR` columns of a block from `first` on.
 #[inline(always)]
 fn product_of_columns<S: Simd, const MR: usize, const NV: usize>(
     s: S,
     lhs: &[[f32; BLOCK]],
     first: usize,
     rhs: &[PanelRow<NV>],
-    acc: &mut [[S::V; NV]; MR],
-) {
+    mut acc: Tile<S::V, MR, NV>,
+) -> Tile<S::V, MR, NV> {
     for (a, b) in lhs.iter().zip(rhs) {
-        if let Some(&a) = a[first..].first_chunk::<MR>() {
-            step(s, a, b, acc);
-        }
+        let a: &[f32; MR] = a[first..].first_chunk().expect("a block is whole tiles");
+        acc = step(s, a, b, acc);
     }
+    acc
 }
 
 /// The register tile with zeros.
 #[inline(always)]
-fn zeros<S: Simd, const MR: usize, const NV: usize>(s: S) -> [[S::V; NV]; MR] {
+fn zeros<S: Simd, const MR: usize, const NV: usize>(s: S) -> Tile<S::V, MR, NV> {
     [[s.splat(0.0); NV]; MR]
 }
 
@@ -421,38 +437,54 @@ fn zeros<S: Simd, const MR: usize, const NV: usize>(s: S) -> [[S::V; NV]; MR] {
 #[inline(always)]
 fn store_block<S: Simd, const MR: usize, const NV: usize>(
     s: S,
-    acc: &[[S::V; NV]; MR],
+    acc: Tile<S::V, MR, NV>,
     to: &mut [[f32; BLOCK]; MR],
     panel: usize,
 ) {
-    for (acc, row) in acc.iter().zip(to) {
-        let row = &mut row.as_chunks_mut::<LANES>().0[panel * NV..][..NV];
-        for (&acc, to) in acc.iter().zip(row) {
-            s.store(acc, to);
+    for m in 0..MR {
+        let row = &mut to[m].as_chunks_mut::<LANES>().0.as_chunks_mut::<NV>().0[panel];
+        for j in 0..NV {
+            s.store(acc[m][j], &mut row[j]);
         }
     }
 }
 
-/// Adds a product to `MR` rows of a panel.
+/// `MR` rows of a panel as a register tile.
 #[inline(always)]
-fn update<S: Simd, const MR: usize, const NV: usize>(
+fn load_rows<S: Simd, const MR: usize, const NV: usize>(
     s: S,
-    rows: &mut [PanelRow<NV>],
-    product: impl FnOnce(&mut [[S::V; NV]; MR]),
-) {
-    let rows: &mut [PanelRow<NV>; MR] = rows.first_chunk_mut().expect("rows are padded to blocks");
+    rows: &[PanelRow<NV>; MR],
+) -> Tile<S::V, MR, NV> {
     let mut acc = zeros::<S, MR, NV>(s);
-    for (acc, row) in acc.iter_mut().zip(&*rows) {
-        for (acc, x) in acc.iter_mut().zip(row) {
-            *acc = s.load(x);
+    for m in 0..MR {
+        for j in 0..NV {
+            acc[m][j] = s.load(&rows[m][j]);
         }
     }
-    product(&mut acc);
-    for (acc, row) in acc.iter().zip(rows) {
-        for (&acc, to) in acc.iter().zip(row) {
-            s.store(acc, to);
+    acc
+}
+
+/// A register tile to `MR` rows of a panel.
+#[inline(always)]
+fn store_rows<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    acc: Tile<S::V, MR, NV>,
+    rows: &mut [PanelRow<NV>; MR],
+) {
+    for m in 0..MR {
+        for j in 0..NV {
+            s.store(acc[m][j], &mut rows[m][j]);
         }
     }
+}
+
+/// `MR` rows of a panel, which is padded to whole blocks.
+#[inline(always)]
+fn rows_from<const MR: usize, const NV: usize>(
+    panel: &mut [PanelRow<NV>],
+    first: usize,
+) -> &mut [PanelRow<NV>; MR] {
+    panel[first..].first_chunk_mut().expect("rows are padded to blocks")
 }
 
 /// Writes row `i` of panels (`n` rows each), times `scale`, to a row of the output.
@@ -518,7 +550,7 @@ impl<T: ElementMut> Forward<'_, T> {
         let width = NV * LANES;
         let mut scratch = self.scratch;
         let k = panel_rows::<NV>(carve(&mut scratch, n_keys.next_multiple_of(width) * head_dim));
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.k, j), n_keys, k, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k, head_dim);
         let v = panel_rows::<NV>(carve(&mut scratch, n_keys * head_dim.next_multiple_of(width)));
         pack_rows::<S, T, NV>(s, |j| pair.of_key(pair.v, j), n_keys, v);
         let tile = carve(&mut scratch, head_dim * MR).as_chunks_mut::<MR>().0;
@@ -531,10 +563,9 @@ impl<T: ElementMut> Forward<'_, T> {
             let limit = pair.limit(first + n - 1);
             pack_tile::<T, MR>(|i| pair.of_query(pair.q, head, i), first, n_queries, tile);
             for (p, panel) in k.chunks_exact(head_dim).take(limit.div_ceil(width)).enumerate() {
-                let mut acc = zeros::<S, MR, NV>(s);
-                product(s, tile, panel, &mut acc);
+                let acc = product(s, tile, panel, zeros::<S, MR, NV>(s));
                 let per_block = BLOCK / width;
-                store_block(s, &acc, &mut strip[p / per_block], p % per_block);
+                store_block(s, acc, &mut strip[p / per_block], p % per_block);
             }
             let mut sums = [1.0; MR];
             for (m, sum) in sums.iter_mut().enumerate() {
@@ -547,17 +578,19 @@ impl<T: ElementMut> Forward<'_, T> {
                 }
             }
             for c in 0..head_dim.div_ceil(width) {
-                let mut acc = zeros::<S, MR, NV>(s);
-                let panel = &v[c * n_keys..][..limit];
-                for (block, panel) in strip.iter().zip(panel.chunks(BLOCK)) {
-                    product_of_rows(s, block, panel, &mut acc);
+                let mut rows = [[[0.0; LANES]; NV]; MR];
+                for (block, panel) in strip.iter().zip(v[c * n_keys..][..limit].chunks(BLOCK)) {
+                    // Through memory once a block: carried along, the tile stays there for good.
+                    let acc = product_of_rows(s, block, panel, load_rows(s, &rows));
+                    store_rows(s, acc, &mut rows);
                 }
-                for (m, acc) in acc.iter().enumerate().take(n) {
+                for (m, row) in rows.iter().enumerate().take(n) {
                     let o = &mut self.o[(first + m) * group + g];
-                    for (j, &acc) in acc.iter().enumerate() {
+                    for (j, x) in row.iter().enumerate() {
                         let vector = c * NV + j;
                         if vector * LANES < head_dim {
-                            store::<S, T>(s, s.div(acc, s.splat(sums[m])), o, vector);
+                            let mean = s.div(s.load(x), s.splat(sums[m]));
+                            store::<S, T>(s, mean, o, vector);
                         }
                     }
                 }
@@ -775,9 +808,9 @@ impl<T: ElementMut> Backward<'_, T> {
         // K and V with keys in lanes, K with columns in lanes, and the sums over queries.
         let padded_keys = n_keys.next_multiple_of(width);
         let k_transposed = panels(padded_keys * head_dim);
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.k, j), n_keys, k_transposed, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k_transposed, head_dim);
         let v_transposed = panels(padded_keys * head_dim);
-        pack_transposed::<T, NV>(|j| pair.of_key(pair.v, j), n_keys, v_transposed, head_dim);
+        pack_transposed::<S, T, NV>(s, |j| pair.of_key(pair.v, j), n_keys, v_transposed, head_dim);
         let k = panels(n_keys * padded_dim);
         pack_rows::<S, T, NV>(s, |j| pair.of_key(pair.k, j), n_keys, k);
         let key_rows = n_keys.next_multiple_of(BLOCK);
@@ -825,14 +858,14 @@ impl<T: ElementMut> Backward<'_, T> {
                         let tile = (first_query / MR + t) * head_dim;
                         for panel in 0..seen.div_ceil(width) {
                             let start = (first_key / width + panel) * head_dim;
-                            let mut acc = zeros::<S, MR, NV>(s);
                             let rhs = &k_transposed[start..][..head_dim];
-                            product(s, &q_tiles[tile..][..head_dim], rhs, &mut acc);
-                            store_block(s, &acc, p, panel);
-                            let mut acc = zeros::<S, MR, NV>(s);
+                            let lhs = &q_tiles[tile..][..head_dim];
+                            let acc = product(s, lhs, rhs, zeros::<S, MR, NV>(s));
+                            store_block(s, acc, p, panel);
                             let rhs = &v_transposed[start..][..head_dim];
-                            product(s, &d_o_tiles[tile..][..head_dim], rhs, &mut acc);
-                            store_block(s, &acc, d_s, panel);
+                            let lhs = &d_o_tiles[tile..][..head_dim];
+                            let acc = product(s, lhs, rhs, zeros::<S, MR, NV>(s));
+                            store_block(s, acc, d_s, panel);
                         }
                     }
                     for (r, (p, d_s)) in p.iter_mut().zip(&mut *d_s).enumerate().take(in_block) {
@@ -854,14 +887,24 @@ impl<T: ElementMut> Backward<'_, T> {
                         for c in 0..n_panels {
                             let own = c * key_rows + first_key + first;
                             let from = c * n_queries + first_query;
-                            update::<S, MR, NV>(s, &mut d_v[own..], |acc| {
-                                let rhs = &d_o[from..][..in_block];
-                                product_of_columns(s, p, first, rhs, acc);
-                            });
-                            update::<S, MR, NV>(s, &mut d_k[own..], |acc| {
-                                let rhs = &q[from..][..in_block];
-                                product_of_columns(s, d_s, first, rhs, acc);
-                            });
+                            let rows = rows_from::<MR, NV>(d_v, own);
+                            let acc = product_of_columns(
+                                s,
+                                p,
+                                first,
+                                &d_o[from..][..in_block],
+                                load_rows(s, rows),
+                            );
+                            store_rows(s, acc, rows);
+                            let rows = rows_from::<MR, NV>(d_k, own);
+                            let acc = product_of_columns(
+                                s,
+                                d_s,
+                                first,
+                                &q[from..][..in_block],
+                                load_rows(s, rows),
+                            );
+                            store_rows(s, acc, rows);
                         }
                     }
                     // Sums over keys, a tile of queries at a time.
@@ -869,9 +912,9 @@ impl<T: ElementMut> Backward<'_, T> {
                     for (t, d_s) in rows.take(in_block.div_ceil(MR)) {
                         for c in 0..n_panels {
                             let rhs = &k[c * n_keys + first_key..][..seen];
-                            update::<S, MR, NV>(s, &mut d_q[c * BLOCK + t * MR..], |acc| {
-                                product_of_rows(s, d_s, rhs, acc);
-                            });
+                            let rows = rows_from::<MR, NV>(d_q, c * BLOCK + t * MR);
+                            let acc = product_of_rows(s, d_s, rhs, load_rows(s, rows));
+                            store_rows(s, acc, rows);
                         }
                     }
                 }

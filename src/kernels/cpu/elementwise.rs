@@ -52,7 +52,10 @@ pub(super) fn factors(dropout: &Dropout, token: usize, cols: Range<usize>, out: 
 #[inline(always)]
 pub(super) fn load<S: Simd, T: Element>(s: S, from: &[T::Item], i: usize) -> S::V {
     let (whole, tail) = from.as_chunks::<LANES>();
-    whole.get(i).map_or_else(|| T::load_part(s, tail), |x| T::load(s, x))
+    match whole.get(i) {
+        Some(x) => T::load(s, x), // Not `map_or_else`: intrinsics are not inlined into closures.
+        None => T::load_part(s, tail),
+    }
 }
 
 /// Vector `i` of a slice, whose last one may be partial.

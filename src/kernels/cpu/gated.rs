@@ -142,7 +142,10 @@ impl<T: ElementMut> Block<'_, T> {
     /// Vector `i` of the gate, of `up` (1 without one) and of the factors, and how many lanes.
     #[inline(always)]
     fn vectors<S: Simd>(&self, s: S, i: usize) -> (S::V, S::V, S::V) {
-        let up = self.up.map_or(s.splat(1.0), |up| load::<S, T>(s, up, i));
+        let up = match self.up {
+            Some(up) => load::<S, T>(s, up, i),
+            None => s.splat(1.0),
+        };
         let kept = s.load(&self.factors.as_chunks::<LANES>().0[i]);
         (load::<S, T>(s, self.gate, i), up, kept)
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! lhs    Packed       [tile][k][MR]            f32, once per operation, shared by all tasks
 //! rhs    panels       [panel][k][WIDTH]        f32, once per task and block of k, in its L2 cache
-//! sums   Accumulator  [tile][panel][MR][WIDTH] f32, a task's rows x 64 columns
+//! sums   Accumulator  [tile][panel][MR][WIDTH] f32, a task's rows x 128 columns
 //! ```
 //!
 //! The register tile is `MR x WIDTH` (`WIDTH = 16 NV`, both of the instruction set). Within a block
@@ -35,7 +35,7 @@ use crate::{
 /// Products of an element that are summed in registers before they are added to the others.
 pub(super) const K_BLOCK: usize = 256;
 /// Columns of a task.
-pub(super) const COLS: usize = 64;
+pub(super) const COLS: usize = 128;
 /// Tiles of rows that stay in the L2 cache while the panels pass over them.
 const TILES: usize = 16;
 
@@ -610,11 +610,11 @@ pub(super) struct Cut {
 
 impl Cut {
     /// For left operands of `k` columns in all and outputs of `n` columns in all. The packed copy
-    /// of a long batch stays below 32 MiB, and there are at least some 16 tasks where there are
-    /// many rows. All numbers are multiples of every `MR`.
+    /// of a long batch stays below 32 MiB, and few columns are made up for by more tasks along the
+    /// rows. All numbers are multiples of every `MR`.
     pub(super) fn new(k: usize, n: usize) -> Self {
         let packed = ((8 << 20) / k.max(1) / 96 * 96).clamp(96, 1152);
-        let task = if n >= 16 * COLS { packed } else { packed.min(288) };
+        let task = if n >= 8 * COLS { packed } else { packed.min(576) };
         Self { packed, task }
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! `d_z` is a shrink with another right operand. The other two are one kind of product, with the
 //! tokens as K: `small[tokens, rank]ᵀ · wide[tokens, features]`, for `d_a` with the siblings' ranks
-//! side by side (so `x` is read once) and the result transposed. A task is a routing row's 64
+//! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
 //! features; it adds up the row's segments in order, in blocks of 256 tokens.
 
 use rayon::prelude::*;
@@ -57,7 +57,7 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
     }
     let lhs = Packed::columns(cpu, Matrix::f32s(all, x.rows(), d_zs.len() * rank));
 
-    // Tasks: for each routing row and 64 features, the features' rows of every sibling.
+    // Tasks: for each routing row and [`COLS`] features, the features' rows of every sibling.
     let mut tasks: Vec<_> = (0..segments.n_rows())
         .flat_map(|row| (0..d_in).step_by(COLS).map(move |start| (row, start, Vec::new())))
         .collect();

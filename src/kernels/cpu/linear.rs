@@ -2,7 +2,7 @@
 //! `d_x = d_residual + Σ_i (d_y_i·W_i + d_z_i·Â_iᵀ)`.
 //!
 //! All siblings share one packed copy of `x`. The rank term is some more K after the last block, so
-//! it costs neither a pass over `y` nor a rounding. A task is 64 columns of one output; it finishes
+//! it costs neither a pass over `y` nor a rounding. A task is 128 columns of one output; it finishes
 //! its sums (bias, dropout, residual) while they are in its cache and rounds once.
 
 use half::bf16;
