@@ -1,6 +1,7 @@
 //! polytape
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod demo;
 pub mod dtype;
 pub mod error;
 pub mod formats;

@@ -12,6 +12,7 @@ use crate::{
         adapter::AdapterFiles, checkpoint::Fate, poly_config::PolyConfig,
         safetensors::write_atomically,
     },
+    report::routing::{mixing_weights, mixing_weights_svg},
 };
 
 #[derive(Args)]
@@ -93,10 +94,10 @@ impl Inspect {
             let known = files.tasks.as_ref().and_then(|tasks| tasks.name(task as u32));
             known.map_or_else(|| task.to_string(), str::to_owned)
         };
-        let mixing = mean_mixing(&files);
+        let mixing = mixing_weights(&files.config, &files.modules);
         if let Some(path) = &self.svg {
             let rows: Vec<String> = (0..n_tasks).map(name).collect();
-            let svg = crate::report::heat_map_svg(&rows, n_splits, n_skills, &mixing);
+            let svg = mixing_weights_svg(&files.config, &files.modules, &rows);
             write_atomically(path, |file| file.write_all(svg.as_bytes()))?;
         }
         if self.common.json {
@@ -124,20 +125,4 @@ impl Inspect {
         }
         Ok(())
     }
-}
-
-/// The evaluation's mixing weights, mean over the linears: `[n_tasks, n_splits, n_skills]`.
-fn mean_mixing(files: &AdapterFiles) -> Vec<f64> {
-    let PolyConfig { n_tasks, n_skills, n_splits, .. } = files.config;
-    let mut mean = vec![0.0; n_tasks * n_splits * n_skills];
-    for module in files.modules.values() {
-        for (mean, logits) in mean.chunks_mut(n_skills).zip(module.router_logits.chunks(n_skills)) {
-            let on: Vec<f64> = logits.iter().map(|&z| 1.0 / (1.0 + f64::from(-z).exp())).collect();
-            let sum: f64 = on.iter().sum::<f64>() + 1e-12;
-            for (mean, on) in mean.iter_mut().zip(on) {
-                *mean += on / sum / files.modules.len() as f64;
-            }
-        }
-    }
-    mean
 }

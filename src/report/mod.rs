@@ -1,0 +1,4 @@
+//! Pictures of what training made, as text that a browser shows.
+
+pub mod heat_map;
+pub mod routing;
