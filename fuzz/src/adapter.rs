@@ -2,7 +2,7 @@
 //! `adapter_model.safetensors`.
 //!
 //! What is opened has, tensor by tensor, the values that the reference crate finds in the file; saved
-//! and opened again it is the same; saved once more it is the same bytes.
+//! and opened again it is the same; saved once more it is the same bytes, and no memory is lost.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ use polytape::formats::{
 };
 use safetensors::{Dtype, SafeTensors};
 
-use crate::messages::assert_presentable;
+use crate::{memory::net_bytes, messages::assert_presentable};
 
 /// One adapter folder.
 pub fn check(data: &[u8]) {
@@ -39,7 +39,10 @@ pub fn check(data: &[u8]) {
     assert_same_values(tensors, &written, &files.ignored);
     let read = AdapterFiles::open(&saved).expect("a saved adapter is opened");
     assert_eq!((&read.config, &read.modules), (&files.config, &files.modules));
-    save_adapter(&saved_again, &read.config, &read.modules, None).expect("it is saved again");
+    let kept = net_bytes(|| {
+        save_adapter(&saved_again, &read.config, &read.modules, None).expect("it is saved again");
+    });
+    assert_eq!(kept, 0, "saving leaks");
     for name in [adapter::FILE_NAME, poly_config::FILE_NAME] {
         let bytes = |folder: &Path| fs::read(folder.join(name)).expect("a saved file");
         assert_eq!(bytes(&saved), bytes(&saved_again), "{name}");

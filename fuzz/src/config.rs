@@ -29,7 +29,7 @@ pub fn check(data: &[u8]) {
 }
 
 fn check_model(config: &ModelConfig) {
-    let ModelConfig::T5(config) = config;
+    let ModelConfig::T5(config) = config else { return };
     for (size, max) in [
         (config.vocab_size, MAX_VOCAB),
         (config.d_model, MAX_FEATURES),

@@ -45,3 +45,10 @@ pub fn peak_bytes<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let result = work();
     (result, (PEAK.get() - before) as usize)
 }
+
+/// How many bytes more are allocated after some work than before it.
+pub fn net_bytes(work: impl FnOnce()) -> isize {
+    let before = LIVE.get();
+    work();
+    LIVE.get() - before
+}

@@ -23,7 +23,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, Write},
     ops::Range,
-    path::{Path, PathBuf},
+    path::Path,
     sync::Arc,
 };
 
@@ -562,11 +562,11 @@ pub fn write_atomically(
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
     /// Removes the file when dropped, so on errors and panics alike.
-    struct Temporary(PathBuf);
-    impl Drop for Temporary {
+    struct Temporary<'a>(&'a Path);
+    impl Drop for Temporary<'_> {
         fn drop(&mut self) {
             // Nothing more can be done if this fails; the error that led here is the one to report.
-            let _ = fs::remove_file(&self.0);
+            let _ = fs::remove_file(self.0);
         }
     }
 
@@ -577,25 +577,26 @@ pub fn write_atomically(
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let mut temporary = std::ffi::OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".tmp-{}", std::process::id()));
-    let temporary = Temporary(folder.join(temporary));
+    let mut temporary_name = std::ffi::OsString::from(".");
+    temporary_name.push(name);
+    temporary_name.push(format!(".tmp-{}", std::process::id()));
+    let temporary_path = folder.join(temporary_name);
+    let temporary = Temporary(&temporary_path); // Borrowed, so that forgetting it leaks nothing.
 
     // Process ids come back (in a container it is 1 every time), so what a killed run left goes
     // first; then the name must be free, so that no link put there is written through.
-    let _ = fs::remove_file(&temporary.0);
+    let _ = fs::remove_file(temporary.0);
     let file = OpenOptions::new()
         .write(true)
         .create_new(true)
-        .open(&temporary.0)
+        .open(temporary.0)
         .map_err(Error::io("create", path))?;
     let mut file = BufWriter::with_capacity(1 << 20, file);
     write(&mut file).map_err(Error::io("write", path))?;
     let file = file.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
     file.sync_all().map_err(Error::io("sync", path))?;
     drop(file);
-    fs::rename(&temporary.0, path).map_err(Error::io("rename", path))?;
+    fs::rename(temporary.0, path).map_err(Error::io("rename", path))?;
     std::mem::forget(temporary);
     sync_folder(folder)
 }
@@ -611,6 +612,8 @@ fn sync_folder(folder: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     /// A file from its header and its data.

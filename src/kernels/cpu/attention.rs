@@ -401,12 +401,12 @@ fn product_of_rows<S: Simd, const MR: usize, const NV: usize>(
     rhs: &[PanelRow<NV>],
     mut acc: Tile<S::V, MR, NV>,
 ) -> Tile<S::V, MR, NV> {
-    for (k, b) in rhs.iter().take(BLOCK).enumerate() {
+    for k in 0..rhs.len().min(BLOCK) {
         let mut a = [0.0; MR];
         for m in 0..MR {
             a[m] = lhs[m][k];
         }
-        acc = step(s, &a, b, acc);
+        acc = step(s, &a, &rhs[k], acc);
     }
     acc
 }

@@ -291,7 +291,7 @@ mod tests {
             let draws: Vec<f64> = (0..12)
                 .map(|i| {
                     let (linear, col) = (i / 6, i % 6);
-                    let block = key.block([(col / 4) as u32, 0, 9, linear]);
+                    let block = key.block([col / 4, 0, 9, linear]);
                     f64::from(unit(block[col as usize % 4]))
                 })
                 .collect();
