@@ -16,6 +16,35 @@
 //!
 //! A word has 5 to 8 different letters, consonants and vowels in turns. Within a task no word comes
 //! twice, so test rows are new to it. All is a function of the seed.
+//!
+//! # What was measured when the settings were chosen
+//!
+//! With this engine on two shared cores, seeds 1, 2, 3 (`methods::Plan::default`: 300 steps of 36
+//! rows, learning rate 0.02, router 0.1, no sampling; adaptation 50 steps, 0.01 and 0.3). Exact match
+//! in percent; the base alone has 0:
+//!
+//! | | parameters | nine trained tasks | new, tune all | new, tune router |
+//! |---|---|---|---|---|
+//! | shared, rank 32 | 172,032 | 2, 2, 3 | 37, 42, 33 | |
+//! | private, 9 of rank 4 | 193,536 | 86, 89, 90 | 6, 5, 5 | |
+//! | Poly, 8 skills of rank 4 | 174,624 | 94, 92, 94 | 63, 61, 71 | 73, 79, 78 |
+//! | MHR, the same in 4 splits | 182,400 | 89, 94, 92 | 65, 70, 66 | 74, 77, 75 |
+//!
+//! The settings are the same for all and were chosen on seed 1 where the two without routing are best: of
+//! the training rates 0.005 to 0.03 (0.03 gives private 80 and MHR 95) and the adaptation rates 0.005 to
+//! 0.02 (at 0.02 private reaches 10 and shared 29; at 0.005, after training at 0.03, Poly 83 and
+//! shared 26). Sampling in training changed nothing beyond noise (Poly 93, MHR 89; new 65 and 59, router
+//! 72 and 77) and costs a mixture a row instead of one a task. PEFT's Poly on the same base was only
+//! tried for 100 steps, on a loaded machine.
+//!
+//! What to make of it: shared must fail on the trained tasks, since it cannot know the task; its figure
+//! for new tasks is the fair one. Private is a strong baseline for trained tasks, and has nothing to
+//! start from on new ones. The base knows every single skill from instructions (and can combine
+//! them when told to), so the demo shows routing over abilities that exist, as in a real base,
+//! not the making of new ones. Poly and MHR do not differ beyond noise here.
+//!
+//! The routers do find the skills: two tasks with the same spelling share 0.73 of their mixture, with the
+//! same order 0.58, with neither 0.50 (Poly, seed 3; `agreement.svg`).
 
 use crate::{
     kernels::philox::{Key, Purpose},
@@ -270,7 +299,7 @@ mod tests {
         assert_eq!([Next, Previous, Hide].map(|s| output(Reverse, s)), ["ljmbc", "jhkza", "k*l*b"]);
         assert_eq!([Upper, Previous, Hide].map(|s| output(Rotate, s)), ["ALIKB", "zkhja", "*l*kb"]);
         assert_eq!([Upper, Next, Previous].map(|s| output(Swap, s)), ["ABILK", "bcjml", "zahkj"]);
-        assert_eq!(Recipe { order: Swap, spelling: Next }.apply(b"zebra"), b"fasca");
+        assert_eq!(Recipe { order: Swap, spelling: Next }.apply(b"zebra"), b"fascb");
     }
 
     #[test]
