@@ -15,8 +15,11 @@ WITHOUT an instruction. The base sees those orders and replacements alone, or wi
 the demo, but none of the demo's pairs, and no word without an instruction that is not just copied or restored
 (one or two letters are hidden behind "_").
 
-Deterministic for one version of torch on one machine. {STEPS} steps took about MINUTES minutes on one thread of
-a Xeon; the last lines print exact match on fresh words, by instruction.
+Deterministic for one version of torch on one machine. The committed base: 3,000 steps, about 8 minutes of one
+thread of a Xeon (39 minutes by the clock beside compilers). The last lines printed say what it can: every
+single instruction, the pairs that it was trained on and plain copying 0.96 to 1.00 exact on fresh words, and,
+WITH an instruction, the demo's pairs, which it never saw, 0.74 to 1.00. So the abilities are there and combine;
+what an adapter has to find is which of them a task wants, since a task does not say.
 """
 
 import json

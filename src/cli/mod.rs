@@ -2,6 +2,7 @@
 
 mod bench;
 mod data;
+mod demo;
 mod doctor;
 mod eval;
 mod generate;
@@ -48,6 +49,8 @@ enum Verb {
     Bench(bench::Bench),
     /// Say what this machine offers and what is used of it.
     Doctor(doctor::Doctor),
+    /// Compare four ways to share adapters among tasks; all that it needs is inside the binary.
+    Demo(demo::Demo),
 }
 
 /// Flags of every verb.
@@ -208,6 +211,7 @@ pub fn run() -> ExitCode {
         Verb::Init(verb) => verb.run(),
         Verb::Bench(verb) => verb.run(),
         Verb::Doctor(verb) => verb.run(),
+        Verb::Demo(verb) => verb.run(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -228,6 +232,7 @@ impl Verb {
             Self::Init(verb) => &verb.common,
             Self::Bench(verb) => &verb.common,
             Self::Doctor(verb) => &verb.common,
+            Self::Demo(verb) => &verb.common,
         }
     }
 }

@@ -79,18 +79,18 @@ impl Default for Plan {
             n_skills: 8,
             rank: 4,
             training: Fit {
-                n_steps: 400,
+                n_steps: 300,
                 batch_size: 36,
-                learning_rate: 1e-2,
+                learning_rate: 2e-2,
                 router_learning_rate: 0.1,
-                router_sampling: true,
+                router_sampling: false,
             },
             adaptation: Fit {
-                n_steps: 60,
+                n_steps: 50,
                 batch_size: 16,
                 learning_rate: 1e-2,
-                router_learning_rate: 0.1,
-                router_sampling: true,
+                router_learning_rate: 0.3,
+                router_sampling: false,
             },
         }
     }

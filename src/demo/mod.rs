@@ -35,7 +35,7 @@ use crate::{
     report::routing::{agreement_svg, mixing_weights_svg},
     train::{TrainConfig, Trainer, order},
 };
-use methods::{Fit, Method, Plan, Tune};
+use methods::{Fit, Method, Plan};
 use suite::{Suite, Task};
 
 /// The base's files, as they lie in a model folder.
@@ -90,7 +90,6 @@ pub fn run(options: &DemoOptions, progress: OnProgress<'_>) -> Result<DemoReport
     let DemoOptions { output_dir, seed, n_threads, plan } = options;
     let base_dir = output_dir.join("base");
     write_files(&base_dir, &BASE)?;
-    let base_dir = std::env::var("DEMO_BASE").map_or(base_dir, PathBuf::from);
     let base = Model::open(&base_dir, &Options { dtype: Some(Dtype::F32), n_threads: *n_threads })?;
     let suite = Suite::new(*seed, plan.n_rows);
     write_rows(&output_dir.join("data"), &suite)?;
