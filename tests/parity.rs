@@ -303,3 +303,68 @@ fn the_cpu_trains_as_peft() {
         on_every_isa(|cpu, isa| check_training(&case, cpu, 1e-3, &format!("{name} {isa}")));
     }
 }
+
+/// The base of a case with every weight rounded to bf16, as PEFT's bf16 runs had it.
+fn bf16_base(case: &Case, name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("parity-bf16").join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::copy(case.dir.join("base/config.json"), dir.join("config.json")).unwrap();
+    let mut weights: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for entry in std::fs::read_dir(case.dir.join("base")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|e| e != "safetensors") {
+            continue;
+        }
+        let bytes = std::fs::read(path).unwrap();
+        for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+            let values: Vec<f32> = match view.dtype() {
+                safetensors::Dtype::F32 => {
+                    view.data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+                }
+                safetensors::Dtype::BF16 => {
+                    let chunks = view.data().as_chunks().0.iter();
+                    chunks.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
+                }
+                safetensors::Dtype::F16 => {
+                    let chunks = view.data().as_chunks().0.iter();
+                    chunks.map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
+                }
+                other => panic!("{other:?}"),
+            };
+            let rounded =
+                values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
+            weights.push((name, view.shape().to_vec(), rounded));
+        }
+    }
+    let views = weights.iter().map(|(name, shape, bytes)| {
+        let dtype = safetensors::Dtype::BF16;
+        let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap();
+        (name.clone(), view)
+    });
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    dir
+}
+
+/// In bf16 the error of the logits against the same model in f64 is at most 1.5 times PEFT's own.
+#[test]
+fn bf16_is_as_precise_as_pefts() {
+    for name in CASES {
+        let case = Case::open(name);
+        let base = bf16_base(&case, name);
+        let peft = case.expected["bf16"]["logits_rms_error"].as_f64().unwrap();
+        for isa in Isa::available() {
+            let cpu = Cpu::with_isa(isa, Dtype::Bf16, 2).unwrap().poisoned();
+            let model = Model::open_on(cpu, &base).unwrap();
+            let adapter = case.adapter(&model);
+            let (mut sum, mut n) = (0.0, 0);
+            for (i, got) in logits(&case, &model, &adapter).iter().enumerate() {
+                let truth = case.tensor(&format!("truth.logits.{i}")).unwrap();
+                sum += got.iter().zip(&truth).map(|(g, t)| (g - t).powi(2)).sum::<f64>();
+                n += truth.len();
+            }
+            let ours = (sum / n as f64).sqrt();
+            println!("{name} {}: {ours:.2e}, PEFT {peft:.2e}", isa.name());
+            assert!(ours <= 1.5 * peft, "{name} {}: {ours}, PEFT {peft}", isa.name());
+        }
+    }
+}

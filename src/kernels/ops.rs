@@ -539,7 +539,7 @@ pub struct LoraGradients<B: Backend> {
 }
 
 /// Arguments of [`Backend::unmix`]: adds `Σ_row w[row, q, s] d_Â[row, q]` to the gradient of
-/// `A[q, s]` and likewise for `B`, and sets `d_w[row, q, s] = <d_Â[row, q], A[q, s]> + <d_B̂[row, q], B[q, s]>`.
+/// `A[q, s]` and likewise for `B`, and `<d_Â[row, q], A[q, s]> + <d_B̂[row, q], B[q, s]>` to `d_w[row, q, s]`.
 pub struct Unmix<'a, B: Backend> {
     /// The bank with its mixing weights.
     pub stacked: Stacked<'a, B>,
@@ -570,9 +570,9 @@ pub struct AdamW<'a, B: Backend> {
     /// The number of this step, from 1.
     pub step: u64,
     /// Decay of the first moment.
-    pub beta1: f32,
+    pub beta1: f64,
     /// Decay of the second moment.
-    pub beta2: f32,
+    pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f32,
 }

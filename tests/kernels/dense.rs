@@ -589,8 +589,8 @@ fn sums_of_squares() {
 pub struct AdamW {
     pub groups: Vec<ops::ParamGroup>,
     pub step: u64,
-    pub beta1: f32,
-    pub beta2: f32,
+    pub beta1: f64,
+    pub beta2: f64,
     pub eps: f32,
     pub grad_scale: f32,
 }
@@ -622,7 +622,7 @@ impl Op for AdamW {
     fn tolerance(&self, _: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
         let n = inputs.tensors[0].values.len();
         let mut bounds = vec![vec![0.0; n]; 3]; // What is in no group stays as it is.
-        let (beta1, beta2) = (f64::from(self.beta1), f64::from(self.beta2));
+        let (beta1, beta2) = (self.beta1, self.beta2);
         let correction1 = 1.0 - beta1.powf(self.step as f64);
         let correction2 = 1.0 - beta2.powf(self.step as f64);
         for group in &self.groups {

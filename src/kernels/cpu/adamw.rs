@@ -53,17 +53,16 @@ pub(super) fn adamw(cpu: &Cpu, args: AdamW<'_, Cpu>) {
     let AdamW { params, m, v, grads, groups, grad_scale, step, beta1, beta2, eps } = args;
     let (params, m, v, grads) = (params.f32s_mut(), m.f32s_mut(), v.f32s_mut(), grads.f32s());
     assert!(params.len() == grads.len() && m.len() == grads.len() && v.len() == grads.len());
-    let (wide1, wide2) = (f64::from(beta1), f64::from(beta2));
-    let correction1 = 1.0 - wide1.powf(step as f64);
-    let correction2 = 1.0 - wide2.powf(step as f64);
+    let correction1 = 1.0 - beta1.powf(step as f64);
+    let correction2 = 1.0 - beta2.powf(step as f64);
     for ParamGroup { range, lr, weight_decay } in groups {
         let (lr, weight_decay) = (f64::from(*lr), f64::from(*weight_decay));
         let factors = Factors {
             grad_scale,
-            beta1,
-            beta2,
-            one_minus_beta1: (1.0 - wide1) as f32,
-            one_minus_beta2: (1.0 - wide2) as f32,
+            beta1: beta1 as f32,
+            beta2: beta2 as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
             keep: (1.0 - lr * weight_decay) as f32,
             minus_rate: (-lr / correction1) as f32,
             inverse_root: (1.0 / correction2.sqrt()) as f32,
@@ -177,8 +176,8 @@ mod tests {
                     ParamGroup { range: 0..n / 2, lr: 1e-3, weight_decay: 0.1 },
                     ParamGroup { range: n / 2..n, lr: 0.1, weight_decay: 0.0 },
                 ];
-                let (beta1, beta2, eps) = (0.9_f32, 0.999_f32, 1e-8_f32);
-                let (b1, b2) = (f64::from(beta1), f64::from(beta2));
+                let (beta1, beta2, eps) = (0.9_f64, 0.999_f64, 1e-8_f32);
+                let (b1, b2) = (beta1, beta2);
                 let mut want: Vec<_> = start.iter().map(|&p| (p, 0.0, 0.0)).collect();
                 for step in 1..=3 {
                     let grads = cpu.upload(&random.reals(n + 5), 1, n + 5, full);

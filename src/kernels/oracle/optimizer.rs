@@ -6,7 +6,6 @@ use crate::kernels::ops::AdamW;
 pub(super) fn adamw(args: AdamW<'_, Oracle>) {
     let AdamW { params, m, v, grads, groups, grad_scale, step, beta1, beta2, eps } = args;
     let (grad_scale, eps) = (f64::from(grad_scale), f64::from(eps));
-    let (beta1, beta2) = (f64::from(beta1), f64::from(beta2));
     let correction1 = 1.0 - beta1.powf(step as f64);
     let correction2 = 1.0 - beta2.powf(step as f64);
     let (params, m, v) = (params.values_mut(), m.values_mut(), v.values_mut());

@@ -1,0 +1,477 @@
+//! The binary as a user meets it: what it writes, what it says, and how it fails. On the committed
+//! fixtures; nothing else is needed.
+#![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity/tiny").join(path)
+}
+
+/// A folder of one test.
+fn scratch(name: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn polytape(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_polytape")).args(arguments).output().unwrap()
+}
+
+fn text(path: &Path) -> String {
+    fs::read_to_string(path).unwrap()
+}
+
+fn str(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Runs and expects success; gives stdout.
+fn ok(arguments: &[&str]) -> String {
+    let output = polytape(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs and expects a failure with this exit code and this in the message.
+fn fails(arguments: &[&str], code: i32, message: &str) {
+    let output = polytape(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+    assert!(stderr.contains(message), "{arguments:?}: {stderr}\nnot: {message}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+/// Rows with ids for the tiny model (101 ids, 3 tasks).
+fn rows(n: usize) -> String {
+    (0..n)
+        .map(|i| {
+            let ids: Vec<usize> = (0..3 + i % 5).map(|j| 3 + (7 * i + 11 * j) % 98).collect();
+            let labels = vec![3 + (5 * i) % 98, 3 + i % 98, 1];
+            let row = json!({
+                "task": format!("task-{}", i % 3), "input_ids": ids, "label_ids": labels, "own": i
+            });
+            format!("{row}\n")
+        })
+        .collect()
+}
+
+fn data(dir: &Path, n: usize) -> PathBuf {
+    let path = dir.join("rows.jsonl");
+    fs::write(&path, rows(n)).unwrap();
+    path
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    text(path).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn train<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    let base: &'static str = Box::leak(str(&fixture("base")).to_owned().into_boxed_str());
+    let mut arguments =
+        vec!["train", "--model", base, "--data", str(data), "--output-dir", str(out)];
+    arguments.extend(more);
+    arguments
+}
+
+#[test]
+fn train_then_eval_then_generate() {
+    let dir = scratch("train");
+    let (rows, out) = (data(&dir, 12), dir.join("out"));
+    let steps = ["--max-steps", "6", "--eval-data", str(&rows), "--eval_steps", "3"];
+    ok(&train(&rows, &out, &steps));
+    for file in ["adapter_model.safetensors", "adapter_config.json", "tasks.json", "config.json"] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+    assert!(out.join("best/adapter_model.safetensors").exists());
+    let tasks: Value = serde_json::from_str(&text(&out.join("tasks.json"))).unwrap();
+    assert_eq!(tasks, json!({"tasks": ["task-0", "task-1", "task-2"]}));
+    let log = lines(&out.join("log.jsonl"));
+    let steps: Vec<&Value> = log.iter().filter(|line| line.get("loss").is_some()).collect();
+    assert_eq!(steps.len(), 6);
+    for field in ["step", "loss", "lr", "router_lr", "grad_norm", "tokens_per_s", "rss_mib"] {
+        assert!(steps.iter().all(|line| line[field].is_number()), "{field}");
+    }
+    assert_eq!(log.iter().filter(|line| line.get("eval_loss").is_some()).count(), 2);
+
+    let base = fixture("base");
+    let per_example = dir.join("nll.jsonl");
+    let evaluated = ok(&[
+        "eval",
+        "--model",
+        str(&base),
+        "--adapter",
+        str(&out),
+        "--data",
+        str(&rows),
+        "--per-example",
+        str(&per_example),
+        "--max-new-tokens",
+        "4",
+    ]);
+    let evaluated: Value = serde_json::from_str(evaluated.trim()).unwrap();
+    let per_row = lines(&per_example);
+    let sum: f64 = per_row.iter().map(|row| row["nll"].as_f64().unwrap()).sum();
+    let n: f64 = per_row.iter().map(|row| row["n_tokens"].as_f64().unwrap()).sum();
+    assert!((evaluated["loss"].as_f64().unwrap() - sum / n).abs() < 1e-12);
+    assert_eq!(evaluated["tasks"].as_object().unwrap().len(), 3);
+    assert_eq!((evaluated["n_rows"].as_u64(), per_row.len()), (Some(12), 12));
+    let log_loss = log.last().unwrap()["eval_loss"].as_f64().unwrap();
+    assert_eq!(evaluated["loss"].as_f64().unwrap(), log_loss, "the saved adapter is the last one");
+
+    let generated = dir.join("generated.jsonl");
+    ok(&[
+        "generate",
+        "--model",
+        str(&base),
+        "--adapter",
+        str(&out),
+        "--data",
+        str(&rows),
+        "--output",
+        str(&generated),
+        "--max-new-tokens",
+        "5",
+    ]);
+    let generated = lines(&generated);
+    assert_eq!(generated.len(), 12);
+    for (i, row) in generated.iter().enumerate() {
+        assert_eq!(row["own"], i, "own fields are carried through, in order");
+        assert!((1..=5).contains(&row["output_ids"].as_array().unwrap().len()));
+    }
+}
+
+/// The same seed gives the same bytes, for any number of threads, and with checkpointing.
+#[test]
+fn training_repeats_bit_by_bit() {
+    let dir = scratch("repeat");
+    let rows = data(&dir, 20);
+    let common = ["--max-steps", "5", "--target-modules", "all-linear", "--dropout", "0.1"];
+    let run = |name: &str, more: &[&str]| {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&common[..], more].concat()));
+        fs::read(out.join("adapter_model.safetensors")).unwrap()
+    };
+    let first = run("one", &["--threads", "1"]);
+    assert!(first == run("two", &["--threads", "2"]), "2 threads");
+    assert!(first == run("seven", &["--threads", "7"]), "7 threads");
+    assert!(first == run("again", &["--threads", "1", "--checkpointing", "on"]), "checkpointing");
+    assert!(first != run("seed", &["--seed", "7"]), "another seed");
+}
+
+#[test]
+fn micro_batches_are_the_batch() {
+    let dir = scratch("accumulate");
+    let rows = data(&dir, 16);
+    let losses = |name: &str, more: &[&str]| -> Vec<f64> {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&["--max-steps", "4", "--dtype", "f32"], more].concat()));
+        lines(&out.join("log.jsonl")).iter().map(|l| l["loss"].as_f64().unwrap()).collect()
+    };
+    let whole = losses("whole", &["--batch-size", "8"]);
+    let micro = losses("micro", &["--batch-size", "2", "--gradient-accumulation-steps", "4"]);
+    for (a, b) in whole.iter().zip(&micro) {
+        assert!((a - b).abs() < 1e-5 * a, "{whole:?} {micro:?}");
+    }
+}
+
+/// A row's nll and tokens do not depend on who shares its batch.
+#[test]
+fn rows_do_not_depend_on_their_neighbours() {
+    let dir = scratch("neighbours");
+    let rows = data(&dir, 9);
+    let (base, adapter) = (fixture("base"), fixture("adapter"));
+    let path = dir.join("ids.jsonl");
+    let by_id: String = lines(&rows)
+        .iter()
+        .enumerate()
+        .map(|(i, row)| {
+            let row = json!({"task_id": i % 3, "input_ids": row["input_ids"], "label_ids": row["label_ids"]});
+            format!("{row}\n")
+        })
+        .collect();
+    fs::write(&path, by_id).unwrap();
+    for dtype in ["f32", "bf16"] {
+        let run = |batch: &str| {
+            let out = dir.join(format!("nll-{dtype}-{batch}.jsonl"));
+            let common = [
+                "--model",
+                str(&base),
+                "--adapter",
+                str(&adapter),
+                "--data",
+                str(&path),
+                "--dtype",
+                dtype,
+                "--batch-size",
+                batch,
+                "--max-new-tokens",
+                "6",
+            ];
+            ok(&[&["eval", "--generate", "off", "--per-example", str(&out)], &common[..]].concat());
+            text(&out)
+        };
+        assert_eq!(run("1"), run("4"), "{dtype}");
+        assert_eq!(run("1"), run("9"), "{dtype}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_2() {
+    let dir = scratch("usage");
+    let (rows, out) = (data(&dir, 3), dir.join("out"));
+    fails(&["train", "--modle", "x"], 2, "--model");
+    fails(&["nonsense"], 2, "nonsense");
+    fails(&train(&rows, &out, &["--n-tasks", "2"]), 2, "--n-tasks 2 is less than the 3 tasks");
+    fails(&train(&rows, &out, &["--dropout", "1.5"]), 2, "dropout must be in 0..1");
+    fails(&train(&rows, &out, &["--num-train-epochs", "-1"]), 2, "--num-train-epochs");
+    let adapter = fixture("adapter");
+    let other = ["--adapter-init", str(&adapter), "--r", "5"];
+    fails(&train(&rows, &out, &other), 2, "--r 5 differs from the 2 of --adapter-init");
+    fails(&["init", "--preset", "t6", "--output-dir", str(&out)], 2, "there are flan-t5-small");
+}
+
+#[test]
+fn bad_input_is_3_and_names_its_place() {
+    let dir = scratch("input");
+    let (rows, out) = (data(&dir, 3), dir.join("out"));
+    let missing = dir.join("nowhere");
+    let (base, adapter) = (fixture("base"), fixture("adapter"));
+    let eval = |data: &Path, message: &str| {
+        fails(
+            &["eval", "--model", str(&base), "--adapter", str(&adapter), "--data", str(data)],
+            3,
+            message,
+        );
+    };
+    fails(&["eval", "--model", str(&missing), "--data", str(&rows)], 3, "nowhere/config.json");
+    fails(&["inspect", str(&dir)], 3, "neither a model folder");
+    eval(&dir.join("none.jsonl"), "none.jsonl");
+    for (line, message) in [
+        ("{\"task_id\": 0, \"input_ids\": [5], \"label_ids\": [4]}\n{oops\n", "bad.jsonl:2"),
+        (
+            "{\"task_id\": 3, \"input_ids\": [5], \"label_ids\": [4]}\n",
+            "bad.jsonl:1: task_id 3 is out of range",
+        ),
+        ("{\"task_id\": -1, \"input_ids\": [5], \"label_ids\": [4]}\n", "bad.jsonl:1"),
+        (
+            "{\"task\": \"x\", \"input_ids\": [5], \"label_ids\": [4]}\n",
+            "bad.jsonl:1: task \"x\" has no id",
+        ),
+        (
+            "{\"input_ids\": [5], \"label_ids\": [4]}\n",
+            "bad.jsonl:1: the row has neither task nor task_id",
+        ),
+        (
+            "{\"task_id\": 0, \"input_ids\": [500], \"label_ids\": [4]}\n",
+            "bad.jsonl:1: token id 500",
+        ),
+        ("{\"task_id\": 0, \"input_ids\": [5], \"label_ids\": []}\n", "bad.jsonl:1"),
+        ("{\"task_id\": 0, \"input\": \"text\", \"target\": \"t\"}\n", "no tokenizer.json"),
+        ("", "bad.jsonl"),
+    ] {
+        let bad = dir.join("bad.jsonl");
+        fs::write(&bad, line).unwrap();
+        eval(&bad, message);
+    }
+    fails(
+        &train(&rows, &out, &["--max-source-length", "2", "--overlong", "error"]),
+        3,
+        "rows.jsonl:1: the row has 3 tokens where 2 are allowed",
+    );
+    fails(&train(&rows, &out, &["--n-splits", "5"]), 3, "n_splits 5 does not divide");
+    fails(&train(&rows, &out, &["--r", "0"]), 3, "r must be from 1");
+    fails(&train(&rows, &out, &["--target-modules", "qq"]), 3, "matches nothing");
+    // An adapter of another base.
+    let other = base.parent().unwrap().parent().unwrap().join("v11-untied/adapter");
+    fails(
+        &["eval", "--model", str(&base), "--adapter", str(&other), "--data", str(&rows)],
+        3,
+        "another base",
+    );
+    assert!(!out.join("adapter_model.safetensors").exists());
+}
+
+#[test]
+fn a_missing_device_is_4() {
+    let dir = scratch("device");
+    let (rows, out) = (data(&dir, 3), dir.join("out"));
+    fails(&train(&rows, &out, &["--device", "cuda"]), 4, "no CUDA backend");
+    let output = Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(["doctor"])
+        .env("POLYTAPE_ISA", "mmx")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(4));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("POLYTAPE_ISA=mmx"));
+}
+
+/// A folder that cannot be written: failed (1), and nothing half-written.
+#[test]
+fn an_unwritable_output_is_1() {
+    let dir = scratch("unwritable");
+    let rows = data(&dir, 3);
+    let file = dir.join("file");
+    fs::write(&file, "").unwrap();
+    let out = file.join("out");
+    fails(&train(&rows, &out, &["--max-steps", "1"]), 1, "cannot create");
+}
+
+/// Training that diverges stops, says where, and keeps the adapter of the step before.
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run() {
+    let dir = scratch("nan");
+    let (rows, out) = (data(&dir, 12), dir.join("out"));
+    let wild = ["--learning-rate", "1e38", "--max-grad-norm", "0", "--max-steps", "9"];
+    fails(&train(&rows, &out, &wild), 1, "the loss is");
+    let base = fixture("base");
+    let output = polytape(&[
+        "eval",
+        "--model",
+        str(&base),
+        "--adapter",
+        str(&out),
+        "--data",
+        str(&rows),
+        "--generate",
+        "off",
+    ]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// kill -9 at any moment leaves no half-written file under a final name.
+#[test]
+fn a_killed_run_leaves_whole_files() {
+    let dir = scratch("killed");
+    let (rows, out, base) = (data(&dir, 30), dir.join("out"), fixture("base"));
+    let arguments = train(
+        &rows,
+        &out,
+        &["--max-steps", "100000", "--eval-data", str(&rows), "--eval-steps", "1", "-q"],
+    );
+    for round in 0..4 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_polytape"))
+            .args(&arguments)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(350 + 131 * round));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let best = out.join("best");
+        if best.join("adapter_config.json").exists() {
+            ok(&[
+                "eval",
+                "--model",
+                str(&base),
+                "--adapter",
+                str(&best),
+                "--data",
+                str(&rows),
+                "--generate",
+                "off",
+            ]);
+        }
+    }
+}
+
+/// SIGINT: the step is finished, the adapter saved, and the code is 130.
+#[test]
+fn an_interrupted_run_saves_and_says_130() {
+    let dir = scratch("interrupted");
+    let (rows, out) = (data(&dir, 30), dir.join("out"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(train(&rows, &out, &["--max-steps", "1000000", "-q"]))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = std::time::Instant::now();
+    while text_or_empty(&out.join("log.jsonl")).lines().count() < 3 {
+        assert!(started.elapsed() < Duration::from_secs(60), "no step was logged");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(out.join("adapter_model.safetensors").exists());
+}
+
+fn text_or_empty(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+#[test]
+fn inspect_and_doctor_say_what_is_there() {
+    let dir = scratch("inspect");
+    let (base, adapter, svg) = (fixture("base"), fixture("adapter"), dir.join("map.svg"));
+    assert!(ok(&["inspect", str(&base)]).contains("parameters"));
+    let said = ok(&["inspect", str(&adapter), "--svg", str(&svg)]);
+    assert!(said.contains("2 skills, 2 splits, 3 tasks"), "{said}");
+    assert!(text(&svg).starts_with("<svg"));
+    let json: Value =
+        serde_json::from_str(ok(&["inspect", str(&adapter), "--json"]).trim()).unwrap();
+    assert_eq!(json["n_tasks"], 3);
+    assert!(ok(&["doctor"]).contains("instruction sets"));
+}
+
+#[test]
+fn bench_prints_its_quantities() {
+    let base = fixture("base");
+    for what in ["train", "eval", "generate"] {
+        for adapter in ["poly", "none"] {
+            let line = ok(&[
+                "bench",
+                what,
+                "--model",
+                str(&base),
+                "--adapter",
+                adapter,
+                "--batch",
+                "3",
+                "--src",
+                "9",
+                "--tgt",
+                "4",
+                "--new",
+                "5",
+                "--steps",
+                "2",
+                "--n-splits",
+                "2",
+                "--json",
+            ]);
+            let line: Value = serde_json::from_str(line.lines().last().unwrap()).unwrap();
+            for field in
+                ["median_s", "min_s", "tok_per_s", "rss_mib", "anon_mib", "threads", "loss"]
+            {
+                assert!(line[field].is_number(), "{what} {adapter} {field}");
+            }
+        }
+    }
+}
+
+/// Random bases are the same for a seed, and open.
+#[test]
+fn init_writes_a_base_that_opens() {
+    let dir = scratch("init");
+    let out = dir.join("small");
+    ok(&["init", "--preset", "flan-t5-small", "--output-dir", str(&out), "--seed", "3"]);
+    assert!(ok(&["inspect", str(&out)]).contains("76961152"));
+    fails(
+        &["init", "--preset", "flan-t5-small", "--output-dir", str(&out)],
+        2,
+        "already holds a model",
+    );
+}
