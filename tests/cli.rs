@@ -301,6 +301,15 @@ fn bad_input_is_3_and_names_its_place() {
         "another base",
     );
     assert!(!out.join("adapter_model.safetensors").exists());
+    // The base itself is not a place for output.
+    let copy = dir.join("base");
+    fs::create_dir(&copy).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(base.join(file), copy.join(file)).unwrap();
+    }
+    let mut own = train(&rows, &copy, &[]);
+    own[2] = str(&copy);
+    fails(&own, 2, "the model's own folder");
 }
 
 #[test]

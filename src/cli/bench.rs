@@ -59,8 +59,8 @@ pub(super) struct Bench {
     #[arg(long, default_value_t = 4)]
     n_splits: usize,
     /// Tasks.
-    #[arg(long, default_value_t = 8)]
-    n_tasks: usize,
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    n_tasks: u32,
     /// Names, a regular expression, or all-linear.
     #[arg(long, default_value = "q,v")]
     target_modules: String,
@@ -92,6 +92,9 @@ const WARM_UP: u32 = 2;
 
 impl Bench {
     pub(super) fn run(&self) -> Result<()> {
+        if !(0.0..1.0).contains(&self.dropout) {
+            return Err(Error::Usage(format!("dropout must be in 0..1, not {}", self.dropout)));
+        }
         let model = self.common.open_model(&self.model)?;
         let adapter = match self.adapter {
             AdapterFlag::Poly => Some(self.adapter(&model)?),
@@ -140,12 +143,9 @@ impl Bench {
     }
 
     fn adapter(&self, model: &Model) -> Result<Adapter<Cpu>> {
-        if self.n_tasks == 0 {
-            return Err(Error::Usage("--n-tasks must be at least 1".into()));
-        }
         let config = PolyConfig {
             r: self.r,
-            n_tasks: self.n_tasks,
+            n_tasks: self.n_tasks as usize,
             n_skills: self.n_skills,
             n_splits: self.n_splits,
             target_modules: Some(parse_targets(&self.target_modules)),
@@ -156,13 +156,14 @@ impl Bench {
 
     fn examples(&self, model: &Model) -> Vec<Example> {
         let key = Key::new(self.common.seed, Purpose::Data, 1);
-        let n_ids = (model.vocab_size() - 3) as u64;
+        let n_ids = model.vocab_size().saturating_sub(3).max(1) as u64;
         let mut draw = 0;
         let mut ids = |n: u32| -> Vec<u32> {
             (0..n)
                 .map(|_| {
                     draw += 1;
-                    3 + (u64::from(key.word(draw)) * n_ids >> 32) as u32
+                    let first = if model.vocab_size() > 3 { 3 } else { 0 };
+                    first + (u64::from(key.word(draw)) * n_ids >> 32) as u32
                 })
                 .collect()
         };
@@ -170,7 +171,7 @@ impl Bench {
             .map(|i| Example {
                 input: ids(self.src),
                 labels: ids(self.tgt),
-                task: i % self.n_tasks.max(1) as u32,
+                task: i % self.n_tasks,
             })
             .collect()
     }

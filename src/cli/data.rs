@@ -64,6 +64,7 @@ impl Limits {
         model: &Model,
         tokenizer: Option<&Tokenizer>,
         tasks: Option<&TaskNames>,
+        targets: Targets,
     ) -> Result<Dataset> {
         let encoding = Encoding {
             tokenizer: tokenizer.map(|t| t as &dyn Encode),
@@ -77,6 +78,7 @@ impl Limits {
                 OverlongFlag::Truncate => Overlong::Truncate,
             },
             tasks,
+            targets: targets == Targets::Required,
         };
         let dataset = Dataset::encode(rows, path, &encoding)?;
         let Dataset { n_truncated, n_skipped, .. } = dataset;
@@ -101,6 +103,6 @@ impl DataFlags {
         targets: Targets,
     ) -> Result<Dataset> {
         let rows = read_rows(&self.data, targets)?;
-        self.limits.encode(rows, &self.data, model, tokenizer, tasks)
+        self.limits.encode(rows, &self.data, model, tokenizer, tasks, targets)
     }
 }

@@ -4,7 +4,7 @@ use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 
-use super::{Common, OnOff, data, print_json};
+use super::{Common, OnOff, check_writable, data, print_json};
 use crate::{
     error::Result,
     formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
@@ -32,8 +32,8 @@ pub(super) struct Eval {
     #[arg(long, default_value = "on")]
     generate: OnOff,
     /// The most tokens of an output.
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    max_new_tokens: u32,
     /// Rows that are computed together.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
@@ -41,6 +41,9 @@ pub(super) struct Eval {
 
 impl Eval {
     pub(super) fn run(&self) -> Result<()> {
+        if let Some(path) = &self.per_example {
+            check_writable(path)?;
+        }
         let model = self.common.open_model(&self.model)?;
         let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
@@ -48,14 +51,21 @@ impl Eval {
         let data = self.data.load(&model, tokenizer.as_ref(), tasks.as_ref(), Targets::Required)?;
         let present = data.examples.iter().map(|example| example.task);
         let engine = Engine::new(&model, adapter.as_ref(), present, self.batch_size as usize);
-        let options =
-            GenerateOptions { max_new_tokens: self.max_new_tokens, ..GenerateOptions::default() };
+        let options = GenerateOptions {
+            max_new_tokens: self.max_new_tokens as usize,
+            ..GenerateOptions::default()
+        };
         let evaluation = evaluate(
             &engine,
             &data,
             self.generate.is_on().then_some(&options),
             tokenizer.as_ref().map(|t| t as &dyn Decode),
-            |task| task_name(tasks.as_ref(), task),
+            |row, example| match (&tasks, &row.task, row.task_id) {
+                (Some(tasks), ..) => task_name(Some(tasks), example.task),
+                (None, Some(name), _) => name.clone(),
+                (None, None, Some(id)) => id.to_string(),
+                (None, None, None) => "none".to_owned(),
+            },
         )?;
         model.verify_unchanged()?;
         if let Some(path) = &self.per_example {

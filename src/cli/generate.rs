@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, time::Instant};
 use clap::Args;
 use serde_json::Value;
 
-use super::{Common, data, print, print_json};
+use super::{Common, check_writable, data, print, print_json};
 use crate::{
     error::{Error, Result},
     formats::{rows::Targets, safetensors::write_atomically},
@@ -29,11 +29,11 @@ pub(super) struct Generate {
     #[arg(long)]
     output: PathBuf,
     /// The most tokens of an output.
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    max_new_tokens: u32,
     /// No end token before this many.
     #[arg(long, default_value_t = 0)]
-    min_new_tokens: usize,
+    min_new_tokens: u32,
     /// Beams. Only greedy search (1) is there.
     #[arg(long, default_value_t = 1)]
     num_beams: usize,
@@ -56,6 +56,7 @@ impl Generate {
                 self.min_new_tokens, self.max_new_tokens
             )));
         }
+        check_writable(&self.output)?;
         let model = self.common.open_model(&self.model)?;
         let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
@@ -65,8 +66,8 @@ impl Generate {
         let capacity = self.batch_size as usize;
         let engine = Engine::new(&model, adapter.as_ref(), present, capacity);
         let options = GenerateOptions {
-            max_new_tokens: self.max_new_tokens,
-            min_new_tokens: self.min_new_tokens,
+            max_new_tokens: self.max_new_tokens as usize,
+            min_new_tokens: self.min_new_tokens as usize,
         };
         let examples: Vec<&Example> = data.examples.iter().collect();
         let bar = self.common.progress(examples.len() as u64);

@@ -12,7 +12,7 @@ mod train;
 
 use std::{
     io::{IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -151,6 +151,20 @@ impl Common {
         let bar = indicatif::ProgressBar::new(n);
         style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
     }
+}
+
+/// Fails now if a file could not be written at the end of a long run.
+fn check_writable(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Err(Error::Usage(format!("{} is a folder, not a file", path.display())));
+    }
+    if path.exists() {
+        return Ok(());
+    }
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let probe = folder.join(format!(".polytape-probe-{}", std::process::id()));
+    std::fs::write(&probe, "").map_err(Error::io("write", path))?;
+    std::fs::remove_file(&probe).map_err(Error::io("remove", probe))
 }
 
 /// Prints a line on stdout. A reader that went away is no error.

@@ -33,6 +33,7 @@ use crate::{
         Adapter, Example, Model,
         dataset::{Dataset, read_rows},
         routed_lora::parse_targets,
+        targets::resolve,
     },
     process::Memory,
     train::{
@@ -178,14 +179,21 @@ impl Evaluator<'_> {
         let engine = Engine::new(self.model, Some(adapter), present, self.batch_size);
         let options = GenerateOptions::default();
         let generate = (self.metric != Metric::Loss).then_some(&options);
-        evaluate(&engine, &self.data, generate, self.decoder, |task| {
-            task_name(Some(self.tasks), task)
+        evaluate(&engine, &self.data, generate, self.decoder, |_, example| {
+            task_name(Some(self.tasks), example.task)
         })
     }
 }
 
 impl Train {
     pub(super) fn run(&self) -> Result<()> {
+        if let (Ok(model), Ok(out)) = (self.model.canonicalize(), self.output_dir.canonicalize())
+            && model == out
+        {
+            return Err(Error::Usage(
+                "--output-dir is the model's own folder: its config.json would be replaced".into(),
+            ));
+        }
         let model = self.common.open_model(&self.model)?;
         let tokenizer = data::open_tokenizer(&model)?;
         let rows = read_rows(&self.data.data, Targets::Required)?;
@@ -203,6 +211,7 @@ impl Train {
             &model,
             tokenizer.as_ref(),
             Some(&tasks),
+            Targets::Required,
         )?;
         if tasks.to_list().is_some() {
             adapter.set_tasks(Some(tasks.clone()));
@@ -213,7 +222,14 @@ impl Train {
                 data: {
                     let rows = read_rows(path, Targets::Required)?;
                     let limits = &self.data.limits;
-                    limits.encode(rows, path, &model, tokenizer.as_ref(), Some(&tasks))?
+                    limits.encode(
+                        rows,
+                        path,
+                        &model,
+                        tokenizer.as_ref(),
+                        Some(&tasks),
+                        Targets::Required,
+                    )?
                 },
                 decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
                 tasks: &tasks,
@@ -223,7 +239,7 @@ impl Train {
             None => None,
         };
 
-        let per_step = (self.batch_size * self.gradient_accumulation_steps) as usize;
+        let per_step = self.batch_size as usize * self.gradient_accumulation_steps as usize;
         let steps_an_epoch = data.examples.len().div_ceil(per_step) as u64;
         let total = match self.max_steps {
             Some(steps) => steps,
@@ -263,6 +279,7 @@ impl Train {
             log: Log::create(&self.output_dir)?,
             best: None,
         };
+        run.remove_best()?;
         run.write_settings(total)?;
         run.steps(total, per_step, &interrupted)
     }
@@ -275,7 +292,7 @@ impl Train {
     ) -> Result<Adapter<Cpu>> {
         if let Some(dir) = &self.adapter_init {
             let adapter = Adapter::open(model, dir)?;
-            self.check_repeated(adapter.config())?;
+            self.check_repeated(model, &adapter)?;
             return Ok(adapter);
         }
         let tasks = tasks()?;
@@ -309,7 +326,8 @@ impl Train {
     }
 
     /// `--adapter-init` brings the configuration; a flag that says otherwise is an error.
-    fn check_repeated(&self, config: &PolyConfig) -> Result<()> {
+    fn check_repeated(&self, model: &Model, adapter: &Adapter<Cpu>) -> Result<()> {
+        let config = adapter.config();
         let numbers = [
             ("--r", self.r, config.r),
             ("--n-tasks", self.n_tasks, config.n_tasks),
@@ -323,12 +341,19 @@ impl Train {
                 )));
             }
         }
-        if let Some(given) = &self.target_modules
-            && config.target_modules.as_ref() != Some(&parse_targets(given))
-        {
-            return Err(Error::Usage(format!(
-                "--target-modules {given} differs from that of --adapter-init: leave it out"
-            )));
+        if let Some(given) = &self.target_modules {
+            let asked = PolyConfig { target_modules: Some(parse_targets(given)), ..config.clone() };
+            let (targets, _) = resolve(&asked, model.modules(), model.default_targets())?;
+            if targets != adapter.targets() {
+                return Err(Error::Usage(format!(
+                    "--target-modules {given} differs from that of --adapter-init: leave it out"
+                )));
+            }
+        }
+        if self.init_weights.is_some() {
+            return Err(Error::Usage(
+                "--init-weights is for a fresh adapter, not for --adapter-init".into(),
+            ));
         }
         Ok(())
     }
@@ -362,7 +387,16 @@ fn named(found: &TaskNames, n_tasks: usize) -> TaskNames {
     if (0..n_tasks).all(|id| found.name(id as u32).is_none()) {
         return TaskNames::unnamed(n_tasks);
     }
-    let names: Vec<String> = (0..n_tasks).map(|id| task_name(Some(found), id as u32)).collect();
+    let filler = |id: usize| {
+        let mut name = id.to_string();
+        while found.id(&name).is_some() {
+            name.insert(0, '_');
+        }
+        name
+    };
+    let names: Vec<String> = (0..n_tasks)
+        .map(|id| found.name(id as u32).map_or_else(|| filler(id), str::to_owned))
+        .collect();
     TaskNames::from_list(&names).unwrap_or_else(|_| TaskNames::unnamed(n_tasks))
 }
 
@@ -416,7 +450,11 @@ impl Run<'_> {
                     Ok(report) => report,
                     Err(error) => {
                         bar.finish_and_clear();
-                        self.save()?; // As it was before the step.
+                        // As it was before the step; if that cannot be saved, the first error is still
+                        // the one to report.
+                        if let Err(second) = self.save() {
+                            tracing::error!("{second}");
+                        }
                         return Err(error);
                     }
                 };
@@ -483,12 +521,21 @@ impl Run<'_> {
         }
         self.log.line(&line)?;
         let value = evaluator.metric.value(&evaluation);
-        if self.best.is_none_or(|(best, _)| value > best) {
+        if value.is_finite() && self.best.is_none_or(|(best, _)| value > best) {
             self.best = Some((value, step));
             let dir = self.train.output_dir.join("best");
             self.trainer.adapter().save_peft(self.model.backend(), dir)?;
         }
         Ok(Some(evaluation))
+    }
+
+    /// The best adapter of an earlier run in this folder is not this run's.
+    fn remove_best(&self) -> Result<()> {
+        let best = self.train.output_dir.join("best");
+        if best.join("adapter_config.json").exists() {
+            fs::remove_dir_all(&best).map_err(Error::io("remove", best))?;
+        }
+        Ok(())
     }
 
     fn save(&self) -> Result<()> {
@@ -538,6 +585,7 @@ impl Run<'_> {
                 "steps": last.step, "final_loss": last.loss,
                 "eval_loss": evaluation.map(|e| e.overall.loss),
                 "best_step": self.best.map(|(_, step)| step), "output_dir": out,
+                "n_truncated": self.data.n_truncated, "n_skipped": self.data.n_skipped,
             }));
         }
         let evaluated = match (evaluation, self.best) {

@@ -19,6 +19,7 @@ pub mod suite;
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -28,7 +29,7 @@ pub use report::{AdaptationScore, DemoReport, MethodReport, Score};
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    formats::tasks::TaskNames,
+    formats::{safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
     kernels::cpu::Cpu,
     model::{Adapter, Example, Model, Options},
@@ -223,7 +224,7 @@ fn write_files(dir: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     files.iter().try_for_each(|(name, bytes)| {
         let path = dir.join(name);
-        fs::write(&path, bytes).map_err(Error::io("write", &path))
+        write_atomically(&path, |file| file.write_all(bytes))
     })
 }
 

@@ -570,6 +570,15 @@ pub fn write_atomically(
         }
     }
 
+    // A device or a pipe has no content to protect, and a rename would replace it.
+    if let Ok(metadata) = fs::metadata(path)
+        && !metadata.is_file()
+        && !metadata.is_dir()
+    {
+        let file = File::options().write(true).open(path).map_err(Error::io("write", path))?;
+        let mut file = BufWriter::new(file);
+        return write(&mut file).and_then(|()| file.flush()).map_err(Error::io("write", path));
+    }
     let Some(name) = path.file_name() else {
         return Err(Error::Usage(format!("{} is not the name of a file", path.display())));
     };

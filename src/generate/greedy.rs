@@ -69,7 +69,7 @@ impl<B: Backend> Engine<'_, B> {
         let mut tape = self.tape(Order::Panel);
         let (encoded, _) = network.encode(&mut tape, &batch.source, &sides.source);
         let encoded = (&encoded, &sides.source);
-        let mut decoding = network.start_decoding(&mut tape, encoded, options.max_new_tokens);
+        let mut decoding = network.start_decoding(&mut tape, encoded);
 
         let order = if self.capacity <= DOT_ROWS { Order::Dot } else { Order::Panel };
         let mut tape = self.tape(order);

@@ -56,7 +56,8 @@ impl<'m, B: Backend> Engine<'m, B> {
             let mut tasks: Vec<u32> = tasks.into_iter().collect();
             tasks.sort_unstable();
             tasks.dedup();
-            let mode = Mode::for_engine(adapter.pair_bytes(tasks.len()));
+            // By the adapter, not by who is here: a row's bits must not depend on other rows' tasks.
+            let mode = Mode::for_engine(adapter.pair_bytes(adapter.config().n_tasks));
             let rows = RoutingRows { tasks, of_example: Vec::new() };
             let keep = mode == Mode::Mixed;
             let mixture = adapter.mixture(model.backend(), &rows, Noise::Off, keep);
@@ -91,7 +92,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn batch(&self, examples: &[&Example]) -> (Batch, RoutingRows) {
-        let start = self.model.generation().decoder_start_token_id;
+        let start = self.model.decoder_start();
         let batch = Batch::new(examples.iter().copied(), start, 0);
         let rows = match &self.adapter {
             Some(attached) => RoutingRows {

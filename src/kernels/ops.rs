@@ -41,7 +41,7 @@ pub struct Dropout {
 impl Dropout {
     /// Elements whose 16 bits are below this are dropped.
     pub fn threshold(&self) -> u32 {
-        (self.p * 65536.0).round() as u32
+        ((self.p * 65536.0).round() as u32).min(65535) // Something is always kept.
     }
 
     /// What kept elements are multiplied by.

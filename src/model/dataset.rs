@@ -47,6 +47,8 @@ pub struct Encoding<'a> {
     pub overlong: Overlong,
     /// The tasks' names and number; none: tasks do not matter.
     pub tasks: Option<&'a TaskNames>,
+    /// Whether targets matter: for generation alone they do not.
+    pub targets: bool,
 }
 
 /// Rows with their examples, in the file's order.
@@ -91,7 +93,7 @@ impl Dataset {
                 .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
             let (input, input_cut) =
                 encoding.sequence(&row.input, source_limit).map_err(|e| e.into_error(fail))?;
-            let (labels, labels_cut) = match &row.target {
+            let (labels, labels_cut) = match row.target.as_ref().filter(|_| encoding.targets) {
                 Some(target) => encoding
                     .sequence(target, Some(encoding.max_target_length))
                     .map_err(|e| e.into_error(fail))?,
@@ -202,6 +204,7 @@ mod tests {
             max_target_length: max,
             overlong,
             tasks: Some(&TaskNames::unnamed(2)),
+            targets: true,
         };
         Dataset::encode(rows?, path, &encoding)
     }

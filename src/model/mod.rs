@@ -179,6 +179,13 @@ impl<B: Backend> Model<B> {
         config.dropout_rate
     }
 
+    /// The id that labels are shifted behind in training and evaluation (generation may start with
+    /// another: [`Model::generation`]).
+    pub fn decoder_start(&self) -> u32 {
+        let ModelConfig::T5(config) = &self.config;
+        config.decoder_start_token_id
+    }
+
     /// Fails if a mapped file has changed since it was opened: what was computed from it since may
     /// be wrong.
     ///

@@ -361,17 +361,17 @@ impl<B: Backend> T5<B> {
         }
     }
 
-    /// Room for decoding up to `capacity` tokens of each example, and the encoder's output as keys
-    /// and values of every block.
+    /// Room for decoding, which grows as it is used, and the encoder's output as keys and values of
+    /// every block.
     pub fn start_decoding<'m>(
         &'m self,
         tape: &mut Tape<'m, B>,
         encoded: (&Var<B>, &Side),
-        capacity: usize,
     ) -> Decoding<B> {
         let backend = tape.backend();
         let (output, source) = encoded;
         let n = source.spans.n();
+        let capacity = FIRST_CAPACITY;
         let width = self.config.num_heads * self.config.d_kv;
         let room = || backend.zeros(n * capacity, width, Precision::Activation);
         let blocks = self
@@ -403,6 +403,9 @@ impl<B: Backend> T5<B> {
         let &DecodeStep { ids, active, position, segments } = step;
         let eps = self.config.layer_norm_epsilon;
         let backend = tape.backend();
+        if position >= decoding.capacity {
+            decoding.grow(backend, &self.decoder.bias);
+        }
         let one_each = Arc::new(Spans::packed(&vec![1; active.len()]));
         let rows: Vec<usize> = active.iter().map(|&i| i * decoding.capacity + position).collect();
         let own = Arc::new(Spans {
@@ -463,6 +466,27 @@ pub struct Decoding<B: Backend> {
     source: Arc<Spans>,
     bias: RelativeBias<B>,
     capacity: usize,
+}
+
+/// Tokens that a cache has room for at first.
+const FIRST_CAPACITY: usize = 64;
+
+impl<B: Backend> Decoding<B> {
+    /// Doubles the room of every example.
+    fn grow(&mut self, backend: &B, bias: &BiasBuckets) {
+        let (old, new) = (self.capacity, 2 * self.capacity);
+        let n = self.source.n();
+        let rows: Vec<usize> = (0..n * old).map(|row| row / old * new + row % old).collect();
+        for block in &mut self.blocks {
+            for cache in [&mut block.k, &mut block.v] {
+                let mut larger = backend.zeros(n * new, cache.cols(), Precision::Activation);
+                backend.cache_write(CacheWrite { cache: &mut larger, source: cache, rows: &rows });
+                *cache = larger;
+            }
+        }
+        self.bias = bias.table(backend, new);
+        self.capacity = new;
+    }
 }
 
 struct BlockCache<B: Backend> {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::metrics;
 use crate::{
     error::Result,
-    formats::rows::Sequence,
+    formats::rows::{Row, Sequence},
     generate::{Engine, GenerateOptions},
     kernels::Backend,
     model::{Example, dataset::Dataset},
@@ -52,6 +52,10 @@ pub struct Evaluation {
     pub overall: Scores,
     /// By task.
     pub tasks: BTreeMap<String, Scores>,
+    /// Rows that were cut to the length limits.
+    pub n_truncated: usize,
+    /// Rows that were left out because of the length limits.
+    pub n_skipped: usize,
     /// Sum of the nll of each row and its label tokens, in the data's order.
     #[serde(skip)]
     pub rows: Vec<(f64, usize)>,
@@ -79,8 +83,8 @@ impl Sums {
     }
 }
 
-/// Evaluates a data set; `generate` adds exact match and Rouge-L of greedy outputs. `name_of` names a
-/// task.
+/// Evaluates a data set; `generate` adds exact match and Rouge-L of greedy outputs. `name_of` names
+/// the task of a row.
 ///
 /// # Errors
 /// If an output cannot be decoded.
@@ -89,7 +93,7 @@ pub fn evaluate<B: Backend>(
     data: &Dataset,
     generate: Option<&GenerateOptions>,
     decoder: Option<&dyn Decode>,
-    name_of: impl Fn(u32) -> String,
+    name_of: impl Fn(&Row, &Example) -> String,
 ) -> Result<Evaluation> {
     let examples: Vec<&Example> = data.examples.iter().collect();
     let nll = engine.nll(&examples);
@@ -104,7 +108,7 @@ pub fn evaluate<B: Backend>(
             Some(outputs) => score(data, i, &outputs[i], decoder)?,
             None => (0.0, 0.0),
         };
-        for sums in [&mut overall, tasks.entry(name_of(example.task)).or_default()] {
+        for sums in [&mut overall, tasks.entry(name_of(&data.rows[i], example)).or_default()] {
             sums.nll += sum;
             sums.n_tokens += n;
             sums.n_rows += 1;
@@ -116,6 +120,8 @@ pub fn evaluate<B: Backend>(
     Ok(Evaluation {
         overall: overall.scores(generated),
         tasks: tasks.into_iter().map(|(name, sums)| (name, sums.scores(generated))).collect(),
+        n_truncated: data.n_truncated,
+        n_skipped: data.n_skipped,
         rows,
     })
 }
@@ -131,8 +137,10 @@ fn score(
     if let (Some(Sequence::Text(target)), Some(decoder)) = (&row.target, decoder) {
         let text = decoder.decode(output)?;
         let references: Vec<&str> = match &row.references {
-            Some(references) => references.iter().map(String::as_str).collect(),
-            None => vec![target],
+            Some(references) if !references.is_empty() => {
+                references.iter().map(String::as_str).collect()
+            }
+            _ => vec![target],
         };
         let exact = metrics::exact_match(&text, &references);
         return Ok((f64::from(u8::from(exact)), metrics::rouge_l(&text, &references)));

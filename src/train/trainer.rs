@@ -79,7 +79,7 @@ impl TrainConfig {
             ("max_grad_norm", self.max_grad_norm),
         ];
         for (name, value) in rates {
-            if !value.is_finite() || value < 0.0 {
+            if !(value as f32).is_finite() || value < 0.0 {
                 return Err(Error::Usage(format!("{name} must be 0 or more, not {value}")));
             }
         }
@@ -205,7 +205,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
     fn accumulate(&mut self, examples: &[&Example], first: usize, step: u64, d_nll: f32) -> f64 {
         let (model, config, adapter) = (self.model, &self.config, &self.adapter);
         let backend = model.backend();
-        let start = model.generation().decoder_start_token_id;
+        let start = model.decoder_start();
         let batch = Batch::new(examples.iter().copied(), start, first);
         let rows = if config.router_sampling { batch.own_rows() } else { batch.rows_by_task() };
         let noise = match (&self.noise, config.router_sampling) {

@@ -877,7 +877,10 @@ impl<T: ElementMut> Backward<'_, T> {
                             &pair,
                             query,
                             first_key,
-                            seen.next_multiple_of(width),
+                            // What the tiles below read: of whole panels, and of whole rows of tiles.
+                            seen.next_multiple_of(width)
+                                .max(seen.next_multiple_of(MR).next_multiple_of(LANES))
+                                .min(BLOCK),
                             p,
                             d_s,
                         );
@@ -1240,10 +1243,11 @@ mod tests {
             &[(97, 97)],
             &[(65, 129), (12, 200)],
             &[(3, 0), (4, 2)],
+            &[(200, 216)], // Blocks of keys that end inside a register tile.
         ];
         each_cpu(|cpu| {
             for (i, lens) in sizes.iter().enumerate() {
-                let head_dim = [8, 12, 16, 33, 64, 1, 64, 16, 8, 8][i];
+                let head_dim = [8, 12, 16, 33, 64, 1, 64, 16, 8, 8, 8][i];
                 let plain = Case::plain(lens, head_dim);
                 let cases = [
                     plain.clone(),

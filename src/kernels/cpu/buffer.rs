@@ -3,6 +3,10 @@
 //! A training step asks for the same sizes again and again, so after the first step nothing is
 //! allocated: a buffer that is dropped waits for the next request of its size. Memory from the
 //! system arrives zeroed page by page when first touched; reuse also saves those page faults.
+//!
+//! Ragged batches have new sizes at every step. So sizes are rounded up to an eighth of their power of
+//! two, and when what waits would take the total past an eighth more than was ever in use at once,
+//! what waits is given back to the system.
 
 use std::{
     collections::HashMap,
@@ -20,8 +24,38 @@ struct Line([u8; 64]);
 #[derive(Default)]
 struct Shelves {
     by_lines: HashMap<usize, Vec<Vec<Line>>>,
-    bytes: usize,
+    /// Handed out now.
+    used_bytes: usize,
+    /// Most that was ever handed out at once.
+    peak_used_bytes: usize,
+    /// Waiting.
+    waiting_bytes: usize,
+    /// Most that was ever handed out and waiting.
     peak_bytes: usize,
+}
+
+impl Shelves {
+    /// A waiting buffer of `n_lines`, if there is one; makes room for a new one if not.
+    fn take(&mut self, n_lines: usize) -> Option<Vec<Line>> {
+        let bytes = n_lines * mem::size_of::<Line>();
+        self.used_bytes += bytes;
+        self.peak_used_bytes = self.peak_used_bytes.max(self.used_bytes);
+        let reused = self.by_lines.get_mut(&n_lines).and_then(Vec::pop);
+        if reused.is_some() {
+            self.waiting_bytes -= bytes;
+        } else if self.used_bytes + self.waiting_bytes > self.peak_used_bytes / 8 * 9 {
+            self.by_lines.clear();
+            self.waiting_bytes = 0;
+        }
+        self.peak_bytes = self.peak_bytes.max(self.used_bytes + self.waiting_bytes);
+        reused
+    }
+}
+
+/// Lines rounded up to an eighth of their power of two.
+fn size_class(n_lines: usize) -> usize {
+    let step = (n_lines.next_power_of_two() / 16).max(1);
+    n_lines.next_multiple_of(step)
 }
 
 /// Where dropped buffers wait.
@@ -39,16 +73,8 @@ impl Pool {
 
     /// A buffer of `bytes` bytes with whatever was in it.
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Buffer {
-        let n_lines = bytes.div_ceil(mem::size_of::<Line>());
-        let reused = {
-            let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
-            let reused = shelves.by_lines.get_mut(&n_lines).and_then(Vec::pop);
-            if reused.is_none() {
-                shelves.bytes += n_lines * mem::size_of::<Line>();
-                shelves.peak_bytes = shelves.peak_bytes.max(shelves.bytes);
-            }
-            reused
-        };
+        let n_lines = size_class(bytes.div_ceil(mem::size_of::<Line>()));
+        let reused = self.shelves.lock().unwrap_or_else(PoisonError::into_inner).take(n_lines);
         let mut lines = reused.unwrap_or_else(|| bytemuck::allocation::zeroed_vec(n_lines));
         if self.poison {
             bytemuck::cast_slice_mut(&mut lines).fill(0xFF_u8); // NaN as f32 and as bf16.
@@ -95,6 +121,33 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let lines = mem::take(&mut self.lines);
         let mut shelves = self.pool.shelves.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = lines.len() * mem::size_of::<Line>();
+        shelves.used_bytes -= bytes;
+        shelves.waiting_bytes += bytes;
         shelves.by_lines.entry(lines.len()).or_default().push(lines);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ever_new_sizes_do_not_add_up() {
+        let pool: Arc<Pool> = Arc::default();
+        for n in 0..2000 {
+            let buffers: Vec<_> = (0..4).map(|i| pool.take(100_000 + 640 * n + 64 * i)).collect();
+            assert_eq!(buffers[3].bytes().len(), 100_000 + 640 * n + 192);
+        }
+        assert!(pool.peak_bytes() < 4 * 1_400_000 * 3 / 2, "{}", pool.peak_bytes());
+    }
+
+    #[test]
+    fn the_same_size_is_reused() {
+        let pool: Arc<Pool> = Arc::default();
+        for _ in 0..10 {
+            drop(pool.take(1000));
+        }
+        assert_eq!(pool.peak_bytes(), 1024);
     }
 }

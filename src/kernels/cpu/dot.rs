@@ -71,7 +71,15 @@ fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
             let w = [row_of(0), row_of(1), row_of(2), row_of(3)];
             let mut row = 0;
             while row + 2 <= m {
-                let sums = tile::<S, E, 2, 4>(simd, [x(row), x(row + 1)], w);
+                let x = [x(row), x(row + 1)];
+                // Sixteen vectors of sums fill AVX-512's registers by half and AVX2's twice over.
+                let sums = if S::NV == 1 {
+                    let [a, b] = tile::<S, E, 2, 2>(simd, x, [w[0], w[1]]);
+                    let [c, d] = tile::<S, E, 2, 2>(simd, x, [w[2], w[3]]);
+                    [[a[0], a[1], c[0], c[1]], [b[0], b[1], d[0], d[1]]]
+                } else {
+                    tile::<S, E, 2, 4>(simd, x, w)
+                };
                 for (i, sums) in sums.iter().enumerate() {
                     y[(row + i) * stride + n0..][..4].copy_from_slice(sums);
                 }
@@ -100,18 +108,21 @@ fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
     w: [&[E::Item]; C],
 ) -> [[f32; C]; R] {
     let k = x[0].len();
+    let (whole, rest) = (k / LANES, k / LANES * LANES);
     let mut sums = [[simd.splat(0.0); C]; R];
     let (mut x_lanes, mut w_lanes) = ([simd.splat(0.0); R], [simd.splat(0.0); C]);
-    for at in (0..k / LANES * LANES).step_by(LANES) {
-        for (lanes, x) in x_lanes.iter_mut().zip(x) {
-            *lanes = simd.load(x[at..].first_chunk().expect("16 are left"));
+    // Of one length that the compiler sees, so that the loop has no bounds to check.
+    let x_chunks = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
+    let w_chunks = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
+    for i in 0..whole {
+        for (lanes, x) in x_lanes.iter_mut().zip(x_chunks) {
+            *lanes = simd.load(&x[i]);
         }
-        for (lanes, w) in w_lanes.iter_mut().zip(w) {
-            *lanes = E::load(simd, w[at..].first_chunk().expect("16 are left"));
+        for (lanes, w) in w_lanes.iter_mut().zip(w_chunks) {
+            *lanes = E::load(simd, &w[i]);
         }
         step(simd, &mut sums, &x_lanes, &w_lanes);
     }
-    let rest = k / LANES * LANES;
     if rest < k {
         for (lanes, x) in x_lanes.iter_mut().zip(x) {
             *lanes = simd.load_part(&x[rest..], 0.0);
