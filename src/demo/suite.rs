@@ -34,7 +34,9 @@
 //! 0.02, 0.03; private is best at 0.02 (78, 86, 80), MHR at 0.03 (86, 89, 95). Adaptation rates tried:
 //! 0.005, 0.01, 0.02; shared is best at 0.01, private at 0.02 (10), Poly at 0.005 (83 after training at
 //! 0.03, with private at 0 and shared at 26). Sampling in training changed nothing beyond noise (Poly 93, MHR 89; new 65 and 59, router
-//! 72 and 77) and costs a mixture a row instead of one a task. None of these figures is PEFT's.
+//! 72 and 77) and costs a mixture a row instead of one a task. All was trained by this
+//! engine; PEFT 0.21 reads the Poly, MHR and private adapters and has the same loss (0.0371, 0.0554, 0.0646 on
+//! seed 1) and exact match on the trained tasks' test rows. The whole demo took 44 s (and 45 s with AVX2).
 //!
 //! What to make of it: shared must fail on the trained tasks, since it cannot know the task; its figure
 //! for new tasks is the fair one. Private is a strong baseline for trained tasks, and has nothing to
