@@ -163,7 +163,7 @@ impl Bench {
                 .map(|_| {
                     draw += 1;
                     let first = if model.vocab_size() > 3 { 3 } else { 0 };
-                    first + (u64::from(key.word(draw)) * n_ids >> 32) as u32
+                    first + ((u64::from(key.word(draw)) * n_ids) >> 32) as u32
                 })
                 .collect()
         };

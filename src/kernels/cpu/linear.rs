@@ -443,7 +443,8 @@ mod tests {
             if data.below(2) > 0 {
                 return Rhs::Mixed(data.tensor(cpu, n_rows * rank, n, Precision::Full));
             }
-            let n_splits = [3, 2, 1].into_iter().find(|q| n % q == 0).expect("one divides");
+            let n_splits =
+                [3, 2, 1].into_iter().find(|q| n.is_multiple_of(*q)).expect("one divides");
             let n_skills = 1 + data.below(3);
             let (b_start, d_in) = (7, k.next_multiple_of(n_splits));
             let b_len = n_skills * n * rank;

@@ -80,7 +80,7 @@ pub(super) fn route_backward(args: RouteBackward<'_, Oracle>) {
             let d_sample = (d_weights.at(at, c) - inner) / normalizer(samples, n_skills, at, split);
             let p = sigmoid(logit(forward, at, c));
             let cut = !matches!(forward.noise, Noise::Off)
-                && (p < EPS || p > 1.0 - EPS || sample <= TINY || sample >= 1.0 - EPS);
+                && (!(EPS..=1.0 - EPS).contains(&p) || sample <= TINY || sample >= 1.0 - EPS);
             let (linear, row) = (at / forward.tasks.len(), at % forward.tasks.len());
             let place = forward.logits[linear] + forward.tasks[row] as usize * n_cols + c;
             if !cut {
