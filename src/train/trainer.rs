@@ -79,8 +79,14 @@ impl TrainConfig {
             ("max_grad_norm", self.max_grad_norm),
         ];
         for (name, value) in rates {
-            if !(value as f32).is_finite() || value < 0.0 {
+            if !value.is_finite() || value < 0.0 {
                 return Err(Error::Usage(format!("{name} must be 0 or more, not {value}")));
+            }
+        }
+        // Beyond this a step could overflow the parameters themselves, and then nothing is left to keep.
+        for (name, value) in &rates[..2] {
+            if *value > 1e4 {
+                return Err(Error::Usage(format!("{name} must be at most 10000, not {value}")));
             }
         }
         if self.batch_size == 0 {
