@@ -12,7 +12,7 @@
 //!
 //! Only the adapter learns. So the only things that are saved are what `dx` and the adapter's
 //! gradients need: a frozen linear saves nothing, siblings that share an input save it once, and an
-//! input that is cheap to compute again ([`Saved::Again`]) is not saved at all. A value below the
+//! input that is cheap to compute again (`Saved::Again`) is not saved at all. A value below the
 //! lowest adapter has no [`Var::id`] and costs no backward.
 //!
 //! Gradients: `grads[id]` starts empty. The first contribution is stored as it is (a shared handle,
