@@ -39,6 +39,7 @@
 //! Left out on purpose: a general tensor library, gradients of base weights, and f16 arithmetic (T5
 //! overflows in it).
 
+pub mod activation;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod demo;

@@ -11,10 +11,11 @@ use std::{
 
 use polytape::{
     Dtype, Error, Result,
+    activation::Activation,
     formats::{
         adapter::{AdapterFiles, AdapterModule, Bank, save_adapter},
         checkpoint::{Checkpoint, Fate},
-        config::{Activation, GenerationConfig, ModelConfig},
+        config::{GenerationConfig, ModelConfig},
         poly_config::{PolyConfig, TargetModules},
         rows::{Row, RowReader, Targets},
         safetensors::{SafetensorsFile, write_safetensors},

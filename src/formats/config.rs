@@ -21,6 +21,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::{
+    activation::Activation,
     dtype::Dtype,
     error::{Error, Result},
     formats::{
@@ -154,30 +155,15 @@ impl Neutral {
     }
 }
 
-/// The function between the two linears of a feed-forward layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// max(x, 0)
-    Relu,
-    /// The tanh approximation of x Φ(x), which T5 v1.1 uses.
-    GeluNew,
-    /// x Φ(x), with the error function.
-    Gelu,
-    /// x sigmoid(x)
-    Silu,
-}
-
-impl Activation {
-    /// transformers' names for them.
-    fn from_name(name: &str) -> Option<Self> {
-        Some(match name {
-            "relu" => Self::Relu,
-            "gelu_new" | "gelu_pytorch_tanh" => Self::GeluNew,
-            "gelu" => Self::Gelu,
-            "silu" | "swish" => Self::Silu,
-            _ => return None,
-        })
-    }
+/// The activation of one of transformers' names.
+fn activation_named(name: &str) -> Option<Activation> {
+    Some(match name {
+        "relu" => Activation::Relu,
+        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluNew,
+        "gelu" => Activation::Gelu,
+        "silu" | "swish" => Activation::Silu,
+        _ => return None,
+    })
 }
 
 /// A model's configuration, by family.
@@ -383,10 +369,10 @@ fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)
             ),
         )
     };
-    let activation = Activation::from_name(name).ok_or_else(|| unsupported(key, &project))?;
+    let activation = activation_named(name).ok_or_else(|| unsupported(key, &project))?;
     let derived = fields.text("dense_act_fn")?;
     if let Some(derived) = derived
-        && Activation::from_name(&derived) != Some(activation)
+        && activation_named(&derived) != Some(activation)
     {
         return Err(fields.error(
             "dense_act_fn",

@@ -8,6 +8,7 @@ use std::{ops::Range, sync::Arc};
 
 use super::Backend;
 pub use super::{philox::Key, segments::Segments};
+pub use crate::activation::Activation;
 use crate::tensor::Tensor;
 
 /// Which example a token belongs to and where it stands in it: what dropout is counted by, so that
@@ -310,19 +311,6 @@ pub struct CacheWrite<'a, B: Backend> {
     pub source: &'a Tensor<B>,
     /// `[n]`, distinct.
     pub rows: &'a [usize],
-}
-
-/// A pointwise non-linearity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `max(x, 0)`.
-    Relu,
-    /// The tanh approximation, `x/2 * (1 + tanh(sqrt(2/π) * (x + 0.044715 x³)))`: HF's `gelu_new`.
-    GeluNew,
-    /// `x/2 * (1 + erf(x / sqrt(2)))`.
-    Gelu,
-    /// `x * sigmoid(x)`.
-    Silu,
 }
 
 /// Arguments of [`Backend::gated`].

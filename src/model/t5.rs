@@ -14,10 +14,7 @@ use std::sync::Arc;
 
 use crate::{
     error::Result,
-    formats::{
-        checkpoint::Checkpoint,
-        config::{Activation as ActivationName, T5Config},
-    },
+    formats::{checkpoint::Checkpoint, config::T5Config},
     kernels::{
         Backend, Precision,
         ops::{Activation, CacheWrite, Dropout, Key, RelativeBias, Segments, Spans, TokenKey},
@@ -164,12 +161,7 @@ impl<B: Backend> T5<B> {
         let head = loader.head(&shared)?;
         let head_scale =
             if config.scales_head() { (config.d_model as f32).powf(-0.5) } else { 1.0 };
-        let activation = match config.activation {
-            ActivationName::Relu => Activation::Relu,
-            ActivationName::GeluNew => Activation::GeluNew,
-            ActivationName::Gelu => Activation::Gelu,
-            ActivationName::Silu => Activation::Silu,
-        };
+        let activation = config.activation;
         Ok(Self { config, activation, shared, encoder, decoder, head, head_scale })
     }
 
