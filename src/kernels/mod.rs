@@ -17,6 +17,7 @@
 //! [`ops::Order`], never on how many other rows there are or what is in them.
 
 pub mod cpu;
+pub mod cuda;
 pub mod ops;
 pub mod oracle;
 pub mod philox;

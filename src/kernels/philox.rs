@@ -40,6 +40,11 @@ impl Key {
         Self(words)
     }
 
+    /// The 64 bits, for backends whose kernels are not Rust.
+    pub fn words(self) -> [u32; 2] {
+        self.0
+    }
+
     /// The four words at a counter.
     #[inline(always)] // Kernels vectorise the loop around it.
     pub fn block(self, counter: [u32; 4]) -> [u32; 4] {

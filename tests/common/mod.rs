@@ -16,6 +16,9 @@
 //! 2. give the same bits again, and on 1, 2, 3 and 7 threads;
 //! 3. give a token or sequence the same bits alone as among its neighbours.
 
+#[cfg(test)]
+#[path = "../cuda_emulator/mod.rs"]
+mod cuda_emulator;
 pub mod guard;
 
 use std::{
@@ -33,6 +36,7 @@ use polytape::{
     kernels::{
         Backend, Precision,
         cpu::{Cpu, isa::Isa},
+        cuda::{Cuda, catch_faults},
         ops::{Dropout, Key, Segments, Spans, TokenKey},
         oracle::Oracle,
         philox::Purpose,
@@ -322,6 +326,15 @@ impl Inputs {
         inputs
     }
 
+    /// With weights whose file has this type.
+    fn with_weights_in(&self, dtype: Dtype) -> Self {
+        let mut inputs = self.clone();
+        for weight in &mut inputs.weights {
+            *weight = Frozen::from_f32(&weight.to_f32(), weight.rows(), weight.cols(), dtype);
+        }
+        inputs
+    }
+
     /// Their absolute values.
     pub fn abs(&self) -> Self {
         let mut inputs = self.clone();
@@ -508,12 +521,54 @@ fn rows_of(outputs: &[Output], tokens: &Range<usize>) -> Vec<Output> {
     outputs.iter().filter(|output| output.per_token).map(cut).collect()
 }
 
-/// A backend on different numbers of threads.
+/// A backend in variants that must give the same bits.
 struct Subject {
     name: String,
     compute: Dtype,
-    /// On 2, 1, 3 and 7 threads.
-    on_threads: Vec<Cpu>,
+    variants: Vec<Variant>,
+}
+
+/// A backend, of whichever type.
+enum Variant {
+    Cpu(Cpu),
+    Cuda(Cuda),
+}
+
+impl Variant {
+    fn run<O: Op>(&self, op: &O, batch: &Batch, inputs: &Inputs) -> Vec<Output> {
+        match self {
+            Self::Cpu(cpu) => op.run(cpu, batch, &inputs.load(cpu)),
+            Self::Cuda(cuda) => {
+                let run = || Ok(op.run(cuda, batch, &inputs.load(cuda)));
+                catch_faults(run).unwrap_or_else(|error| panic!("{error}"))
+            }
+        }
+    }
+}
+
+/// Fuzz targets search for cases that break Rust; the emulator would only slow them down.
+#[cfg(not(test))]
+fn emulated() -> Vec<Subject> {
+    vec![]
+}
+
+/// The CUDA backend on the emulator, with threads in two orders.
+#[cfg(test)]
+fn emulated() -> Vec<Subject> {
+    let on = |compute: Dtype, seed| -> Result<Variant, String> {
+        let device = Arc::new(cuda_emulator::Emulator::new(seed)?);
+        Ok(Variant::Cuda(Cuda::with_device(device, compute).unwrap()))
+    };
+    let subject = |compute: Dtype| {
+        let variants =
+            [1, 2].into_iter().map(|seed| on(compute, seed)).collect::<Result<_, _>>()?;
+        Ok(Subject { name: format!("emulated cuda {compute}"), compute, variants })
+    };
+    let subjects: Result<_, String> = [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
+    subjects.unwrap_or_else(|why| {
+        eprintln!("skipped: the CUDA kernels on the emulator: {why}");
+        vec![]
+    })
 }
 
 fn subjects() -> &'static [Subject] {
@@ -521,19 +576,29 @@ fn subjects() -> &'static [Subject] {
     SUBJECTS.get_or_init(|| {
         let pairs =
             Isa::available().into_iter().flat_map(|isa| [(isa, Dtype::F32), (isa, Dtype::Bf16)]);
-        pairs
-            .map(|(isa, compute)| {
-                let on = |n| Cpu::with_isa(isa, compute, n).unwrap().poisoned();
-                let name = format!("{} {compute}", isa.name());
-                Subject { name, compute, on_threads: [2, 1, 3, 7].map(on).into() }
-            })
-            .collect()
+        let cpus = pairs.map(|(isa, compute)| {
+            let on = |n| Variant::Cpu(Cpu::with_isa(isa, compute, n).unwrap().poisoned());
+            let name = format!("{} {compute}", isa.name());
+            Subject { name, compute, variants: [2, 1, 3, 7].map(on).into() }
+        });
+        cpus.chain(emulated()).collect()
     })
 }
 
-/// Every backend but the oracle.
+/// Every CPU backend.
 pub fn backends() -> impl Iterator<Item = &'static Cpu> {
-    subjects().iter().map(|subject| &subject.on_threads[0])
+    subjects().iter().filter_map(|subject| match &subject.variants[0] {
+        Variant::Cpu(cpu) => Some(cpu),
+        Variant::Cuda(_) => None,
+    })
+}
+
+/// Every CUDA backend.
+pub fn cuda_backends() -> impl Iterator<Item = &'static Cuda> {
+    subjects().iter().filter_map(|subject| match &subject.variants[0] {
+        Variant::Cpu(_) => None,
+        Variant::Cuda(cuda) => Some(cuda),
+    })
 }
 
 /// The seeds of an operation's cases; the last digit of a seed (base 5) is its class.
@@ -592,22 +657,35 @@ pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batc
 
 fn check_case<O: Op>(case: &Case<O>, seed: u64) {
     for compute in [Dtype::F32, Dtype::Bf16] {
-        let inputs = case.inputs.rounded(compute);
-        let (expected, tolerance) = answer(case, &inputs);
+        let own_weights = case.inputs.rounded(compute);
+        let own_answer = answer(case, &own_weights);
+        // A GPU keeps the base in the compute type.
+        let rounded = (compute == Dtype::Bf16 && !case.inputs.weights.is_empty()).then(|| {
+            let inputs = own_weights.with_weights_in(compute);
+            let answer = answer(case, &inputs);
+            (inputs, answer)
+        });
         for subject in subjects().iter().filter(|subject| subject.compute == compute) {
-            let run = |cpu: &Cpu, batch: &Batch, inputs: &Inputs| {
-                case.op.run(cpu, batch, &inputs.load(cpu))
+            let (inputs, (expected, tolerance)) = match (&subject.variants[0], &rounded) {
+                (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),
+                _ => (&own_weights, &own_answer),
             };
-            let [first, others @ ..] = &subject.on_threads[..] else { unreachable!() };
+            let run = |variant: &Variant, batch: &Batch, inputs: &Inputs| {
+                variant.run(&case.op, batch, inputs)
+            };
+            let [first, others @ ..] = &subject.variants[..] else { unreachable!() };
             let name = &subject.name;
-            let found = run(first, &case.batch, &inputs);
-            if let Err(error) = compare(case.class, &found, &expected, &tolerance) {
+            let found = run(first, &case.batch, inputs);
+            if let Err(error) = compare(case.class, &found, expected, tolerance) {
                 panic!("{name}: {error}");
             }
-            assert_same_bits(&format!("{name}, again"), &run(first, &case.batch, &inputs), &found);
-            for cpu in others {
-                let what = format!("{name}, on {} threads", cpu.n_threads());
-                assert_same_bits(&what, &run(cpu, &case.batch, &inputs), &found);
+            assert_same_bits(&format!("{name}, again"), &run(first, &case.batch, inputs), &found);
+            for other in others {
+                let what = match other {
+                    Variant::Cpu(cpu) => format!("{name}, on {} threads", cpu.n_threads()),
+                    Variant::Cuda(_) => format!("{name}, threads in another order"),
+                };
+                assert_same_bits(&what, &run(other, &case.batch, inputs), &found);
             }
             for (sequence, tokens) in parts(&case.batch, O::CUT, seed) {
                 let batch = case.batch.only(sequence, tokens.clone());

@@ -683,4 +683,5 @@ fn uploads_copies_and_zeros() {
     }
     round_trip(&Oracle);
     crate::common::backends().for_each(round_trip);
+    crate::common::cuda_backends().for_each(round_trip);
 }

@@ -1,0 +1,282 @@
+// Attention without a score matrix in memory, and its backward from recomputed probabilities.
+//   s_ij = scale q_i k_j + bias[head, zero + j - position(i)],  position(i) = i + n_keys - n_queries
+//   p_ij = e^(s_ij - lse_i),   o_i = sum_j keep_ij p_ij v_j,    lse_i = ln sum_j e^(s_ij)
+//   inner_i = d_o_i o_i,       d_s_ij = p_ij (keep_ij d_o_i v_j - inner_i)
+//   d_q_i = scale sum_j d_s_ij k_j,  d_k_j = scale sum_i d_s_ij q_i,  d_v_j = sum_i keep_ij p_ij d_o_i
+//   q, o, d_o, d_q [query tokens, n_heads * head_dim]   lse, inner [query tokens, n_heads]
+//   k, v, d_k, d_v [key rows, n_kv_heads * head_dim]
+// j runs over the keys that i sees: all of its sequence's, or with `causal` those up to position(i).
+// tiles [n] = (sequence, first query or key of 8). Grid: x = tiles, y = heads (of d_k, d_v: of keys).
+// Block: 8 warps, a warp a query (a key in the last kernel); the other side passes through shared
+// memory 32 rows at a time, a lane scoring one of them and then owning columns lane + 32 c of the
+// result. COLUMNS = ceil(head_dim / 32). Sums: dots in order, a tree over 32 scores, tiles in order.
+#include "philox.cuh"
+
+struct Span {
+    u32 query_start, n_queries, key_start, n_keys;
+};
+
+struct Attention {
+    const Item *q, *k, *v;
+    const Span* spans;
+    const uint2* tiles;
+    const float* bias;  // [n_heads, n_distances]; null: none
+    Dropout dropout;
+    u32 n_distances, zero, n_heads, n_kv_heads, head_dim, causal;
+    float scale;
+};
+
+const u32 ATTENTION_WARPS = 8;
+
+// Rows of a head, widened, into shared memory with a pitch of head_dim + 1 (a lane a row, and lanes
+// along a row, both meet different banks); rows past `n` are 0.
+__device__ inline void load_rows(float* to, const Item* from, size_t row_size, u32 n, u32 max, u32 head_dim) {
+    for (u32 at = threadIdx.x; at < max * head_dim; at += blockDim.x) {
+        const u32 row = at / head_dim, col = at % head_dim;
+        to[row * (head_dim + 1) + col] = row < n ? widen(from[row * row_size + col]) : 0.0f;
+    }
+}
+
+__device__ inline float dot(const float* a, const float* b, u32 n) {
+    float sum = 0.0f;
+    for (u32 c = 0; c < n; ++c) sum = fmaf(a[c], b[c], sum);
+    return sum;
+}
+
+// The keys that query i of a sequence sees: the first ones.
+__device__ inline u32 n_seen(const Attention& args, const Span& span, u32 i) {
+    if (!args.causal) return span.n_keys;
+    const u32 end = i + span.n_keys + 1;
+    return end > span.n_queries ? end - span.n_queries : 0;
+}
+
+__device__ inline float bias(const Attention& args, const Span& span, u32 head, u32 i, u32 j) {
+    if (!args.bias) return 0.0f;
+    return args.bias[size_t(head) * args.n_distances + args.zero + j + span.n_queries - i - span.n_keys];
+}
+
+__device__ inline float keep(const Attention& args, const Span& span, u32 head, u32 i, u32 j) {
+    const u32 col = head * ((span.n_keys + 7) / 8 * 8) + j;
+    return dropout_factor(args.dropout, span.query_start + i, col);
+}
+
+template <u32 COLUMNS>
+__device__ inline void attend(Item* o, float* lse, const Attention& args) {
+    const u32 d = args.head_dim, pitch = d + 1, head = blockIdx.y, warp = threadIdx.x / WARP;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, i = first + warp;
+    const u32 n_queries = min(ATTENTION_WARPS, span.n_queries - first);
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
+    DYNAMIC_SHARED(float, shared);
+    float *queries = shared, *rows = queries + ATTENTION_WARPS * pitch;
+    load_rows(queries, args.q + (span.query_start + first) * q_size + head * d, q_size, n_queries,
+              ATTENTION_WARPS, d);
+    const bool active = warp < n_queries;
+    const u32 seen = active ? n_seen(args, span, i) : 0;
+    // What any query of the block sees: its last one sees the most.
+    const u32 most = n_seen(args, span, first + n_queries - 1);
+    float largest = -INFINITY, sum = 0.0f, out[COLUMNS] = {};
+    for (u32 j0 = 0; j0 < most; j0 += WARP) {
+        const size_t at = (span.key_start + j0) * kv_size + kv_col;
+        const u32 n_keys = min(WARP, span.n_keys - j0);
+        __syncthreads();
+        load_rows(rows, args.k + at, kv_size, n_keys, WARP, d);
+        __syncthreads();
+        const u32 j = j0 + lane();
+        float probability = 0.0f, rescale = 1.0f;
+        if (j0 < seen) {
+            float score = -INFINITY;
+            if (j < seen)
+                score = fmaf(args.scale, dot(queries + warp * pitch, rows + lane() * pitch, d),
+                             bias(args, span, head, i, j));
+            const float larger = fmaxf(largest, warp_max(score));
+            if (j < seen) probability = expf(score - larger);
+            rescale = expf(largest - larger);
+            sum = fmaf(sum, rescale, warp_sum(probability));
+            largest = larger;
+            if (j < seen) probability *= keep(args, span, head, i, j);
+        }
+        __syncthreads();
+        load_rows(rows, args.v + at, kv_size, n_keys, WARP, d);
+        __syncthreads();
+        if (j0 >= seen) continue;
+        float added[COLUMNS] = {};
+        const u32 n = min(WARP, seen - j0);
+        for (u32 other = 0; other < n; ++other) {
+            const float p = __shfl_sync(ALL_LANES, probability, other);
+#pragma unroll
+            for (u32 c = 0; c < COLUMNS; ++c)
+                if (lane() + WARP * c < d)
+                    added[c] = fmaf(p, rows[other * pitch + lane() + WARP * c], added[c]);
+        }
+#pragma unroll
+        for (u32 c = 0; c < COLUMNS; ++c) out[c] = fmaf(out[c], rescale, added[c]);
+    }
+    if (!active) return;
+    const size_t token = span.query_start + i;
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c)
+        if (lane() + WARP * c < d)
+            store(&o[token * q_size + head * d + lane() + WARP * c], seen == 0 ? 0.0f : out[c] / sum);
+    if (lane() == 0) lse[token * args.n_heads + head] = seen == 0 ? -INFINITY : largest + logf(sum);
+}
+
+template <u32 COLUMNS>
+__device__ inline void attend_backward_queries(Item* d_q, const Item* d_o, const float* lse,
+                                               const float* inner, const Attention& args) {
+    const u32 d = args.head_dim, pitch = d + 1, head = blockIdx.y, warp = threadIdx.x / WARP;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, i = first + warp;
+    const u32 n_queries = min(ATTENTION_WARPS, span.n_queries - first);
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
+    DYNAMIC_SHARED(float, shared);
+    float *queries = shared, *d_os = queries + ATTENTION_WARPS * pitch;
+    float *keys = d_os + ATTENTION_WARPS * pitch, *values = keys + WARP * pitch;
+    const size_t at_q = (span.query_start + first) * q_size + head * d;
+    load_rows(queries, args.q + at_q, q_size, n_queries, ATTENTION_WARPS, d);
+    load_rows(d_os, d_o + at_q, q_size, n_queries, ATTENTION_WARPS, d);
+    const bool active = warp < n_queries;
+    const u32 seen = active ? n_seen(args, span, i) : 0, most = n_seen(args, span, first + n_queries - 1);
+    const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
+    const float row_lse = active ? lse[at_row] : 0.0f, row_inner = active ? inner[at_row] : 0.0f;
+    float out[COLUMNS] = {};
+    for (u32 j0 = 0; j0 < most; j0 += WARP) {
+        const size_t at = (span.key_start + j0) * kv_size + kv_col;
+        const u32 n_keys = min(WARP, span.n_keys - j0);
+        __syncthreads();
+        load_rows(keys, args.k + at, kv_size, n_keys, WARP, d);
+        load_rows(values, args.v + at, kv_size, n_keys, WARP, d);
+        __syncthreads();
+        if (j0 >= seen) continue;
+        const u32 j = j0 + lane();
+        float d_score = 0.0f;
+        if (j < seen) {
+            const float score = fmaf(args.scale, dot(queries + warp * pitch, keys + lane() * pitch, d),
+                                     bias(args, span, head, i, j));
+            const float d_p =
+                keep(args, span, head, i, j) * dot(d_os + warp * pitch, values + lane() * pitch, d);
+            d_score = args.scale * (expf(score - row_lse) * (d_p - row_inner));
+        }
+        const u32 n = min(WARP, seen - j0);
+        float added[COLUMNS] = {};
+        for (u32 other = 0; other < n; ++other) {
+            const float factor = __shfl_sync(ALL_LANES, d_score, other);
+#pragma unroll
+            for (u32 c = 0; c < COLUMNS; ++c)
+                if (lane() + WARP * c < d)
+                    added[c] = fmaf(factor, keys[other * pitch + lane() + WARP * c], added[c]);
+        }
+#pragma unroll
+        for (u32 c = 0; c < COLUMNS; ++c) out[c] += added[c];
+    }
+    if (!active) return;
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c)
+        if (lane() + WARP * c < d)
+            store(&d_q[(span.query_start + i) * q_size + head * d + lane() + WARP * c], out[c]);
+}
+
+template <u32 COLUMNS>
+__device__ inline void attend_backward_keys(Item* d_k, Item* d_v, const Item* d_o, const float* lse,
+                                            const float* inner, const Attention& args) {
+    const u32 d = args.head_dim, pitch = d + 1, kv_head = blockIdx.y, warp = threadIdx.x / WARP;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, j = first + warp;
+    const u32 n_keys = min(ATTENTION_WARPS, span.n_keys - first), group = args.n_heads / args.n_kv_heads;
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    DYNAMIC_SHARED(float, shared);
+    float *keys = shared, *values = keys + ATTENTION_WARPS * pitch;
+    float *queries = values + ATTENTION_WARPS * pitch, *d_os = queries + WARP * pitch;
+    const size_t at_k = (span.key_start + first) * kv_size + kv_head * d;
+    load_rows(keys, args.k + at_k, kv_size, n_keys, ATTENTION_WARPS, d);
+    load_rows(values, args.v + at_k, kv_size, n_keys, ATTENTION_WARPS, d);
+    const bool active = warp < n_keys;
+    // The first query that sees the block's first key.
+    const u32 past = span.n_keys > span.n_queries ? span.n_keys - span.n_queries : 0;
+    const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
+    const u32 from = args.causal ? (first + ahead > past ? first + ahead - past : 0) / WARP * WARP : 0;
+    float out_k[COLUMNS] = {}, out_v[COLUMNS] = {};
+    for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (u32 i0 = from; i0 < span.n_queries; i0 += WARP) {
+            const size_t at = (span.query_start + i0) * q_size + head * d;
+            const u32 n_queries = min(WARP, span.n_queries - i0);
+            __syncthreads();
+            load_rows(queries, args.q + at, q_size, n_queries, WARP, d);
+            load_rows(d_os, d_o + at, q_size, n_queries, WARP, d);
+            __syncthreads();
+            const u32 i = i0 + lane();
+            float p = 0.0f, d_score = 0.0f;
+            if (active && lane() < n_queries && j < n_seen(args, span, i)) {
+                const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
+                const float score = fmaf(args.scale, dot(queries + lane() * pitch, keys + warp * pitch, d),
+                                         bias(args, span, head, i, j));
+                const float factor = keep(args, span, head, i, j);
+                const float d_p = factor * dot(d_os + lane() * pitch, values + warp * pitch, d);
+                p = expf(score - lse[at_row]);
+                d_score = args.scale * (p * (d_p - inner[at_row]));
+                p *= factor;
+            }
+            float added_k[COLUMNS] = {}, added_v[COLUMNS] = {};
+            for (u32 other = 0; other < n_queries; ++other) {
+                const float factor = __shfl_sync(ALL_LANES, d_score, other);
+                const float kept = __shfl_sync(ALL_LANES, p, other);
+#pragma unroll
+                for (u32 c = 0; c < COLUMNS; ++c) {
+                    if (lane() + WARP * c >= d) continue;
+                    const u32 at_shared = other * pitch + lane() + WARP * c;
+                    added_k[c] = fmaf(factor, queries[at_shared], added_k[c]);
+                    added_v[c] = fmaf(kept, d_os[at_shared], added_v[c]);
+                }
+            }
+#pragma unroll
+            for (u32 c = 0; c < COLUMNS; ++c) {
+                out_k[c] += added_k[c];
+                out_v[c] += added_v[c];
+            }
+        }
+    }
+    if (!active) return;
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) {
+        if (lane() + WARP * c >= d) continue;
+        const size_t at = (span.key_start + j) * kv_size + kv_head * d + lane() + WARP * c;
+        store(&d_k[at], out_k[c]);
+        store(&d_v[at], out_v[c]);
+    }
+}
+
+// inner[t, head] = sum_c d_o[t, head, c] o[t, head, c]. Grid: x = tokens * heads / 8, a warp each.
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
+attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_dim) {
+    const u32 at = blockIdx.x * ATTENTION_WARPS + threadIdx.x / WARP;
+    if (at >= n) return;  // A whole warp.
+    float sum = 0.0f;
+    for (u32 c = lane(); c < head_dim; c += WARP)
+        sum = fmaf(widen(d_o[size_t(at) * head_dim + c]), widen(o[size_t(at) * head_dim + c]), sum);
+    sum = warp_sum(sum);
+    if (lane() == 0) inner[at] = sum;
+}
+
+// One set of entry points for each number of columns a lane.
+#define ATTENTION_KERNELS(columns)                                                              \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    attention_##columns(Item* o, float* lse, Attention args) {                                  \
+        attend<columns>(o, lse, args);                                                          \
+    }                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    attention_backward_queries_##columns(Item* d_q, const Item* d_o, const float* lse,          \
+                                         const float* inner, Attention args) {                  \
+        attend_backward_queries<columns>(d_q, d_o, lse, inner, args);                           \
+    }                                                                                           \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    attention_backward_keys_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse,  \
+                                      const float* inner, Attention args) {                     \
+        attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \
+    }
+
+ATTENTION_KERNELS(1)
+ATTENTION_KERNELS(2)
+ATTENTION_KERNELS(4)
+ATTENTION_KERNELS(8)

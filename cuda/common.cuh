@@ -1,0 +1,90 @@
+// What every kernel file starts with: element types, reductions in a fixed order, shared memory.
+//
+// The text is plain CUDA C++ without headers of the toolkit, so that NVRTC needs no include path.
+// The same text builds with a host compiler against tests/cuda_emulator/emulator.hpp, which defines
+// POLYTAPE_EMULATOR and stands in for the few built-ins used.
+//
+// POLYTAPE_BF16 (0 or 1) says what activations and frozen matrices are kept in: `Item`. Everything
+// is added up in f32; parameters, gradients, statistics and vectors of the base are f32.
+#pragma once
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef POLYTAPE_EMULATOR
+#define INFINITY __int_as_float(0x7f800000)
+// Shared memory of a block: `count` elements, 16-byte aligned. The emulator hands out poisoned
+// memory with guards in its place.
+#define SHARED(type, name, count) __shared__ __align__(16) type name[count]
+// The shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(type, name)                    \
+    extern __shared__ __align__(16) char name##_raw[]; \
+    type* name = reinterpret_cast<type*>(name##_raw)
+#endif
+
+struct Bf16 {
+    u16 bits;
+};
+
+#if POLYTAPE_BF16
+typedef Bf16 Item;
+#else
+typedef float Item;
+#endif
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline float widen(Bf16 value) { return __uint_as_float(u32(value.bits) << 16); }
+
+// The upper half of the bits, rounded to the nearest, ties to even; a NaN stays one.
+__device__ inline Bf16 to_bf16(float value) {
+    u32 bits = __float_as_uint(value);
+    bits = value != value ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+    return Bf16{u16(bits >> 16)};
+}
+
+__device__ inline void store(float* to, float value) { *to = value; }
+__device__ inline void store(Bf16* to, float value) { *to = to_bf16(value); }
+
+const u32 WARP = 32;
+const u32 ALL_LANES = 0xffffffff;
+
+__device__ inline u32 lane() { return threadIdx.x % WARP; }
+
+// The sum over a warp, in every lane: a tree of exchanges, whose two sides add the same two numbers.
+template <class T>
+__device__ inline T warp_sum(T value) {
+    for (u32 step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
+    return value;
+}
+
+// The largest over a warp, in every lane. A NaN is passed over: the caller's sum still has it.
+__device__ inline float warp_max(float value) {
+    for (u32 step = WARP / 2; step > 0; step /= 2)
+        value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));
+    return value;
+}
+
+// The sum over a block of whole warps, in every thread: within each warp as above, then the warps
+// in order. `scratch` has an element a warp and is free again afterwards.
+template <class T>
+__device__ inline T block_sum(T value, T* scratch) {
+    value = warp_sum(value);
+    if (lane() == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    T sum = scratch[0];
+    for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) sum += scratch[warp];
+    __syncthreads();
+    return sum;
+}
+
+// The largest over a block, as `warp_max`.
+__device__ inline float block_max(float value, float* scratch) {
+    value = warp_max(value);
+    if (lane() == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float largest = scratch[0];
+    for (u32 warp = 1; warp < blockDim.x / WARP; ++warp) largest = fmaxf(largest, scratch[warp]);
+    __syncthreads();
+    return largest;
+}

@@ -1,0 +1,70 @@
+// Gated activation: h = dropout(f(gate) * up), and with g = dropout(d_h)
+// d_gate = g * up * f'(gate), d_up = g * f(gate).
+//   gate, up, h, d_h, d_gate, d_up [tokens, d]; without `up` its factor is 1
+//   f: 0 relu, 1 gelu_new (tanh), 2 gelu (erf), 3 silu
+// Grid: x = tokens, y = groups of 8 columns / 128: a thread draws one Philox block.
+#include "philox.cuh"
+
+__device__ inline float sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    return x < 0.0f ? e / (1.0f + e) : 1.0f / (1.0f + e);
+}
+
+// What GELU's approximation takes the tanh of; (1 + tanh(a)) / 2 = sigmoid(2 a).
+__device__ inline float gelu_new_argument(float x) {
+    return 0.7978845608f * (x + 0.044715f * x * x * x);
+}
+
+__device__ inline float gauss_cdf(float x) { return 0.5f * erfcf(-0.70710678118f * x); }
+
+__device__ inline float activation(u32 f, float x) {
+    if (f == 0) return x < 0.0f ? 0.0f : x;  // Not a maximum, which would hide a NaN.
+    if (f == 1) return x * sigmoid(2.0f * gelu_new_argument(x));
+    if (f == 2) return x * gauss_cdf(x);
+    return x * sigmoid(x);
+}
+
+__device__ inline float activation_slope(u32 f, float x) {
+    if (f == 0) return x > 0.0f ? 1.0f : 0.0f;
+    if (f == 1) {
+        const float a = 2.0f * gelu_new_argument(x);
+        const float d_a = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+        return sigmoid(a) + x * d_a * (sigmoid(a) * sigmoid(-a));
+    }
+    if (f == 2) return gauss_cdf(x) + x * (0.3989422804f * expf(-0.5f * x * x));
+    return sigmoid(x) + x * (sigmoid(x) * sigmoid(-x));
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+gated(Item* h, const Item* gate, const Item* up, Dropout dropout, u32 f, u32 d) {
+    const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
+    if (group * 8 >= d) return;
+    float factors[8];
+    dropout_factors(dropout, token, group, factors);
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) {
+        const u32 col = group * 8 + i;
+        const size_t at = size_t(token) * d + col;
+        if (col >= d) continue;
+        const float product = activation(f, widen(gate[at])) * (up ? widen(up[at]) : 1.0f);
+        store(&h[at], factors[i] * product);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+gated_backward(Item* d_gate, Item* d_up, const Item* d_h, const Item* gate, const Item* up,
+               Dropout dropout, u32 f, u32 d) {
+    const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
+    if (group * 8 >= d) return;
+    float factors[8];
+    dropout_factors(dropout, token, group, factors);
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) {
+        const u32 col = group * 8 + i;
+        const size_t at = size_t(token) * d + col;
+        if (col >= d) continue;
+        const float g = factors[i] * widen(d_h[at]), x = widen(gate[at]);
+        store(&d_gate[at], g * (up ? widen(up[at]) : 1.0f) * activation_slope(f, x));
+        if (up) store(&d_up[at], g * activation(f, x));
+    }
+}

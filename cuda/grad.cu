@@ -1,0 +1,101 @@
+// Gradients in rank space and of the mixed pairs.
+//   d_z[t, r] = scale * sum_o d_y[t, o] * mixed_b[row(t), r, o]           [tokens, rank]
+//   d_a[row, i, r] = sum_t x[t, i] * d_z[t, r]                            [rows * d_in, rank]
+//   d_b[row, r, o] = sum_t z[t, r] * d_y[t, o]                            [rows * rank, d_out]
+// t runs over the tokens of the routing row, segment after segment (0 for a row without tokens):
+// row_segments [rows + 1] says which of row_runs (first token, length) are its own.
+// Grid of `d_z`: x = tokens / 8, y = ranks / 8, a warp a token. Grids of `d_a`, `d_b`: x = left
+// features / 32, y = right features / 32, z = rows; a block of 256 threads owns a 32 x 32 tile and
+// adds the tokens in order, in blocks of 256 that are then added up.
+#include "common.cuh"
+
+const u32 GRAD_TOKENS = 8;  // Warps of a block of `d_z`.
+const u32 GRAD_RANKS = 8;   // Sums of a lane.
+
+extern "C" __global__ void __launch_bounds__(GRAD_TOKENS * WARP)
+d_z(float* d_z, const Item* d_y, const float* mixed_b, const u32* token_rows, u32 n_tokens, u32 d_out,
+    u32 rank, float scale) {
+    const u32 token = blockIdx.x * GRAD_TOKENS + threadIdx.x / WARP;
+    const u32 first = blockIdx.y * GRAD_RANKS;
+    if (token >= n_tokens) return;  // A whole warp.
+    const Item* d_y_row = d_y + size_t(token) * d_out;
+    const float* b = mixed_b + (size_t(token_rows[token]) * rank + first) * d_out;
+    const u32 n = min(GRAD_RANKS, rank - first);
+    float sums[GRAD_RANKS] = {};
+    for (u32 o = lane(); o < d_out; o += WARP) {
+        const float value = widen(d_y_row[o]);
+#pragma unroll
+        for (u32 r = 0; r < GRAD_RANKS; ++r)
+            if (r < n) sums[r] = fmaf(value, b[size_t(r) * d_out + o], sums[r]);
+    }
+#pragma unroll
+    for (u32 r = 0; r < GRAD_RANKS; ++r) {
+        const float sum = warp_sum(sums[r]);
+        if (lane() == 0 && r < n) d_z[size_t(token) * rank + first + r] = scale * sum;
+    }
+}
+
+const u32 OUTER_TILE = 32;    // Features of a side.
+const u32 OUTER_DEPTH = 16;   // Tokens in shared memory at a time.
+const u32 OUTER_BLOCK = 256;  // Tokens that are added up in one sum.
+
+// out[row, i, j] = sum_t left[t, i] * right[t, j] for one tile.
+template <class L, class R>
+__device__ inline void outer(float* out, const L* left, const R* right, const u32* row_segments,
+                             const uint2* row_runs, u32 n_left, u32 n_right) {
+    SHARED(float, lefts, OUTER_DEPTH * OUTER_TILE);
+    SHARED(float, rights, OUTER_DEPTH * OUTER_TILE);
+    const u32 i0 = blockIdx.x * OUTER_TILE, j0 = blockIdx.y * OUTER_TILE, row = blockIdx.z;
+    // Thread: column j of the tile, rows i, i + 8, i + 16, i + 24.
+    const u32 j = threadIdx.x % OUTER_TILE, i = threadIdx.x / OUTER_TILE;
+    float sums[4] = {}, totals[4] = {};
+    u32 in_block = 0;
+    for (u32 run = row_segments[row]; run < row_segments[row + 1]; ++run) {
+        const u32 start = row_runs[run].x, len = row_runs[run].y;
+        for (u32 t0 = 0; t0 < len; t0 += OUTER_DEPTH) {
+            __syncthreads();
+            for (u32 at = threadIdx.x; at < OUTER_DEPTH * OUTER_TILE; at += blockDim.x) {
+                const u32 t = t0 + at / OUTER_TILE, col = at % OUTER_TILE;
+                const size_t token = start + t;
+                lefts[at] =
+                    t < len && i0 + col < n_left ? widen(left[token * n_left + i0 + col]) : 0.0f;
+                rights[at] =
+                    t < len && j0 + col < n_right ? widen(right[token * n_right + j0 + col]) : 0.0f;
+            }
+            __syncthreads();
+            const u32 depth = min(OUTER_DEPTH, len - t0);
+            for (u32 t = 0; t < depth; ++t) {
+                const float value = rights[t * OUTER_TILE + j];
+#pragma unroll
+                for (u32 k = 0; k < 4; ++k)
+                    sums[k] = fmaf(lefts[t * OUTER_TILE + i + 8 * k], value, sums[k]);
+                if (++in_block == OUTER_BLOCK) {
+                    in_block = 0;
+#pragma unroll
+                    for (u32 k = 0; k < 4; ++k) {
+                        totals[k] += sums[k];
+                        sums[k] = 0.0f;
+                    }
+                }
+            }
+        }
+    }
+    if (j0 + j >= n_right) return;
+#pragma unroll
+    for (u32 k = 0; k < 4; ++k) {
+        const u32 at = i0 + i + 8 * k;
+        if (at < n_left) out[(size_t(row) * n_left + at) * n_right + j0 + j] = totals[k] + sums[k];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+d_a(float* d_a, const Item* x, const float* d_z, const u32* row_segments, const uint2* row_runs,
+    u32 d_in, u32 rank) {
+    outer(d_a, x, d_z, row_segments, row_runs, d_in, rank);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+d_b(float* d_b, const float* z, const Item* d_y, const u32* row_segments, const uint2* row_runs,
+    u32 rank, u32 d_out) {
+    outer(d_b, z, d_y, row_segments, row_runs, rank, d_out);
+}

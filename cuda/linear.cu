@@ -1,0 +1,169 @@
+// Frozen linears with the routed LoRA, bias, dropout and residual in the same kernel.
+//   y = residual + dropout(x W^T + bias + z B^)      rounded once at the end
+//   d_x = d_residual + sum_i (d_y_i W_i + d_z_i A^_i^T)
+//   x [tokens, d_in]   W [d_out, d_in]   bias [d_out]   z, d_z [tokens, rank]   token_rows [tokens]
+//   B^ mixed [rows * rank, d_out], or stacked: sum_s w[row, q, s] B[q, s], q the split of the column
+//   A^ [rows * d_in, rank]   y, residual [tokens, d_out]   d_x, d_residual [tokens, d_in]
+// Grid: x = tiles of columns, y = tiles of tokens. Block: GEMM_THREADS. The order of the sums is that
+// of gemm.cuh, then rank by rank. d_x may be d_residual (null: none).
+// `linear_dot` is the same forward for few tokens: a warp owns a column and streams its weights once
+// for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes.
+// Grid: x = columns / 8, y = tokens / 8.
+#include "bank.cuh"
+#include "gemm.cuh"
+#include "philox.cuh"
+
+struct Expand {
+    const float* z;        // Null: no LoRA.
+    const u32* token_rows;
+    const float* mixed_b;  // Null: stacked.
+    Bank bank;             // Of a mixed one only rank and d_out count.
+};
+
+// z B^ of one element.
+__device__ inline float expand(const Expand& expand, u32 token, u32 col) {
+    if (!expand.z) return 0.0f;
+    const Bank& bank = expand.bank;
+    const float* z = expand.z + size_t(token) * bank.rank;
+    const u32 row = expand.token_rows[token];
+    float sum = 0.0f;
+    if (expand.mixed_b) {
+        const float* b = expand.mixed_b + size_t(row) * bank.rank * bank.d_out + col;
+        for (u32 r = 0; r < bank.rank; ++r) sum = fmaf(z[r], b[size_t(r) * bank.d_out], sum);
+    } else {
+        const u32 width = bank.d_out / bank.n_splits, split = col / width;
+        const float* w = mixing(bank, row, split);
+        const float* b = bank.b + size_t(split) * bank.n_skills * bank.rank * width + col % width;
+        for (u32 s = 0; s < bank.n_skills; ++s)
+            for (u32 r = 0; r < bank.rank; ++r, b += width) sum = fmaf(w[s] * z[r], *b, sum);
+    }
+    return sum;
+}
+
+struct Epilogue {
+    const float* bias;     // Null: none.
+    const Item* residual;  // Null: none.
+    Expand expand;
+    Dropout dropout;
+};
+
+template <class Out>
+__device__ inline void finish(Out* y, const Epilogue& epilogue, float value, u32 token, u32 col, u32 d_out) {
+    const size_t at = size_t(token) * d_out + col;
+    value += expand(epilogue.expand, token, col);
+    if (epilogue.bias) value += epilogue.bias[col];
+    // Not a product: a dropped infinity is 0.
+    const float factor = dropout_factor(epilogue.dropout, token, col);
+    value = factor == 0.0f ? 0.0f : factor * value;
+    if (epilogue.residual) value += widen(epilogue.residual[at]);
+    store(&y[at], value);
+}
+
+template <class Out>
+__device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
+                                   u32 n_tokens, u32 d_in, u32 d_out) {
+    ScalarTile tile = {};
+    const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
+    multiply<true>(tile, x, weight, n_tokens, d_out, d_in, row0, col0);
+    for_each(tile, [&](u32 row, u32 col, float value) {
+        if (row0 + row < n_tokens && col0 + col < d_out)
+            finish(y, epilogue, value, row0 + row, col0 + col, d_out);
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+linear(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
+    linear_tile(y, x, weight, epilogue, n_tokens, d_in, d_out);
+}
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+linear_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in,
+            u32 d_out) {
+    linear_tile(y, x, weight, epilogue, n_tokens, d_in, d_out);
+}
+
+const u32 DOT_TOKENS = 8;   // Sums of a lane.
+const u32 DOT_COLUMNS = 8;  // Warps of a block.
+const u32 DOT_RUN = 4;      // Consecutive features of a lane.
+
+template <class Out>
+__device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
+                                   u32 n_tokens, u32 d_in, u32 d_out) {
+    const u32 col = blockIdx.x * DOT_COLUMNS + threadIdx.x / WARP, token0 = blockIdx.y * DOT_TOKENS;
+    if (col >= d_out) return;  // A whole warp.
+    const Item* w = weight + size_t(col) * d_in;
+    float sums[DOT_TOKENS] = {};
+    for (u32 first = lane() * DOT_RUN; first < d_in; first += WARP * DOT_RUN) {
+#pragma unroll
+        for (u32 i = 0; i < DOT_RUN; ++i) {
+            if (first + i >= d_in) break;
+            const float value = widen(w[first + i]);
+#pragma unroll
+            for (u32 t = 0; t < DOT_TOKENS; ++t)
+                if (token0 + t < n_tokens)
+                    sums[t] = fmaf(value, widen(x[size_t(token0 + t) * d_in + first + i]), sums[t]);
+        }
+    }
+    float own = 0.0f;
+#pragma unroll
+    for (u32 t = 0; t < DOT_TOKENS; ++t) {
+        const float sum = warp_sum(sums[t]);
+        if (lane() == t) own = sum;
+    }
+    // Lane t finishes token t: the epilogues run side by side.
+    const u32 token = token0 + lane();
+    if (lane() < DOT_TOKENS && token < n_tokens) finish(y, epilogue, own, token, col, d_out);
+}
+
+extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
+linear_dot(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
+    dot_columns(y, x, weight, epilogue, n_tokens, d_in, d_out);
+}
+
+extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
+linear_dot_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in,
+                u32 d_out) {
+    dot_columns(y, x, weight, epilogue, n_tokens, d_in, d_out);
+}
+
+const u32 MAX_TERMS = 4;
+
+struct Term {
+    const Item* d_y;     // [tokens, d_out]
+    const Item* weight;  // [d_out, d_in]
+    const float* d_z;    // [tokens, rank]; null: no LoRA
+    const float* mixed_a;
+    const u32* token_rows;
+    u32 d_out, rank;
+};
+
+struct Terms {
+    Term terms[MAX_TERMS];
+    u32 n;
+};
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u32 d_in) {
+    ScalarTile tile = {};
+    const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
+    for (u32 n = 0; n < terms.n; ++n) {
+        const Term& term = terms.terms[n];
+        multiply<false>(tile, term.d_y, term.weight, n_tokens, d_in, term.d_out, row0, col0);
+    }
+    for_each(tile, [&](u32 row, u32 tile_col, float value) {
+        const u32 token = row0 + row, col = col0 + tile_col;
+        if (token >= n_tokens || col >= d_in) return;
+        for (u32 n = 0; n < terms.n; ++n) {
+            const Term& term = terms.terms[n];
+            if (!term.d_z) continue;
+            const float* d_z = term.d_z + size_t(token) * term.rank;
+            const float* a = term.mixed_a + (size_t(term.token_rows[token]) * d_in + col) * term.rank;
+            float sum = 0.0f;
+            for (u32 r = 0; r < term.rank; ++r) sum = fmaf(d_z[r], a[r], sum);
+            value += sum;
+        }
+        const size_t at = size_t(token) * d_in + col;
+        if (d_residual) value += widen(d_residual[at]);
+        store(&d_x[at], value);
+    });
+}

@@ -1,0 +1,97 @@
+// The router: mixing weights of every routing row in every adapted linear, in one launch.
+//   p = clamp(sigmoid(z), e, 1 - e)   u' = clamp(u, e, 1 - e)   l = ln u' - ln(1 - u') + ln p - ln(1 - p)
+//   sample = clamp(sigmoid(l), tiny, 1 - e)   (without noise sigmoid(z))
+//   w = sample / n, n = sum_s sample + 1e-12
+//   d_sample = (d_w - sum_s w d_w) / n, d_z = d_sample * sample * (1 - sample), 0 where a clamp cut
+//   params, grads: flat   logits [linears]: where each router starts   tasks, examples [rows]
+//   samples, weights, d_weights [linears * rows, splits * skills]   noise: 0 off, 1 Philox, 2 given
+// Grid of `route`: x = linears * rows * splits / 128, a thread a split. Grid of `route_backward`: x =
+// linears * splits / 128; a thread adds the rows in order, so that rows of one task need no atomics.
+#include "philox.cuh"
+
+struct Route {
+    const float* params;
+    const u64* logits;
+    const u32* tasks;
+    const u32* examples;
+    const float* draws;
+    Key key;
+    u32 noise, n_linears, n_rows, n_splits, n_skills;
+};
+
+__device__ inline float router_sigmoid(float x) {
+    const float e = expf(-fabsf(x));
+    return x < 0.0f ? e / (1.0f + e) : 1.0f / (1.0f + e);
+}
+
+__device__ inline float clamp(float x, float low, float high) {
+    return x < low ? low : x > high ? high : x;  // A NaN stays one.
+}
+
+struct Sample {
+    float value;
+    bool passes;  // Whether the gradient does: nothing was clamped.
+};
+
+__device__ inline Sample sample(const Route& route, u32 linear, u32 row, u32 col) {
+    const u32 width = route.n_splits * route.n_skills;
+    const float z = route.params[route.logits[linear] + u64(route.tasks[row]) * width + col];
+    if (route.noise == 0) return Sample{router_sigmoid(z), true};
+    float u;
+    if (route.noise == 1) {
+        const Block block = philox(route.key, col / 4, 0, route.examples[row], linear);
+        const u32 i = col % 4;
+        u = unit(i == 0 ? block.words[0] : i == 1 ? block.words[1]
+               : i == 2 ? block.words[2] : block.words[3]);
+    } else {
+        u = route.draws[(size_t(linear) * route.n_rows + row) * width + col];
+    }
+    const float low = 1.1920929e-7f, high = 1.0f - 1.1920929e-7f, tiny = 1.1754944e-38f;
+    const float raw_p = router_sigmoid(z);
+    const float p = clamp(raw_p, low, high);
+    u = clamp(u, low, high);
+    const float raw = router_sigmoid(logf(u) - log1pf(-u) + logf(p) - log1pf(-p));
+    const bool passes = raw_p >= low && raw_p <= high && raw >= tiny && raw <= high;
+    return Sample{clamp(raw, tiny, high), passes};
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+route(float* weights, float* samples, Route route) {
+    const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 split = index % route.n_splits, at = index / route.n_splits;
+    if (at >= route.n_linears * route.n_rows) return;
+    const size_t first = size_t(at) * route.n_splits * route.n_skills + split * route.n_skills;
+    float sum = 0.0f;
+    for (u32 s = 0; s < route.n_skills; ++s) {
+        const u32 col = split * route.n_skills + s;
+        const float value = sample(route, at / route.n_rows, at % route.n_rows, col).value;
+        samples[first + s] = value;
+        sum += value;
+    }
+    for (u32 s = 0; s < route.n_skills; ++s) weights[first + s] = samples[first + s] / (sum + 1e-12f);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+route_backward(float* grads, const float* d_weights, const float* weights, const float* samples,
+               Route route) {
+    const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+    const u32 split = index % route.n_splits, linear = index / route.n_splits;
+    if (linear >= route.n_linears) return;
+    const u32 width = route.n_splits * route.n_skills;
+    for (u32 row = 0; row < route.n_rows; ++row) {
+        const size_t first = (size_t(linear) * route.n_rows + row) * width + split * route.n_skills;
+        float sum = 0.0f, mean = 0.0f;
+        for (u32 s = 0; s < route.n_skills; ++s) {
+            sum += samples[first + s];
+            mean = fmaf(weights[first + s], d_weights[first + s], mean);
+        }
+        float* d_logits = grads + route.logits[linear] + u64(route.tasks[row]) * width;
+        for (u32 s = 0; s < route.n_skills; ++s) {
+            const u32 col = split * route.n_skills + s;
+            if (!sample(route, linear, row, col).passes) continue;
+            const float d_sample = (d_weights[first + s] - mean) / (sum + 1e-12f);
+            const float value = samples[first + s];
+            d_logits[col] += d_sample * value * (1.0f - value);
+        }
+    }
+}

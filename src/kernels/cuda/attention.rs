@@ -1,0 +1,153 @@
+//! Attention and its backward.
+
+use std::sync::Arc;
+
+use bytemuck::NoUninit;
+
+use super::{
+    Buffer, Cuda, narrow,
+    tables::{DropoutArg, DropoutTable},
+};
+use crate::{
+    kernels::{Backend, Precision, ops::*},
+    tensor::Tensor,
+};
+
+/// Queries (or keys) of a block: a warp each.
+const WARPS: u32 = 8;
+const WARP: usize = 32;
+
+/// `Attention` of `cuda/attention.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct AttentionArg {
+    q: u64,
+    k: u64,
+    v: u64,
+    spans: u64,
+    tiles: u64,
+    bias: u64,
+    dropout: DropoutArg,
+    n_distances: u32,
+    zero: u32,
+    n_heads: u32,
+    n_kv_heads: u32,
+    head_dim: u32,
+    causal: u32,
+    scale: f32,
+    padding: u32,
+}
+
+/// The argument with what it points to.
+struct Prepared {
+    arg: AttentionArg,
+    n_tiles: usize,
+    /// Columns of a head that a lane owns: which of the kernel's versions runs.
+    columns: usize,
+    _spans: Arc<Buffer>,
+    _tiles: Arc<Buffer>,
+    _dropout: DropoutTable,
+}
+
+impl Prepared {
+    /// Cut into tiles of these sequences' rows.
+    fn new(cuda: &Cuda, args: &Attention<'_, Cuda>, lens: &[usize]) -> Self {
+        let &Attention { q, k, v, queries, keys, n_heads, n_kv_heads, head_dim, .. } = args;
+        assert_eq!(queries.n(), keys.n(), "keys for each sequence");
+        assert!(queries.end() <= q.rows && keys.end() <= k.rows, "spans lie in their tensors");
+        assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads));
+        let columns = match head_dim.div_ceil(WARP) {
+            0..=1 => 1,
+            2 => 2,
+            3..=4 => 4,
+            5..=8 => 8,
+            _ => panic!("heads of {head_dim} are wider than 256"),
+        };
+        if let Some(bias) = args.bias {
+            let lens = queries.lens.iter().zip(&keys.lens);
+            for (&n_queries, &n_keys) in lens.filter(|&(&q, &k)| q > 0 && k > 0) {
+                let highest = if args.causal { bias.zero } else { bias.zero + n_queries - 1 };
+                // From the last query's first key to the first query's last.
+                let fits = bias.zero + 1 >= n_keys && highest < bias.table.cols;
+                assert!(fits, "the bias table has every distance");
+            }
+        }
+        let (q_cols, kv_cols) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let (spans, (tiles, n_tiles)) = (cuda.spans(queries, keys), cuda.tiles(lens, WARPS));
+        let dropout = cuda.dropout_arg(args.dropout, q.rows);
+        let n_distances = args.bias.map_or(0, |bias| bias.table.cols);
+        let arg = AttentionArg {
+            q: q.activation(cuda, q.rows, q_cols),
+            k: k.activation(cuda, k.rows, kv_cols),
+            v: v.activation(cuda, k.rows, kv_cols),
+            spans: spans.address(),
+            tiles: tiles.address(),
+            bias: args.bias.map_or(0, |bias| bias.table.full(n_heads, n_distances)),
+            dropout: dropout.arg,
+            n_distances: narrow(n_distances),
+            zero: narrow(args.bias.map_or(0, |bias| bias.zero)),
+            n_heads: narrow(n_heads),
+            n_kv_heads: narrow(n_kv_heads),
+            head_dim: narrow(head_dim),
+            causal: u32::from(args.causal),
+            scale: args.scale,
+            padding: 0,
+        };
+        Self { arg, n_tiles, columns, _spans: spans, _tiles: tiles, _dropout: dropout }
+    }
+
+    /// Shared memory for so many rows of a head.
+    fn shared_bytes(&self, rows: usize) -> usize {
+        4 * rows * (self.arg.head_dim as usize + 1)
+    }
+}
+
+/// Rows that no sequence covers are zero.
+fn zeros_unless_covered(cuda: &Cuda, like: &Tensor<Cuda>, spans: &Spans) -> Tensor<Cuda> {
+    let covered = spans.lens.iter().sum::<usize>() == like.rows;
+    let make = if covered { Cuda::alloc } else { Cuda::zeros };
+    make(cuda, like.rows, like.cols, Precision::Activation)
+}
+
+pub(super) fn attention(cuda: &Cuda, args: &Attention<'_, Cuda>) -> Attended<Cuda> {
+    let prepared = Prepared::new(cuda, args, &args.queries.lens);
+    let mut o = zeros_unless_covered(cuda, args.q, args.queries);
+    let mut lse = cuda.alloc(args.q.rows, args.n_heads, Precision::Full);
+    let name = format!("attention_{}", prepared.columns);
+    let kernel = cuda.kernel("attention", &name).arg(o.address_mut()).arg(lse.address_mut());
+    let kernel =
+        kernel.arg(prepared.arg).shared_bytes(prepared.shared_bytes(WARPS as usize + WARP));
+    kernel.launch([prepared.n_tiles, args.n_heads, 1], WARPS * 32);
+    Attended { o, lse }
+}
+
+pub(super) fn attention_backward(
+    cuda: &Cuda,
+    args: AttentionBackward<'_, Cuda>,
+) -> [Tensor<Cuda>; 3] {
+    let AttentionBackward { forward, o, lse, d_o } = args;
+    let &Attention { q, k, n_heads, n_kv_heads, head_dim, queries, keys, .. } = forward;
+    let (d_o, o) = (d_o.activation(cuda, q.rows, q.cols), o.activation(cuda, q.rows, q.cols));
+    let lse = lse.full(q.rows, n_heads);
+    let mut inner = cuda.alloc(q.rows, n_heads, Precision::Full);
+    let kernel = cuda.kernel("attention", "attention_inner").arg(inner.address_mut());
+    let kernel = kernel.arg(d_o).arg(o).count(q.rows * n_heads).count(head_dim);
+    kernel.launch([(q.rows * n_heads).div_ceil(WARPS as usize), 1, 1], WARPS * 32);
+
+    let mut d_q = zeros_unless_covered(cuda, q, queries);
+    let prepared = Prepared::new(cuda, forward, &queries.lens);
+    let name = format!("attention_backward_queries_{}", prepared.columns);
+    let shared_bytes = prepared.shared_bytes(2 * (WARPS as usize + WARP));
+    let kernel = cuda.kernel("attention", &name).arg(d_q.address_mut()).arg(d_o).arg(lse);
+    let kernel = kernel.arg(inner.address()).arg(prepared.arg).shared_bytes(shared_bytes);
+    kernel.launch([prepared.n_tiles, n_heads, 1], WARPS * 32);
+
+    let [mut d_k, mut d_v] = [0, 1].map(|_| zeros_unless_covered(cuda, k, keys));
+    let prepared = Prepared::new(cuda, forward, &keys.lens);
+    let name = format!("attention_backward_keys_{}", prepared.columns);
+    let kernel = cuda.kernel("attention", &name).arg(d_k.address_mut()).arg(d_v.address_mut());
+    let kernel = kernel.arg(d_o).arg(lse).arg(inner.address()).arg(prepared.arg);
+    let kernel = kernel.shared_bytes(shared_bytes);
+    kernel.launch([prepared.n_tiles, n_kv_heads, 1], WARPS * 32);
+    [d_q, d_k, d_v]
+}

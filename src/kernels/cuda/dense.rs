@@ -1,0 +1,347 @@
+//! Embedding, norm, linears, gated products, element-wise operations and the head.
+
+use std::sync::Arc;
+
+use bytemuck::{NoUninit, Pod, Zeroable};
+
+use super::{
+    Buffer, Cuda,
+    lora::BankArg,
+    narrow,
+    tables::{DropoutArg, DropoutTable},
+};
+use crate::{
+    kernels::{Backend, Precision, ops::*},
+    tensor::Tensor,
+};
+
+/// Rows and columns of a tile of a matrix product (`ScalarTile` of `cuda/gemm.cuh`).
+const TILE: usize = 64;
+const GEMM_THREADS: u32 = 256;
+/// Tokens and columns of a block of `linear_dot`.
+const DOT: usize = 8;
+/// Siblings that `linear_backward` takes in one launch.
+const MAX_TERMS: usize = 4;
+/// Logits that exist at a time.
+const HEAD_BYTES: usize = 256 << 20;
+
+pub(super) fn embed(cuda: &Cuda, args: Embed<'_, Cuda>) -> Tensor<Cuda> {
+    let Embed { table, ids } = args;
+    let (vocabulary, d) = table.shape();
+    assert!(ids.iter().all(|&id| (id as usize) < vocabulary), "ids are in the vocabulary");
+    let mut y = cuda.alloc(ids.len(), d, Precision::Activation);
+    let ids_buffer = cuda.buffer_of(ids);
+    let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(table.matrix());
+    kernel.arg(ids_buffer.address()).count(d).launch([ids.len(), 1, 1], 128);
+    y
+}
+
+pub(super) fn cache_write(cuda: &Cuda, args: CacheWrite<'_, Cuda>) {
+    let CacheWrite { cache, source, rows } = args;
+    assert!(rows.iter().all(|&row| row < cache.rows), "rows are in the cache");
+    let source_address = source.activation(cuda, rows.len(), cache.cols);
+    assert_eq!(cache.dtype, cuda.compute);
+    let d = cache.cols;
+    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    let kernel = cuda.kernel("embed", "cache_write").arg(cache.address_mut()).arg(source_address);
+    kernel.arg(rows_buffer.address()).count(d).launch([rows.len(), 1, 1], 128);
+}
+
+const NORM_THREADS: u32 = 256;
+
+pub(super) fn norm(cuda: &Cuda, args: Norm<'_, Cuda>) -> Normed<Cuda> {
+    let Norm { x, weight, eps } = args;
+    let (rows, d) = (x.rows, x.cols);
+    let mut y = cuda.alloc(rows, d, Precision::Activation);
+    let mut rstd = cuda.alloc(rows, 1, Precision::Full);
+    let kernel = cuda.kernel("norm", "rms_norm").arg(y.address_mut()).arg(rstd.address_mut());
+    let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
+    kernel.arg(eps).count(d).launch([rows, 1, 1], NORM_THREADS);
+    Normed { y, rstd }
+}
+
+pub(super) fn norm_again(cuda: &Cuda, args: NormAgain<'_, Cuda>) -> Tensor<Cuda> {
+    let NormAgain { x, weight, rstd } = args;
+    let (rows, d) = (x.rows, x.cols);
+    let mut y = cuda.alloc(rows, d, Precision::Activation);
+    let kernel = cuda.kernel("norm", "norm_again").arg(y.address_mut()).arg(rstd.full(rows, 1));
+    let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
+    kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
+    y
+}
+
+/// The address of a residual that may be there.
+fn residual(cuda: &Cuda, residual: Option<&Tensor<Cuda>>, rows: usize, cols: usize) -> u64 {
+    residual.map_or(0, |residual| residual.activation(cuda, rows, cols))
+}
+
+pub(super) fn norm_backward(cuda: &Cuda, args: NormBackward<'_, Cuda>) -> Tensor<Cuda> {
+    let NormBackward { x, weight, rstd, d_y, d_residual } = args;
+    let (rows, d) = (x.rows, x.cols);
+    let d_x = cuda.reuse_or_alloc(&d_residual, rows, d);
+    let kernel = cuda.kernel("norm", "norm_backward").arg(d_x.address());
+    let kernel = kernel.arg(residual(cuda, d_residual.as_ref(), rows, d));
+    let kernel = kernel.arg(d_y.activation(cuda, rows, d)).arg(x.activation(cuda, rows, d));
+    let kernel = kernel.arg(weight.vector(d)).arg(rstd.full(rows, 1));
+    kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
+    d_x
+}
+
+/// `Expand` of `cuda/linear.cu`.
+#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[repr(C)]
+struct ExpandArg {
+    z: u64,
+    token_rows: u64,
+    mixed_b: u64,
+    bank: BankArg,
+}
+
+/// `Epilogue` of `cuda/linear.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct EpilogueArg {
+    bias: u64,
+    residual: u64,
+    expand: ExpandArg,
+    dropout: DropoutArg,
+}
+
+/// An epilogue with what it points to.
+struct Epilogue {
+    arg: EpilogueArg,
+    _token_rows: Option<Arc<Buffer>>,
+    _dropout: DropoutTable,
+}
+
+fn epilogue(cuda: &Cuda, projection: &Projection<'_, Cuda>, tokens: usize) -> Epilogue {
+    let (d_out, _) = projection.weight.shape();
+    let (expand, token_rows) = match &projection.lora {
+        None => (ExpandArg::zeroed(), None),
+        Some(Expand { z, segments, rhs }) => {
+            assert_eq!(segments.n_tokens(), tokens);
+            let rank = z.cols;
+            let (mixed_b, bank) = match rhs {
+                ExpandRhs::Mixed(mixed_b) => {
+                    let address = mixed_b.full(segments.n_rows() * rank, d_out);
+                    (address, BankArg::mixed(rank, d_out))
+                }
+                ExpandRhs::Stacked(stacked) => {
+                    assert_eq!((stacked.bank.rank, stacked.bank.d_out), (rank, d_out));
+                    (0, BankArg::new(stacked, segments.n_rows()))
+                }
+            };
+            let token_rows = cuda.token_rows(segments);
+            let z = z.full(tokens, rank);
+            (ExpandArg { z, token_rows: token_rows.address(), mixed_b, bank }, Some(token_rows))
+        }
+    };
+    let dropout = cuda.dropout_arg(projection.dropout, tokens);
+    let arg = EpilogueArg {
+        bias: projection.bias.map_or(0, |bias| bias.vector(d_out)),
+        residual: residual(cuda, projection.residual, tokens, d_out),
+        expand,
+        dropout: dropout.arg,
+    };
+    Epilogue { arg, _token_rows: token_rows, _dropout: dropout }
+}
+
+pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
+    let Linear { x, projections, order, output } = args;
+    let tokens = x.rows;
+    let project = |projection: &Projection<'_, Cuda>| {
+        let (d_out, d_in) = projection.weight.shape();
+        let epilogue = epilogue(cuda, projection, tokens);
+        let mut y = cuda.alloc(tokens, d_out, output);
+        let (name, grid, threads) = match (order, output) {
+            (Order::Panel, Precision::Activation) => ("linear", TILE, GEMM_THREADS),
+            (Order::Panel, Precision::Full) => ("linear_full", TILE, GEMM_THREADS),
+            (Order::Dot, Precision::Activation) => ("linear_dot", DOT, 32 * DOT as u32),
+            (Order::Dot, Precision::Full) => ("linear_dot_full", DOT, 32 * DOT as u32),
+        };
+        let kernel = cuda.kernel("linear", name).arg(y.address_mut());
+        let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(projection.weight.matrix());
+        let kernel = kernel.arg(epilogue.arg).count(tokens).count(d_in).count(d_out);
+        kernel.launch([d_out.div_ceil(grid), tokens.div_ceil(grid), 1], threads);
+        y
+    };
+    projections.iter().map(project).collect()
+}
+
+/// `Term` of `cuda/linear.cu`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct TermArg {
+    d_y: u64,
+    weight: u64,
+    d_z: u64,
+    mixed_a: u64,
+    token_rows: u64,
+    d_out: u32,
+    rank: u32,
+}
+
+/// `Terms` of `cuda/linear.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct TermsArg {
+    terms: [TermArg; MAX_TERMS],
+    n: u32,
+    padding: u32,
+}
+
+pub(super) fn linear_backward(cuda: &Cuda, args: LinearBackward<'_, Cuda>) -> Tensor<Cuda> {
+    let LinearBackward { terms, d_residual } = args;
+    assert!((1..=MAX_TERMS).contains(&terms.len()), "{} siblings", terms.len());
+    let (tokens, d_in) = (terms[0].d_y.rows, terms[0].weight.shape().1);
+    let mut arg =
+        TermsArg { terms: [TermArg::zeroed(); MAX_TERMS], n: narrow(terms.len()), padding: 0 };
+    let mut tables = Vec::new(); // They live until the launch is queued.
+    for (term, arg) in terms.iter().zip(&mut arg.terms) {
+        let (d_out, width) = term.weight.shape();
+        assert_eq!(width, d_in, "siblings share their input");
+        arg.d_y = term.d_y.activation(cuda, tokens, d_out);
+        (arg.weight, arg.d_out) = (term.weight.matrix(), narrow(d_out));
+        if let Some((d_z, mixed_a, segments)) = term.lora {
+            assert_eq!(segments.n_tokens(), tokens);
+            arg.d_z = d_z.full(tokens, d_z.cols);
+            arg.mixed_a = mixed_a.full(segments.n_rows() * d_in, d_z.cols);
+            arg.rank = narrow(d_z.cols);
+            let token_rows = cuda.token_rows(segments);
+            arg.token_rows = token_rows.address();
+            tables.push(token_rows);
+        }
+    }
+    let d_x = cuda.reuse_or_alloc(&d_residual, tokens, d_in);
+    let kernel = cuda.kernel("linear", "linear_backward").arg(d_x.address());
+    let kernel = kernel.arg(residual(cuda, d_residual.as_ref(), tokens, d_in)).arg(arg);
+    let grid = [d_in.div_ceil(TILE), tokens.div_ceil(TILE), 1];
+    kernel.count(tokens).count(d_in).launch(grid, GEMM_THREADS);
+    d_x
+}
+
+/// The kernels' number of a non-linearity.
+fn activation_number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Relu => 0,
+        Activation::GeluNew => 1,
+        Activation::Gelu => 2,
+        Activation::Silu => 3,
+    }
+}
+
+/// Blocks of a kernel whose threads each have eight columns of a token.
+fn groups_grid(tokens: usize, cols: usize) -> [usize; 3] {
+    [tokens, cols.div_ceil(8 * 128), 1]
+}
+
+pub(super) fn gated(cuda: &Cuda, args: &Gated<'_, Cuda>) -> Tensor<Cuda> {
+    let &Gated { gate, up, activation, dropout } = args;
+    let (tokens, d) = (gate.rows, gate.cols);
+    let dropout = cuda.dropout_arg(dropout, tokens);
+    let mut h = cuda.alloc(tokens, d, Precision::Activation);
+    let kernel = cuda.kernel("gated", "gated").arg(h.address_mut());
+    let kernel = kernel.arg(gate.activation(cuda, tokens, d)).arg(residual(cuda, up, tokens, d));
+    let kernel = kernel.arg(dropout.arg).arg(activation_number(activation)).count(d);
+    kernel.launch(groups_grid(tokens, d), 128);
+    h
+}
+
+pub(super) fn gated_backward(
+    cuda: &Cuda,
+    args: &Gated<'_, Cuda>,
+    d_h: &Tensor<Cuda>,
+) -> (Tensor<Cuda>, Option<Tensor<Cuda>>) {
+    let &Gated { gate, up, activation, dropout } = args;
+    let (tokens, d) = (gate.rows, gate.cols);
+    let dropout = cuda.dropout_arg(dropout, tokens);
+    let mut d_gate = cuda.alloc(tokens, d, Precision::Activation);
+    let mut d_up = up.map(|_| cuda.alloc(tokens, d, Precision::Activation));
+    let kernel = cuda.kernel("gated", "gated_backward").arg(d_gate.address_mut());
+    let kernel = kernel.arg(d_up.as_mut().map_or(0, Tensor::address_mut));
+    let kernel = kernel.arg(d_h.activation(cuda, tokens, d));
+    let kernel = kernel.arg(gate.activation(cuda, tokens, d)).arg(residual(cuda, up, tokens, d));
+    let kernel = kernel.arg(dropout.arg).arg(activation_number(activation)).count(d);
+    kernel.launch(groups_grid(tokens, d), 128);
+    (d_gate, d_up)
+}
+
+pub(super) fn dropout(cuda: &Cuda, x: &Tensor<Cuda>, dropout: &Dropout) -> Tensor<Cuda> {
+    let (tokens, d) = (x.rows, x.cols);
+    let dropout = cuda.dropout_arg(Some(dropout), tokens);
+    let mut y = cuda.alloc(tokens, d, Precision::Activation);
+    let kernel = cuda.kernel("elementwise", "dropout").arg(y.address_mut());
+    let kernel = kernel.arg(x.activation(cuda, tokens, d)).arg(dropout.arg).count(d);
+    kernel.launch(groups_grid(tokens, d), 128);
+    y
+}
+
+pub(super) fn add(cuda: &Cuda, a: Tensor<Cuda>, b: &Tensor<Cuda>) -> Tensor<Cuda> {
+    let (rows, cols, n) = (a.rows, a.cols, a.len());
+    let a = Some(a);
+    let y = cuda.reuse_or_alloc(&a, rows, cols);
+    let kernel = cuda.kernel("elementwise", "add").arg(y.address());
+    let kernel = kernel.arg(residual(cuda, a.as_ref(), rows, cols));
+    let kernel = kernel.arg(b.activation(cuda, rows, cols)).arg(n as u64);
+    kernel.launch([n.div_ceil(256), 1, 1], 256);
+    y
+}
+
+const HEAD_THREADS: u32 = 256;
+
+pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
+    let HeadLoss { x, weight, labels, scale, d_nll } = args;
+    let (tokens, d_model) = (x.rows, x.cols);
+    let (vocabulary, width) = weight.shape();
+    assert_eq!((labels.len(), width), (tokens, d_model));
+    assert!(
+        labels.iter().all(|&label| (label as usize) < vocabulary),
+        "labels are in the vocabulary"
+    );
+    let labels = cuda.buffer_of(labels);
+    let mut nll = cuda.alloc(tokens, 1, Precision::Full);
+    let mut d_x = d_nll.map(|_| cuda.alloc(tokens, d_model, Precision::Activation));
+    // Whole tiles, so that a chunk's last one is not mostly empty.
+    let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(TILE).min(tokens).max(1);
+    let mut raw = cuda.alloc(chunk, vocabulary, Precision::Full);
+    let item = cuda.compute.size_bytes();
+    for first in (0..tokens).step_by(chunk) {
+        let n = chunk.min(tokens - first);
+        let row = (first * d_model * item) as u64;
+        let kernel = cuda.kernel("linear", "linear_full").arg(raw.address_mut());
+        let kernel = kernel.arg(x.activation(cuda, tokens, d_model) + row).arg(weight.matrix());
+        let none = EpilogueArg {
+            bias: 0,
+            residual: 0,
+            expand: ExpandArg::zeroed(),
+            dropout: DropoutArg::zeroed(),
+        };
+        let kernel = kernel.arg(none).count(n).count(d_model).count(vocabulary);
+        let grid = [vocabulary.div_ceil(TILE), n.div_ceil(TILE), 1];
+        kernel.launch(grid, GEMM_THREADS);
+        let kernel = cuda.kernel("head", "head_softmax");
+        let kernel = kernel.arg(nll.address_mut() + 4 * first as u64).arg(raw.address_mut());
+        let kernel = kernel.arg(labels.address() + 4 * first as u64).count(vocabulary).arg(scale);
+        let kernel = kernel.arg(d_nll.unwrap_or(0.0)).arg(u32::from(d_nll.is_some()));
+        kernel.launch([n, 1, 1], HEAD_THREADS);
+        if let Some(d_x) = &mut d_x {
+            let kernel = cuda.kernel("head", "head_backward").arg(d_x.address_mut() + row);
+            let kernel = kernel.arg(raw.address()).arg(weight.matrix());
+            let kernel = kernel.count(n).count(d_model).count(vocabulary);
+            kernel.launch([d_model.div_ceil(TILE), n.div_ceil(TILE), 1], GEMM_THREADS);
+        }
+    }
+    Loss { nll: cuda.download(&nll), d_x }
+}
+
+pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Vec<u32> {
+    let (rows, cols) = (logits.rows, logits.cols);
+    let columns = cuda.take(4 * rows);
+    let forbidden_buffer = cuda.buffer_of(forbidden);
+    let kernel = cuda.kernel("head", "argmax").arg(columns.address());
+    let kernel = kernel.arg(logits.full(rows, cols)).arg(forbidden_buffer.address());
+    let kernel = kernel.count(forbidden.len()).count(cols);
+    kernel.launch([rows, 1, 1], HEAD_THREADS);
+    let bytes = cuda.read(&columns, 4 * rows);
+    bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+}

@@ -1,0 +1,236 @@
+//! The routed LoRA: router, mixing, the thin products, and all their gradients.
+
+use bytemuck::{NoUninit, Zeroable};
+
+use super::{Cuda, narrow};
+use crate::{
+    kernels::{Precision, ops::*},
+    tensor::Tensor,
+};
+
+/// Tokens of a block (a warp each) and ranks of a lane in `cuda/shrink.cu` and `cuda/grad.cu`.
+const TOKENS: usize = 8;
+const RANKS: usize = 8;
+/// Features of a side of a tile of `d_a` and `d_b`.
+const OUTER: usize = 32;
+
+/// `Bank` of `cuda/bank.cuh`.
+#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[repr(C)]
+pub(super) struct BankArg {
+    a: u64,
+    b: u64,
+    weights: u64,
+    n_splits: u32,
+    n_skills: u32,
+    d_in: u32,
+    d_out: u32,
+    rank: u32,
+    padding: u32,
+}
+
+impl BankArg {
+    pub(super) fn new(stacked: &Stacked<'_, Cuda>, n_rows: usize) -> Self {
+        let Stacked { bank, params, weights } = stacked;
+        let width = bank.n_splits * bank.n_skills;
+        assert!(bank.a().end <= params.len() && bank.b().end <= params.len());
+        assert!(
+            bank.d_in.is_multiple_of(bank.n_splits) && bank.d_out.is_multiple_of(bank.n_splits)
+        );
+        assert!((bank.linear + 1) * n_rows <= weights.rows, "mixing weights of the bank's linear");
+        let params = params.full(params.rows, params.cols);
+        let weights = weights.full(weights.rows, width);
+        Self {
+            a: params + 4 * bank.a_start as u64,
+            b: params + 4 * bank.b_start as u64,
+            weights: weights + 4 * (bank.linear * n_rows * width) as u64,
+            n_splits: narrow(bank.n_splits),
+            n_skills: narrow(bank.n_skills),
+            d_in: narrow(bank.d_in),
+            d_out: narrow(bank.d_out),
+            rank: narrow(bank.rank),
+            padding: 0,
+        }
+    }
+
+    /// Only the shape of a mixed B.
+    pub(super) fn mixed(rank: usize, d_out: usize) -> Self {
+        Self { rank: narrow(rank), d_out: narrow(d_out), ..Self::zeroed() }
+    }
+}
+
+/// `Route` of `cuda/route.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct RouteArg {
+    params: u64,
+    logits: u64,
+    tasks: u64,
+    examples: u64,
+    draws: u64,
+    key: [u32; 2],
+    noise: u32,
+    n_linears: u32,
+    n_rows: u32,
+    n_splits: u32,
+    n_skills: u32,
+    padding: u32,
+}
+
+/// Calls `run` with the router's argument while what it points to lives.
+fn with_route<R>(cuda: &Cuda, args: &Route<'_, Cuda>, run: impl FnOnce(RouteArg) -> R) -> R {
+    let &Route { params, logits, tasks, n_splits, n_skills, noise } = args;
+    let width = n_splits * n_skills;
+    let last = tasks.iter().max().map_or(0, |&task| (task as usize + 1) * width);
+    assert!(logits.iter().all(|start| start + last <= params.len()), "router logits lie in params");
+    let logits_table = cuda.words(logits.iter().map(|&start| start as u64));
+    let tasks_buffer = cuda.buffer_of(tasks);
+    let n_draws = logits.len() * tasks.len() * width;
+    let (number, key, examples, draws) = match noise {
+        Noise::Off => (0, [0; 2], None, None),
+        Noise::Philox { key, examples } => {
+            assert_eq!(examples.len(), tasks.len());
+            (1, key.words(), Some(cuda.buffer_of(examples)), None)
+        }
+        Noise::Given(draws) => {
+            assert_eq!(draws.len(), n_draws);
+            let draws: Vec<f32> = draws.iter().map(|&u| u as f32).collect();
+            (2, [0; 2], None, Some(cuda.buffer_of(&draws)))
+        }
+    };
+    run(RouteArg {
+        params: params.full(params.rows, params.cols),
+        logits: logits_table.address(),
+        tasks: tasks_buffer.address(),
+        examples: examples.as_ref().map_or(0, |buffer| buffer.address()),
+        draws: draws.as_ref().map_or(0, |buffer| buffer.address()),
+        key,
+        noise: number,
+        n_linears: narrow(logits.len()),
+        n_rows: narrow(tasks.len()),
+        n_splits: narrow(n_splits),
+        n_skills: narrow(n_skills),
+        padding: 0,
+    })
+}
+
+pub(super) fn route(cuda: &Cuda, args: &Route<'_, Cuda>) -> Routing<Cuda> {
+    let (rows, width) = (args.logits.len() * args.tasks.len(), args.n_splits * args.n_skills);
+    let mut weights = cuda.alloc(rows, width, Precision::Full);
+    let mut samples = cuda.alloc(rows, width, Precision::Full);
+    with_route(cuda, args, |arg| {
+        let kernel = cuda.kernel("route", "route").arg(weights.address_mut());
+        let kernel = kernel.arg(samples.address_mut()).arg(arg);
+        kernel.launch([(rows * args.n_splits).div_ceil(128), 1, 1], 128);
+    });
+    Routing { weights, samples }
+}
+
+pub(super) fn route_backward(cuda: &Cuda, args: RouteBackward<'_, Cuda>) {
+    let RouteBackward { forward, routing: Routing { weights, samples }, d_weights, grads } = args;
+    let (rows, width) =
+        (forward.logits.len() * forward.tasks.len(), forward.n_splits * forward.n_skills);
+    assert_eq!(grads.len(), forward.params.len());
+    with_route(cuda, forward, |arg| {
+        let kernel = cuda.kernel("route", "route_backward").arg(grads.address_mut());
+        let kernel = kernel.arg(d_weights.full(rows, width)).arg(weights.full(rows, width));
+        let kernel = kernel.arg(samples.full(rows, width)).arg(arg);
+        kernel.launch([(forward.logits.len() * forward.n_splits).div_ceil(128), 1, 1], 128);
+    });
+}
+
+pub(super) fn mix(cuda: &Cuda, args: Mix<'_, Cuda>) -> MixedPair<Cuda> {
+    let Mix { stacked, n_rows } = args;
+    let Bank { d_in, d_out, rank, .. } = stacked.bank;
+    let mut a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
+    let mut b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
+    let kernel = cuda.kernel("mix", "mix").arg(a.address_mut()).arg(b.address_mut());
+    let kernel = kernel.arg(BankArg::new(&stacked, n_rows));
+    kernel.launch([((d_in + d_out) * rank).div_ceil(256), n_rows, 1], 256);
+    MixedPair { a, b }
+}
+
+pub(super) fn unmix(cuda: &Cuda, args: Unmix<'_, Cuda>) {
+    let Unmix { stacked, d_a, d_b, grads, d_weights } = args;
+    let bank = stacked.bank;
+    let n_rows = d_a.rows / bank.d_in;
+    let (d_a, d_b) =
+        (d_a.full(n_rows * bank.d_in, bank.rank), d_b.full(n_rows * bank.rank, bank.d_out));
+    assert_eq!(grads.len(), stacked.params.len());
+    d_weights.assert_shape(stacked.weights.rows, stacked.weights.cols);
+    let arg = BankArg::new(&stacked, n_rows);
+    let grads = grads.address_mut();
+    let kernel = cuda.kernel("mix", "unmix_bank").arg(grads + 4 * bank.a_start as u64);
+    let kernel = kernel.arg(grads + 4 * bank.b_start as u64).arg(d_a).arg(d_b).arg(arg);
+    kernel.count(n_rows).launch([(bank.a_len() + bank.b_len()).div_ceil(256), 1, 1], 256);
+    let width = bank.n_splits * bank.n_skills;
+    let own = d_weights.address_mut() + 4 * (bank.linear * n_rows * width) as u64;
+    let kernel = cuda.kernel("mix", "unmix_weights").arg(own).arg(d_a).arg(d_b).arg(arg);
+    kernel.launch([width, n_rows, 1], 256);
+}
+
+/// Blocks of a kernel with a warp a token.
+fn token_grid(tokens: usize, rank: usize) -> [usize; 3] {
+    [tokens.div_ceil(TOKENS), rank.div_ceil(RANKS), 1]
+}
+
+pub(super) fn shrink(cuda: &Cuda, args: Shrink<'_, Cuda>) -> Vec<Tensor<Cuda>> {
+    let Shrink { x, mixed_a, segments, scale, order: _ } = args;
+    let (tokens, d_in) = (x.rows, x.cols);
+    assert_eq!(segments.n_tokens(), tokens);
+    let token_rows = cuda.token_rows(segments);
+    let shrink_one = |mixed_a: &&Tensor<Cuda>| {
+        let rank = mixed_a.cols;
+        let mut z = cuda.alloc(tokens, rank, Precision::Full);
+        let kernel = cuda.kernel("shrink", "shrink").arg(z.address_mut());
+        let kernel = kernel.arg(x.activation(cuda, tokens, d_in));
+        let kernel = kernel.arg(mixed_a.full(segments.n_rows() * d_in, rank));
+        let kernel = kernel.arg(token_rows.address()).count(tokens).count(d_in).count(rank);
+        kernel.arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+        z
+    };
+    mixed_a.iter().map(shrink_one).collect()
+}
+
+pub(super) fn shrink_stacked(cuda: &Cuda, args: ShrinkStacked<'_, Cuda>) -> Tensor<Cuda> {
+    let ShrinkStacked { x, stacked, segments, scale } = args;
+    let (tokens, rank) = (x.rows, stacked.bank.rank);
+    assert_eq!(segments.n_tokens(), tokens);
+    let token_rows = cuda.token_rows(segments);
+    let mut z = cuda.alloc(tokens, rank, Precision::Full);
+    let kernel = cuda.kernel("shrink", "shrink_stacked").arg(z.address_mut());
+    let kernel = kernel.arg(x.activation(cuda, tokens, stacked.bank.d_in));
+    let kernel = kernel.arg(token_rows.address()).arg(BankArg::new(&stacked, segments.n_rows()));
+    kernel.count(tokens).arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+    z
+}
+
+pub(super) fn lora_backward(cuda: &Cuda, args: LoraBackward<'_, Cuda>) -> Vec<LoraGradients<Cuda>> {
+    let LoraBackward { x, terms, segments, scale } = args;
+    let (tokens, d_in, n_rows) = (x.rows, x.cols, segments.n_rows());
+    assert_eq!(segments.n_tokens(), tokens);
+    let (token_rows, runs) = (cuda.token_rows(segments), cuda.row_runs(segments));
+    let gradients = |term: &LoraTerm<'_, Cuda>| {
+        let (rank, d_out) = (term.z.cols, term.d_y.cols);
+        let d_y = term.d_y.activation(cuda, tokens, d_out);
+        let mut d_z = cuda.alloc(tokens, rank, Precision::Full);
+        let kernel = cuda.kernel("grad", "d_z").arg(d_z.address_mut()).arg(d_y);
+        let kernel = kernel.arg(term.mixed_b.full(n_rows * rank, d_out)).arg(token_rows.address());
+        let kernel = kernel.count(tokens).count(d_out).count(rank).arg(scale);
+        kernel.launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+
+        let mut d_a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
+        let kernel = cuda.kernel("grad", "d_a").arg(d_a.address_mut());
+        let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(d_z.address());
+        let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(d_in).count(rank);
+        kernel.launch([d_in.div_ceil(OUTER), rank.div_ceil(OUTER), n_rows], 256);
+
+        let mut d_b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
+        let kernel = cuda.kernel("grad", "d_b").arg(d_b.address_mut());
+        let kernel = kernel.arg(term.z.full(tokens, rank)).arg(d_y);
+        let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(rank).count(d_out);
+        kernel.launch([rank.div_ceil(OUTER), d_out.div_ceil(OUTER), n_rows], 256);
+        LoraGradients { d_z, d_a, d_b }
+    };
+    terms.iter().map(gradients).collect()
+}

@@ -1,0 +1,422 @@
+//! NVIDIA GPUs: buffers, launches, and the operations' way to the kernels in `cuda/`.
+//!
+//! ```text
+//! Backend (here)  ─ shapes checked, tables planned ─>  Device (one stream)  ─>  cuda/*.cu
+//!                                                       Driver: cudarc, NVRTC at run time
+//!                                                       the tests' emulator
+//! ```
+//!
+//! Every operation checks its shapes, takes its results from the [`arena`], and queues launches; the
+//! host waits for the device only where the trait asks for numbers (`download`, the nll, the argmax,
+//! the gradient norm). What kernels need to know of a batch (segments, spans, token keys) is uploaded
+//! once and kept in [`tables`].
+//!
+//! In f32, matrices of the base are f32 on the device; in bf16 they are bf16 (a 16-bit float with more
+//! digits, or an f32, is rounded once). Vectors of the base are f32. A device's fault (out of memory, a
+//! failed launch) cannot be returned through [`Backend`]; it unwinds as an [`Error`] that
+//! [`catch_faults`] turns back into one.
+
+#![allow(unsafe_code)] // Launches, and memory that Rust does not see.
+
+mod arena;
+mod attention;
+mod dense;
+pub mod device;
+mod lora;
+mod optimizer;
+mod tables;
+
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::Arc,
+};
+
+pub use arena::Buffer;
+use bytemuck::NoUninit;
+use half::bf16;
+
+use self::{
+    arena::Arena,
+    device::{Args, Device, Launch},
+    tables::Tables,
+};
+use super::{Backend, Precision, ops::*};
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    tensor::{Frozen, Tensor},
+};
+
+/// The CUDA backend: a device and a compute type. Cloning shares the device and its memory.
+#[derive(Clone)]
+pub struct Cuda {
+    device: Arc<dyn Device>,
+    arena: Arc<Arena>,
+    tables: Arc<Tables>,
+    compute: Dtype,
+}
+
+/// A frozen weight in device memory. Cloning shares it.
+#[derive(Clone)]
+pub struct Weight(Arc<WeightBuffers>);
+
+struct WeightBuffers {
+    /// `[rows, cols]` in the compute type.
+    matrix: Buffer,
+    /// The same in f32, for a weight of one row: norms and biases.
+    vector: Option<Buffer>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Weight {
+    fn matrix(&self) -> u64 {
+        self.0.matrix.address()
+    }
+
+    /// A vector of `len` elements, in f32.
+    fn vector(&self, len: usize) -> u64 {
+        assert_eq!(self.0.cols, len);
+        self.0.vector.as_ref().expect("a norm's weight or a bias has one row").address()
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        (self.0.rows, self.0.cols)
+    }
+}
+
+/// Runs `work`; a fault of the device in it is the error.
+///
+/// # Errors
+/// The fault.
+pub fn catch_faults<R>(work: impl FnOnce() -> Result<R>) -> Result<R> {
+    // What `work` leaves behind half done is dropped by the caller, who gets no value to use it with.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(
+        |payload: Box<dyn Any + Send>| match payload.downcast::<Error>() {
+            Ok(error) => Err(*error),
+            Err(other) => resume_unwind(other),
+        },
+    )
+}
+
+/// The value, or a fault that [`catch_faults`] catches.
+fn must<T>(result: Result<T>) -> T {
+    // Not a panic: it is no bug, and the hook's message would only be in the way.
+    result.unwrap_or_else(|error| resume_unwind(Box::new(error)))
+}
+
+impl Cuda {
+    /// A backend on a device that computes in `compute` (f32 or bf16).
+    ///
+    /// # Errors
+    /// If the compute type is another.
+    pub fn with_device(device: Arc<dyn Device>, compute: Dtype) -> Result<Self> {
+        if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
+            return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
+        }
+        let arena = Arc::new(Arena::new(Arc::clone(&device)));
+        Ok(Self { device, arena, tables: Arc::default(), compute })
+    }
+
+    /// The type of activations.
+    pub fn compute_dtype(&self) -> Dtype {
+        self.compute
+    }
+
+    /// The device.
+    pub fn device(&self) -> &dyn Device {
+        &*self.device
+    }
+
+    /// Bytes of all buffers, in use or kept for reuse, at their peak.
+    pub fn peak_bytes(&self) -> usize {
+        self.arena.peak_bytes()
+    }
+
+    fn take(&self, bytes: usize) -> Buffer {
+        must(self.arena.take(bytes))
+    }
+
+    /// An unwritten matrix. Kernels write every element.
+    fn alloc(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        let dtype = self.dtype(precision);
+        Tensor::new(self.take(rows * cols * dtype.size_bytes()), dtype, rows, cols)
+    }
+
+    /// A buffer with these values.
+    fn buffer_of<T: NoUninit>(&self, values: &[T]) -> Buffer {
+        let bytes: &[u8] = bytemuck::cast_slice(values);
+        let buffer = self.take(bytes.len());
+        if !bytes.is_empty() {
+            // SAFETY: The buffer has that many bytes.
+            must(unsafe { self.device.write(buffer.address(), bytes) });
+        }
+        buffer
+    }
+
+    /// A buffer's first `bytes` bytes.
+    fn read(&self, buffer: &Buffer, bytes: usize) -> Vec<u8> {
+        let mut read = vec![0; bytes];
+        if bytes > 0 {
+            // SAFETY: Callers ask for no more than the buffer was taken with.
+            must(unsafe { self.device.read(buffer.address(), &mut read) });
+        }
+        read
+    }
+
+    /// Sets all elements to zero.
+    fn fill_zero(&self, tensor: &mut Tensor<Self>) {
+        let bytes = tensor.len() * tensor.dtype.size_bytes();
+        if bytes > 0 {
+            // SAFETY: The tensor's buffer has that many bytes.
+            must(unsafe { self.device.fill(tensor.address_mut(), 0, bytes) });
+        }
+    }
+
+    /// Starts a launch.
+    fn kernel<'a>(&'a self, module: &'static str, kernel: &'a str) -> Kernel<'a> {
+        Kernel { cuda: self, module, kernel, args: Args::default(), shared_bytes: 0 }
+    }
+
+    /// The tensor itself where nobody else holds it, else an unwritten one of its shape: where a result
+    /// goes that may replace it element by element.
+    fn reuse_or_alloc(
+        &self,
+        tensor: &Option<Tensor<Self>>,
+        rows: usize,
+        cols: usize,
+    ) -> Tensor<Self> {
+        match tensor {
+            Some(tensor) if Arc::strong_count(&tensor.buffer) == 1 => tensor.clone(),
+            _ => self.alloc(rows, cols, Precision::Activation),
+        }
+    }
+}
+
+/// A launch that is being put together.
+struct Kernel<'a> {
+    cuda: &'a Cuda,
+    module: &'static str,
+    kernel: &'a str,
+    args: Args,
+    shared_bytes: usize,
+}
+
+impl Kernel<'_> {
+    fn arg<T: NoUninit>(mut self, value: T) -> Self {
+        self.args.push(value);
+        self
+    }
+
+    /// A count or an index, which kernels keep in 32 bits.
+    fn count(self, value: usize) -> Self {
+        self.arg(narrow(value))
+    }
+
+    fn shared_bytes(mut self, bytes: usize) -> Self {
+        self.shared_bytes = bytes;
+        self
+    }
+
+    /// Queues it. A grid without blocks does nothing.
+    fn launch(self, grid: [usize; 3], threads: u32) {
+        if grid.contains(&0) {
+            return;
+        }
+        assert!(grid[1] <= 65535 && grid[2] <= 65535, "{} of {grid:?} blocks", self.kernel);
+        let launch = Launch {
+            module: self.module,
+            kernel: self.kernel,
+            bf16: self.cuda.compute == Dtype::Bf16,
+            grid: grid.map(narrow),
+            threads,
+            shared_bytes: narrow(self.shared_bytes),
+            args: &self.args,
+        };
+        // SAFETY: The operation that put the launch together gave the parameters that the kernel's
+        // first lines list, and asserted the shapes that it relies on.
+        must(unsafe { self.cuda.device.launch(&launch) });
+    }
+}
+
+/// A count in the 32 bits that kernels have for it.
+fn narrow(count: usize) -> u32 {
+    u32::try_from(count).expect("counts on a device are below 2^32")
+}
+
+impl Tensor<Cuda> {
+    fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+
+    /// The address, for writing.
+    ///
+    /// # Panics
+    /// If somebody else holds the buffer.
+    fn address_mut(&mut self) -> u64 {
+        self.buffer_mut().expect("a tensor that is written is held once").address()
+    }
+
+    fn assert_shape(&self, rows: usize, cols: usize) {
+        assert_eq!((self.rows, self.cols), (rows, cols));
+    }
+
+    /// The address of a full-precision tensor of this shape.
+    fn full(&self, rows: usize, cols: usize) -> u64 {
+        assert_eq!(self.dtype, Dtype::F32);
+        self.assert_shape(rows, cols);
+        self.address()
+    }
+
+    /// The address of an activation of this shape.
+    fn activation(&self, cuda: &Cuda, rows: usize, cols: usize) -> u64 {
+        assert_eq!(self.dtype, cuda.compute);
+        self.assert_shape(rows, cols);
+        self.address()
+    }
+}
+
+impl Backend for Cuda {
+    type Buffer = Buffer;
+    type Weight = Weight;
+
+    fn dtype(&self, precision: Precision) -> Dtype {
+        match precision {
+            Precision::Activation => self.compute,
+            Precision::Full => Dtype::F32,
+        }
+    }
+
+    fn weight(&self, frozen: &Frozen) -> Weight {
+        let (rows, cols) = (frozen.rows(), frozen.cols());
+        let matrix = match (frozen.dtype(), self.compute) {
+            (from, to) if from == to => self.buffer_of(frozen.bytes()),
+            (_, Dtype::Bf16) => {
+                let values = frozen.to_f32();
+                self.buffer_of(&values.into_iter().map(bf16::from_f32).collect::<Vec<_>>())
+            }
+            _ => self.buffer_of(&frozen.to_f32()),
+        };
+        let vector = (rows == 1).then(|| self.buffer_of(&frozen.to_f32()));
+        Weight(Arc::new(WeightBuffers { matrix, vector, rows, cols }))
+    }
+
+    fn upload(&self, values: &[f64], rows: usize, cols: usize, to: Precision) -> Tensor<Self> {
+        assert_eq!(values.len(), rows * cols);
+        let dtype = self.dtype(to);
+        let buffer = match dtype {
+            Dtype::Bf16 => {
+                self.buffer_of(&values.iter().map(|&v| bf16::from_f64(v)).collect::<Vec<_>>())
+            }
+            _ => self.buffer_of(&values.iter().map(|&v| v as f32).collect::<Vec<_>>()),
+        };
+        Tensor::new(buffer, dtype, rows, cols)
+    }
+
+    fn zeros(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        let mut tensor = self.alloc(rows, cols, precision);
+        self.fill_zero(&mut tensor);
+        tensor
+    }
+
+    fn download(&self, tensor: &Tensor<Self>) -> Vec<f64> {
+        let bytes = self.read(&tensor.buffer, tensor.len() * tensor.dtype.size_bytes());
+        match tensor.dtype {
+            Dtype::Bf16 => {
+                bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f64()).collect()
+            }
+            _ => bytes.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect(),
+        }
+    }
+
+    fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self> {
+        let bytes = tensor.len() * tensor.dtype.size_bytes();
+        let buffer = self.take(bytes);
+        if bytes > 0 {
+            // SAFETY: Both buffers have that many bytes.
+            must(unsafe { self.device.copy(buffer.address(), tensor.address(), bytes) });
+        }
+        Tensor::new(buffer, tensor.dtype, tensor.rows, tensor.cols)
+    }
+
+    fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
+        dense::embed(self, args)
+    }
+    fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
+        dense::norm(self, args)
+    }
+    fn norm_again(&self, args: NormAgain<'_, Self>) -> Tensor<Self> {
+        dense::norm_again(self, args)
+    }
+    fn norm_backward(&self, args: NormBackward<'_, Self>) -> Tensor<Self> {
+        dense::norm_backward(self, args)
+    }
+    fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
+        dense::linear(self, args)
+    }
+    fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Tensor<Self> {
+        dense::linear_backward(self, args)
+    }
+    fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self> {
+        attention::attention(self, args)
+    }
+    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3] {
+        attention::attention_backward(self, args)
+    }
+    fn cache_write(&self, args: CacheWrite<'_, Self>) {
+        dense::cache_write(self, args);
+    }
+    fn gated(&self, args: &Gated<'_, Self>) -> Tensor<Self> {
+        dense::gated(self, args)
+    }
+    fn gated_backward(
+        &self,
+        args: &Gated<'_, Self>,
+        d_h: &Tensor<Self>,
+    ) -> (Tensor<Self>, Option<Tensor<Self>>) {
+        dense::gated_backward(self, args, d_h)
+    }
+    fn dropout(&self, x: &Tensor<Self>, dropout: &Dropout) -> Tensor<Self> {
+        dense::dropout(self, x, dropout)
+    }
+    fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        dense::add(self, a, b)
+    }
+    fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
+        dense::head_loss(self, args)
+    }
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+        dense::argmax(self, logits, forbidden)
+    }
+    fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
+        lora::route(self, args)
+    }
+    fn route_backward(&self, args: RouteBackward<'_, Self>) {
+        lora::route_backward(self, args);
+    }
+    fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self> {
+        lora::mix(self, args)
+    }
+    fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
+        lora::shrink(self, args)
+    }
+    fn shrink_stacked(&self, args: ShrinkStacked<'_, Self>) -> Tensor<Self> {
+        lora::shrink_stacked(self, args)
+    }
+    fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>> {
+        lora::lora_backward(self, args)
+    }
+    fn unmix(&self, args: Unmix<'_, Self>) {
+        lora::unmix(self, args);
+    }
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
+        optimizer::sum_of_squares(self, tensor)
+    }
+    fn clear(&self, tensor: &mut Tensor<Self>) {
+        self.fill_zero(tensor);
+    }
+    fn adamw(&self, args: AdamW<'_, Self>) {
+        optimizer::adamw(self, args);
+    }
+}

@@ -1,0 +1,179 @@
+//! What kernels need to know of a batch, uploaded once: the routing row of each token, spans, keys.
+//!
+//! Every operation of a step asks for the same few tables, so they are kept by what they are made of.
+//! A kernel never searches: segments become a routing row a token, spans become a list of tiles.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytemuck::{NoUninit, Zeroable};
+
+use super::{Buffer, Cuda, narrow};
+use crate::kernels::ops::{self, Segments, Spans, TokenKey};
+
+/// Tables that are kept; more than any step needs, so that a run of distinct batches stays bounded.
+const MAX_TABLES: usize = 512;
+
+/// Uploaded tables by content.
+#[derive(Default)]
+pub(super) struct Tables(Mutex<HashMap<Source, Arc<Buffer>>>);
+
+/// What a table is made of.
+#[derive(PartialEq, Eq, Hash)]
+enum Source {
+    TokenRows(Vec<usize>),
+    RowRuns(Vec<usize>),
+    Spans(Vec<usize>),
+    Tiles(Vec<usize>, u32),
+    /// The address of the keys, which the entry keeps alive.
+    TokenKeys(TokenKeys),
+    Words(Vec<u64>),
+}
+
+/// Compared by address: a batch has one list, shared by all its dropouts.
+struct TokenKeys(Arc<[TokenKey]>);
+
+impl PartialEq for TokenKeys {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+impl Eq for TokenKeys {}
+impl std::hash::Hash for TokenKeys {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.0.as_ptr().hash(state);
+    }
+}
+
+/// The runs of segments as numbers.
+fn runs(segments: &Segments) -> Vec<usize> {
+    let runs = segments.iter().flat_map(|(run, row)| [run.start, run.end, row]);
+    runs.chain([segments.n_rows()]).collect()
+}
+
+impl Cuda {
+    fn table<T: NoUninit>(&self, source: Source, make: impl FnOnce() -> Vec<T>) -> Arc<Buffer> {
+        let mut tables = self.tables.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = tables.get(&source) {
+            return Arc::clone(table);
+        }
+        if tables.len() >= MAX_TABLES {
+            tables.clear();
+        }
+        let table = Arc::new(self.buffer_of(&make()));
+        tables.insert(source, Arc::clone(&table));
+        table
+    }
+
+    /// The routing row of each token, `u32`.
+    pub(super) fn token_rows(&self, segments: &Segments) -> Arc<Buffer> {
+        self.table(Source::TokenRows(runs(segments)), || {
+            segments.iter().flat_map(|(run, row)| run.map(move |_| narrow(row))).collect()
+        })
+    }
+
+    /// For each routing row, where its runs start in a list of `(first token, length)`, and one past
+    /// the last; then that list. Both `u32`, the list from an even word on.
+    pub(super) fn row_runs(&self, segments: &Segments) -> RowRuns {
+        let starts = (segments.n_rows() + 1).next_multiple_of(2);
+        let table = self.table(Source::RowRuns(runs(segments)), || {
+            let mut words = Vec::with_capacity(starts + 2 * segments.n());
+            let mut list = Vec::new();
+            for row in 0..segments.n_rows() {
+                words.push(narrow(list.len() / 2));
+                let own = segments.iter().filter(|&(_, run_row)| run_row == row);
+                list.extend(own.flat_map(|(run, _)| [narrow(run.start), narrow(run.len())]));
+            }
+            words.push(narrow(list.len() / 2));
+            words.resize(starts, 0);
+            words.extend(list);
+            words
+        });
+        RowRuns { runs_offset: 4 * starts as u64, table }
+    }
+
+    /// `(first query, queries, first key, keys)` of each sequence, `u32`.
+    pub(super) fn spans(&self, queries: &Spans, keys: &Spans) -> Arc<Buffer> {
+        let numbers = [&queries.starts, &queries.lens, &keys.starts, &keys.lens];
+        let all = |sequence: usize| numbers.map(|numbers| numbers[sequence]);
+        let source = (0..queries.n()).flat_map(all).collect();
+        self.table(Source::Spans(source), || {
+            (0..queries.n()).flat_map(|sequence| all(sequence).map(narrow)).collect()
+        })
+    }
+
+    /// `(sequence, first row)` of each tile of `height` rows, and their number.
+    pub(super) fn tiles(&self, lens: &[usize], height: u32) -> (Arc<Buffer>, usize) {
+        let n = lens.iter().map(|len| len.div_ceil(height as usize)).sum();
+        let table = self.table(Source::Tiles(lens.to_vec(), height), || {
+            let tiles = lens.iter().enumerate().flat_map(|(sequence, &len)| {
+                (0..len).step_by(height as usize).map(move |row| [narrow(sequence), narrow(row)])
+            });
+            tiles.collect::<Vec<[u32; 2]>>()
+        });
+        (table, n)
+    }
+
+    /// Any numbers.
+    pub(super) fn words(&self, words: impl Iterator<Item = u64> + Clone) -> Arc<Buffer> {
+        self.table(Source::Words(words.clone().collect()), || words.collect::<Vec<u64>>())
+    }
+
+    /// A dropout as kernels get it. The table must live until the launch is queued.
+    pub(super) fn dropout_arg(&self, dropout: Option<&ops::Dropout>, rows: usize) -> DropoutTable {
+        let Some(dropout) = dropout else {
+            return DropoutTable { arg: DropoutArg::zeroed(), _tokens: None };
+        };
+        assert_eq!(dropout.tokens.len(), rows, "a key for each token");
+        let source = Source::TokenKeys(TokenKeys(Arc::clone(&dropout.tokens)));
+        let tokens = self.table(source, || {
+            let keys = dropout.tokens.iter().map(|key| [key.example, key.position]);
+            keys.collect::<Vec<[u32; 2]>>()
+        });
+        let arg = DropoutArg {
+            tokens: tokens.address(),
+            key: dropout.key.words(),
+            site: dropout.site,
+            threshold: dropout.threshold(),
+            scale: dropout.scale(),
+            padding: 0,
+        };
+        DropoutTable { arg, _tokens: Some(tokens) }
+    }
+}
+
+/// See [`Cuda::row_runs`].
+pub(super) struct RowRuns {
+    table: Arc<Buffer>,
+    runs_offset: u64,
+}
+
+impl RowRuns {
+    pub(super) fn row_segments(&self) -> u64 {
+        self.table.address()
+    }
+
+    pub(super) fn row_runs(&self) -> u64 {
+        self.table.address() + self.runs_offset
+    }
+}
+
+/// A dropout as kernels get it, with what it points to.
+pub(super) struct DropoutTable {
+    pub(super) arg: DropoutArg,
+    _tokens: Option<Arc<Buffer>>,
+}
+
+/// `Dropout` of `cuda/philox.cuh`.
+#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[repr(C)]
+pub(super) struct DropoutArg {
+    tokens: u64,
+    key: [u32; 2],
+    site: u32,
+    threshold: u32,
+    scale: f32,
+    padding: u32,
+}

@@ -1,0 +1,332 @@
+// A small emulator of the CUDA execution model, for tests: the sources in cuda/ build with a host
+// compiler after this header and run, block after block, on the CPU.
+//
+// * A thread is a fiber. Between two barriers the fibers run one after the other in an order that is
+//   shuffled anew each time, so that a result that depends on the order shows as changed bits.
+// * `__syncthreads`, warp shuffles and `mma` are meeting points. A block in which nobody can go on is
+//   reported as a deadlock: threads that miss a barrier, lanes that miss a shuffle.
+// * Shared memory starts as NaN in every block, with guard words behind each array. Its use is
+//   checked against the launch's limit.
+// * An asynchronous copy is made only when its group is waited for.
+//
+// What it cannot show: weak memory order, clusters, wgmma, TMA, timing. One launch at a time (the
+// caller holds a lock).
+#pragma once
+
+#include <csetjmp>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define POLYTAPE_EMULATOR 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using std::max;
+using std::min;
+
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+namespace emulator {
+
+inline dim3 thread_index, block_index, block_size, grid_size;
+
+const unsigned WARP_SIZE = 32;
+const size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 227 << 10;
+const unsigned char POISON = 0xff, GUARD = 0xa5;
+const size_t GUARD_BYTES = 16;
+
+// What a fiber waits for.
+enum class Wait { Nothing, Barrier, Warp, Done };
+
+struct AsyncCopy {
+    void* to;
+    const void* from;
+    size_t bytes, valid;
+};
+
+struct Fiber {
+    ucontext_t context;  // To start it; then `at`, which costs no system call.
+    jmp_buf at;
+    bool started = false;
+    std::vector<char> stack;
+    Wait wait = Wait::Nothing;
+    unsigned index = 0;
+    // The groups of asynchronous copies that are on their way, the last one still open.
+    std::vector<std::vector<AsyncCopy>> copies;
+};
+
+// Where the lanes of a warp meet: what each of them brings. Two rounds, so that a lane may go on to
+// the next meeting while others still read this one.
+struct Meeting {
+    unsigned char brought[2][WARP_SIZE][64];
+    unsigned arrived = 0, round = 0;
+};
+
+struct SharedArray {
+    const void* site;
+    size_t offset, bytes;
+};
+
+inline std::vector<Fiber*> fibers;
+inline std::vector<Meeting> meetings;
+inline Fiber* current;
+inline jmp_buf scheduler;
+inline ucontext_t scheduler_context;
+inline void (*body)(void*);
+inline void* body_arguments;
+inline unsigned n_threads, n_live, at_barrier;
+alignas(128) inline unsigned char shared_memory[SHARED_BYTES + 4096];
+inline std::vector<SharedArray> shared_arrays;
+inline size_t shared_used, dynamic_bytes;
+inline std::string problem;
+inline uint64_t random_state = 1;
+
+inline uint64_t random_word() {
+    random_state += 0x9E3779B97F4A7C15u;
+    uint64_t z = random_state;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+inline void fail(const std::string& what) {
+    if (problem.empty())
+        problem = what + " in block (" + std::to_string(block_index.x) + ", " +
+                  std::to_string(block_index.y) + ", " + std::to_string(block_index.z) + ")";
+}
+
+// Back to the scheduler until it comes round again.
+inline void yield_fiber() {
+    Fiber* self = current;
+    if (_setjmp(self->at) == 0) _longjmp(scheduler, 1);
+}
+
+inline void fiber_main() {
+    for (;;) {
+        body(body_arguments);
+        current->wait = Wait::Done;
+        yield_fiber();
+    }
+}
+
+inline void resume(Fiber* fiber) {
+    current = fiber;
+    thread_index.x = fiber->index % block_size.x;
+    thread_index.y = fiber->index / block_size.x % block_size.y;
+    thread_index.z = fiber->index / block_size.x / block_size.y;
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber->started) _longjmp(fiber->at, 1);
+    fiber->started = true;
+    fiber->stack.resize(STACK_BYTES);
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.data();
+    fiber->context.uc_stack.ss_size = STACK_BYTES;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, fiber_main, 0);
+    setcontext(&fiber->context);
+}
+
+inline void* shared(const void* site, size_t bytes) {
+    for (const SharedArray& array : shared_arrays)
+        if (array.site == site) return shared_memory + array.offset;
+    const size_t offset = shared_used;
+    shared_used = (offset + bytes + GUARD_BYTES + 127) / 128 * 128;
+    if (shared_used > sizeof shared_memory) {
+        fprintf(stderr, "emulator: a block wants more than %zu bytes of shared memory\n", SHARED_BYTES);
+        abort();
+    }
+    memset(shared_memory + offset, POISON, bytes);
+    memset(shared_memory + offset + bytes, GUARD, shared_used - offset - bytes);
+    shared_arrays.push_back({site, offset, bytes});
+    return shared_memory + offset;
+}
+
+inline void check_shared() {
+    for (const SharedArray& array : shared_arrays)
+        for (size_t i = 0; i < GUARD_BYTES; ++i)
+            if (shared_memory[array.offset + array.bytes + i] != GUARD)
+                return fail("a write past the end of an array in shared memory");
+}
+
+inline void run_block() {
+    shared_arrays.clear();
+    shared_used = 0;
+    if (meetings.size() < (n_threads + WARP_SIZE - 1) / WARP_SIZE)
+        meetings.resize((n_threads + WARP_SIZE - 1) / WARP_SIZE);
+    for (Meeting& meeting : meetings) meeting.arrived = 0;
+    std::vector<unsigned> order(n_threads);
+    for (unsigned i = 0; i < n_threads; ++i) {
+        order[i] = i;
+        fibers[i]->wait = Wait::Nothing;
+        fibers[i]->copies.assign(1, {});
+    }
+    n_live = n_threads;
+    at_barrier = 0;
+    while (n_live > 0) {
+        const uint64_t word = random_word();
+        // A full shuffle is dear where lanes meet often: turn, and swap a few.
+        for (unsigned i = n_threads - 1; i > 0; i -= min(i, 1 + n_threads / 64))
+            std::swap(order[i], order[random_word() % (i + 1)]);
+        const unsigned turn = word % n_threads;
+        bool moved = false;
+        for (unsigned n = 0; n < n_threads; ++n) {
+            Fiber* fiber = fibers[order[(n + turn) % n_threads]];
+            if (fiber->wait != Wait::Nothing) continue;
+            resume(fiber);
+            moved = true;
+            if (fiber->wait == Wait::Done) n_live -= 1;
+        }
+        if (at_barrier == n_live && n_live > 0) {
+            at_barrier = 0;
+            for (unsigned i = 0; i < n_threads; ++i)
+                if (fibers[i]->wait == Wait::Barrier) fibers[i]->wait = Wait::Nothing;
+            moved = true;
+        }
+        if (!moved) {
+            fail("deadlock: threads wait for others that left or wait elsewhere");
+            // Their stacks hold no resources: start them afresh.
+            for (unsigned i = 0; i < n_threads; ++i) fibers[i]->started = false;
+            return;
+        }
+    }
+    check_shared();
+}
+
+// All lanes of the warp bring `mine`; afterwards `brought(lane)` gives what each brought.
+inline const Meeting& meet(const void* mine, size_t bytes, unsigned& round) {
+    const unsigned warp = current->index / WARP_SIZE, lane = current->index % WARP_SIZE;
+    Meeting& meeting = meetings[warp];
+    const unsigned lanes = min(WARP_SIZE, n_threads - warp * WARP_SIZE);
+    round = meeting.round % 2;
+    memcpy(meeting.brought[round][lane], mine, bytes);
+    if (++meeting.arrived == lanes) {
+        meeting.arrived = 0;
+        meeting.round += 1;
+        for (unsigned i = warp * WARP_SIZE; i < warp * WARP_SIZE + lanes; ++i)
+            if (fibers[i]->wait == Wait::Warp) fibers[i]->wait = Wait::Nothing;
+    } else {
+        current->wait = Wait::Warp;
+        yield_fiber();
+    }
+    return meeting;
+}
+
+template <class T>
+T from_lane(T mine, unsigned source) {
+    unsigned round;
+    const Meeting& meeting = meet(&mine, sizeof mine, round);
+    memcpy(&mine, meeting.brought[round][source % WARP_SIZE], sizeof mine);
+    return mine;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<A*>(arguments[I])...);
+}
+
+template <class... A>
+int launch(void (*kernel)(A...), void** arguments, size_t n_arguments, const size_t* sizes) {
+    const size_t expected[] = {sizeof(A)...};
+    if (n_arguments != sizeof...(A)) {
+        problem = "the kernel has " + std::to_string(sizeof...(A)) + " parameters, not " +
+                  std::to_string(n_arguments);
+        return 1;
+    }
+    for (size_t i = 0; i < n_arguments; ++i)
+        if (expected[i] != sizes[i]) {
+            problem = "parameter " + std::to_string(i) + " has " + std::to_string(expected[i]) +
+                      " bytes, not " + std::to_string(sizes[i]);
+            return 1;
+        }
+    struct Call {
+        void (*kernel)(A...);
+        void** arguments;
+    } bound{kernel, arguments};
+    body = [](void* bound) {
+        Call* call_of = static_cast<Call*>(bound);
+        call(call_of->kernel, call_of->arguments, std::index_sequence_for<A...>());
+    };
+    body_arguments = &bound;
+    n_threads = block_size.x * block_size.y * block_size.z;
+    while (fibers.size() < n_threads) {
+        fibers.push_back(new Fiber);
+        fibers.back()->index = fibers.size() - 1;
+    }
+    const uint64_t n_blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
+    // Blocks in no particular order either: from a random one on.
+    const uint64_t turn = n_blocks ? random_word() % n_blocks : 0;
+    for (uint64_t n = 0; n < n_blocks && problem.empty(); ++n) {
+        const uint64_t block = (n + turn) % n_blocks;
+        block_index.x = block % grid_size.x;
+        block_index.y = block / grid_size.x % grid_size.y;
+        block_index.z = block / grid_size.x / grid_size.y;
+        run_block();
+    }
+    return problem.empty() ? 0 : 1;
+}
+
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
+
+#define SHARED(type, name, count) \
+    static char name##_site;      \
+    type* name = static_cast<type*>(emulator::shared(&name##_site, sizeof(type) * (count)))
+#define DYNAMIC_SHARED(type, name)                                            \
+    type* name = static_cast<type*>(emulator::shared(&emulator::dynamic_bytes, \
+                                                     emulator::dynamic_bytes))
+
+inline void __syncthreads() {
+    emulator::current->wait = emulator::Wait::Barrier;
+    emulator::at_barrier += 1;
+    emulator::yield_fiber();
+}
+inline void __syncwarp(unsigned = 0xffffffff) { emulator::from_lane(0, 0); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, unsigned mask) {
+    return emulator::from_lane(value, emulator::current->index % emulator::WARP_SIZE ^ mask);
+}
+template <class T>
+T __shfl_sync(unsigned, T value, unsigned source) {
+    return emulator::from_lane(value, source);
+}
+
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
