@@ -36,7 +36,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Train an adapter on JSONL rows.
-    Train(train::Train),
+    Train(Box<train::Train>),
     /// Loss, exact match and Rouge-L of a data file, per task and overall.
     Eval(eval::Eval),
     /// Generate an output for every row of a data file.

@@ -17,6 +17,7 @@
 //! uses the values (models, kernels, training) does not check again.
 
 mod fields;
+pub mod fingerprint;
 pub mod json;
 pub mod mmap;
 pub mod safetensors;

@@ -6,6 +6,7 @@ use super::Example;
 use crate::{
     error::{Error, Result},
     formats::{
+        fingerprint::Fingerprint,
         rows::{Row, RowReader, Sequence, Targets},
         tasks::TaskNames,
     },
@@ -120,6 +121,17 @@ impl Dataset {
             return Err(Error::file(path, "every row is longer than the limits: none is left"));
         }
         Ok(dataset)
+    }
+
+    /// A fingerprint of what the model sees, in order.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut print = Fingerprint::default();
+        for Example { input, labels, task } in &self.examples {
+            print.add(&task.to_le_bytes());
+            print.add_ids(input);
+            print.add_ids(labels);
+        }
+        print
     }
 }
 

@@ -30,9 +30,11 @@ use crate::{
     formats::{
         checkpoint::{Checkpoint, TensorUse},
         config::{GenerationConfig, ModelConfig},
+        fingerprint::Fingerprint,
         mmap::MappedFile,
     },
     kernels::{Backend, cpu::Cpu},
+    tensor::Bytes,
 };
 
 /// How a model is opened.
@@ -184,6 +186,20 @@ impl<B: Backend> Model<B> {
     pub fn decoder_start(&self) -> u32 {
         let ModelConfig::T5(config) = &self.config;
         config.decoder_start_token_id
+    }
+
+    /// A fingerprint of the weights: of each file its length and its first and last 64 KiB. Reading
+    /// all of a large base would take longer than it is worth.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut print = Fingerprint::default();
+        for file in &self.files {
+            let bytes = file.bytes();
+            let part = bytes.len().min(1 << 16);
+            print.add(&(bytes.len() as u64).to_le_bytes());
+            print.add(&bytes[..part]);
+            print.add(&bytes[bytes.len() - part..]);
+        }
+        print
     }
 
     /// Fails if a mapped file has changed since it was opened: what was computed from it since may

@@ -6,8 +6,10 @@
 //!
 //! One [`Trainer`] owns an adapter and its optimiser state. The order of examples and everything
 //! random in a step are functions of the seed and the step's number, so a run repeats bit by bit for
-//! any number of threads.
+//! any number of threads, and one that is resumed from a [`checkpoint`] ends with the bits of one that
+//! never stopped.
 
+pub mod checkpoint;
 pub mod evaluate;
 pub mod metrics;
 pub mod order;

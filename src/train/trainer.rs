@@ -1,7 +1,11 @@
 //! One optimiser step: route, forward, backward, clip, update.
 
+use std::path::Path;
+
+use super::checkpoint::OPTIMIZER_FILE;
 use crate::{
     error::{Error, Result},
+    formats::safetensors::{SafetensorsFile, write_safetensors},
     kernels::{
         Backend, Precision,
         ops::{AdamW, Key, Noise, ParamGroup, RouteBackward},
@@ -147,6 +151,16 @@ impl<'m, B: Backend> Trainer<'m, B> {
         &self.adapter
     }
 
+    /// The adapter, given back.
+    pub fn into_adapter(self) -> Adapter<B> {
+        self.adapter
+    }
+
+    /// The base.
+    pub fn model(&self) -> &'m Model<B> {
+        self.model
+    }
+
     /// The settings.
     pub fn config(&self) -> &TrainConfig {
         &self.config
@@ -166,6 +180,43 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// n_skills]`, for parity tests. For steps of one micro-batch.
     pub fn set_noise(&mut self, noise: Option<Vec<f64>>) {
         self.noise = noise;
+    }
+
+    /// Writes the moments: `exp_avg` and `exp_avg_sq`, flat as the parameters.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn save_optimizer(&self, path: &Path) -> Result<()> {
+        let values = |tensor| -> Vec<f32> {
+            self.model.backend().download(tensor).into_iter().map(|v| v as f32).collect()
+        };
+        let (m, v) = (values(&self.m), values(&self.v));
+        write_safetensors(path, &[("exp_avg", &[m.len()], &m), ("exp_avg_sq", &[v.len()], &v)])
+    }
+
+    /// Goes on from step `step` with the moments in a checkpoint's folder. The adapter is the
+    /// checkpoint's already.
+    ///
+    /// # Errors
+    /// If the moments are missing, or not as many as the parameters.
+    pub fn restore(&mut self, checkpoint_dir: &Path, step: u64) -> Result<()> {
+        let path = checkpoint_dir.join(OPTIMIZER_FILE);
+        let file = SafetensorsFile::open(&path)?;
+        let backend = self.model.backend();
+        let n = self.adapter.n_params();
+        for (name, to) in [("exp_avg", &mut self.m), ("exp_avg_sq", &mut self.v)] {
+            let Some((tensor, shape)) = file.tensor(name)? else {
+                return Err(Error::Tensors { path, detail: format!("tensor {name} is missing") });
+            };
+            if shape != [n] {
+                let (name, found) = (name.to_owned(), shape.to_vec());
+                return Err(Error::Shape { path, name, expected: vec![n], found });
+            }
+            let values: Vec<f64> = tensor.to_f32().iter().map(|&v| f64::from(v)).collect();
+            *to = backend.upload(&values, 1, n, Precision::Full);
+        }
+        self.step = step;
+        Ok(())
     }
 
     /// One optimiser step over these examples, in micro-batches of the configured size.

@@ -3,6 +3,8 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used)]
 
+mod resume;
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -1,0 +1,260 @@
+//! Flags that `train` and `adapt` share: how much and how fast it learns, what is evaluated, what is
+//! kept.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::super::OnOff;
+use crate::{
+    error::{Error, Result},
+    train::{
+        Schedule, TrainConfig,
+        checkpoint::{self, STATE_FILE, TrainerState},
+        evaluate::Evaluation,
+    },
+};
+
+/// How much and how fast it learns. What is not given is the verb's own choice.
+#[derive(Args)]
+pub(in crate::cli) struct Learning {
+    /// Optimiser steps; wins over epochs.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    max_steps: Option<u64>,
+    /// Passes over the data [default: 3, where no number of steps is given].
+    #[arg(long)]
+    num_train_epochs: Option<f64>,
+    /// Examples of a micro-batch.
+    #[arg(
+        long, visible_alias = "per-device-train-batch-size", default_value_t = 8,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub(in crate::cli) batch_size: u32,
+    /// Micro-batches of a step.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(in crate::cli) gradient_accumulation_steps: u32,
+    /// Learning rate of the skills (A and B) [default: 1e-3].
+    #[arg(long, visible_alias = "adapters-learning-rate")]
+    learning_rate: Option<f64>,
+    /// Learning rate of the router [default: 0.1].
+    #[arg(long, visible_alias = "module-logits-learning-rate")]
+    router_learning_rate: Option<f64>,
+    /// Decoupled weight decay of the skills [default: 0.01].
+    #[arg(long)]
+    weight_decay: Option<f64>,
+    /// Decoupled weight decay of the router [default: 0].
+    #[arg(long)]
+    router_weight_decay: Option<f64>,
+    /// Clip gradients to this global norm; 0: never [default: 1].
+    #[arg(long)]
+    max_grad_norm: Option<f64>,
+    /// How the learning rates change after warm-up [default: linear].
+    #[arg(long)]
+    lr_scheduler_type: Option<Scheduler>,
+    /// Steps in which the learning rates rise from zero [default: 0].
+    #[arg(long)]
+    warmup_steps: Option<u64>,
+    /// Whether the router samples in training [default: on].
+    #[arg(long)]
+    router_sampling: Option<OnOff>,
+    /// Whether rows are shuffled each epoch.
+    #[arg(long, default_value = "on")]
+    pub(in crate::cli) shuffle: OnOff,
+    /// Whether activations are computed again in the backward instead of kept.
+    #[arg(
+        long, visible_aliases = ["gradient-checkpointing", "activation-checkpointing"],
+        default_value = "off"
+    )]
+    checkpointing: OnOff,
+    /// Dropout of the base [default: its configuration's dropout_rate].
+    #[arg(long)]
+    dropout: Option<f32>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Scheduler {
+    Linear,
+    Cosine,
+    Constant,
+}
+
+impl Learning {
+    /// Whether blocks run again in the backward.
+    pub(in crate::cli) fn checkpointing(&self) -> bool {
+        self.checkpointing.is_on()
+    }
+
+    /// Examples of a step.
+    pub(in crate::cli) fn per_step(&self) -> usize {
+        self.batch_size as usize * self.gradient_accumulation_steps as usize
+    }
+
+    /// Steps in all; `default` where neither steps nor epochs are given, and 3 epochs without.
+    pub(in crate::cli) fn n_steps(&self, per_epoch: u64, default: Option<u64>) -> Result<u64> {
+        if let Some(steps) = self.max_steps {
+            return Ok(steps);
+        }
+        match (self.num_train_epochs, default) {
+            (None, Some(steps)) => Ok(steps),
+            (None, None) => Ok(3 * per_epoch),
+            (Some(epochs), _) if epochs.is_finite() && epochs > 0.0 => {
+                Ok((epochs * per_epoch as f64).ceil() as u64)
+            }
+            (Some(epochs), _) => {
+                Err(Error::Usage(format!("--num-train-epochs must be above 0, not {epochs}")))
+            }
+        }
+    }
+
+    /// The settings: what was given, else `defaults`.
+    pub(in crate::cli) fn config(
+        &self,
+        defaults: TrainConfig,
+        seed: u64,
+        max_steps: u64,
+    ) -> TrainConfig {
+        TrainConfig {
+            learning_rate: self.learning_rate.unwrap_or(defaults.learning_rate),
+            router_learning_rate: self
+                .router_learning_rate
+                .unwrap_or(defaults.router_learning_rate),
+            weight_decay: self.weight_decay.unwrap_or(defaults.weight_decay),
+            router_weight_decay: self.router_weight_decay.unwrap_or(defaults.router_weight_decay),
+            max_grad_norm: self.max_grad_norm.unwrap_or(defaults.max_grad_norm),
+            schedule: match self.lr_scheduler_type {
+                Some(Scheduler::Linear) => Schedule::Linear,
+                Some(Scheduler::Cosine) => Schedule::Cosine,
+                Some(Scheduler::Constant) => Schedule::Constant,
+                None => defaults.schedule,
+            },
+            warmup_steps: self.warmup_steps.unwrap_or(defaults.warmup_steps),
+            max_steps,
+            batch_size: self.batch_size as usize,
+            router_sampling: self.router_sampling.map_or(defaults.router_sampling, OnOff::is_on),
+            dropout: self.dropout.or(defaults.dropout),
+            checkpointing: self.checkpointing.is_on(),
+            seed,
+        }
+    }
+}
+
+/// What is evaluated, and what follows from it.
+#[derive(Args)]
+pub(in crate::cli) struct Evaluating {
+    /// Rows to evaluate on.
+    #[arg(long)]
+    pub(in crate::cli) eval_data: Option<PathBuf>,
+    /// Evaluate every so many steps [default: at the end].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(in crate::cli) eval_steps: Option<u64>,
+    /// What decides which adapter is best.
+    #[arg(long, visible_alias = "metric-for-best-model", default_value = "loss")]
+    pub(in crate::cli) metric_for_best: Metric,
+    /// Stop after so many evaluations in a row that are not better than the best.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(in crate::cli) early_stopping_patience: Option<u64>,
+    /// By how much an evaluation must be better to count for early stopping.
+    #[arg(long, default_value_t = 0.0)]
+    pub(in crate::cli) early_stopping_threshold: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum Metric {
+    #[value(alias = "eval_loss")]
+    Loss,
+    #[value(name = "exact_match", aliases = ["exact-match", "eval_exact_match"])]
+    ExactMatch,
+    #[value(name = "rouge_l", aliases = ["rouge-l", "eval_rouge_l"])]
+    RougeL,
+}
+
+impl Metric {
+    /// Its value.
+    pub(in crate::cli) fn value(self, evaluation: &Evaluation) -> f64 {
+        let scores = &evaluation.overall;
+        match self {
+            Self::Loss => scores.loss,
+            Self::ExactMatch => scores.exact_match.unwrap_or(0.0),
+            Self::RougeL => scores.rouge_l.unwrap_or(0.0),
+        }
+    }
+
+    /// By how much `value` is better than `than`.
+    pub(in crate::cli) fn gain(self, value: f64, than: f64) -> f64 {
+        if self == Self::Loss { than - value } else { value - than }
+    }
+}
+
+/// What is kept of a run, and where it begins.
+#[derive(Args)]
+pub(in crate::cli) struct Saving {
+    /// Make a checkpoint every so many steps, and at the end [default: on SIGINT and SIGTERM only].
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(in crate::cli) save_steps: Option<u64>,
+    /// Keep so many checkpoints, the latest [default: all].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(in crate::cli) save_total_limit: Option<u32>,
+    /// Go on from this checkpoint, or from the last one in --output-dir (from the start where there
+    /// is none).
+    #[arg(long, visible_alias = "resume", value_name = "DIR", num_args = 0..=1)]
+    resume_from_checkpoint: Option<Option<PathBuf>>,
+    /// Remove the checkpoints of an earlier run in --output-dir.
+    #[arg(long)]
+    overwrite_output_dir: bool,
+}
+
+/// A run that goes on.
+pub(in crate::cli) struct Resumed {
+    /// The checkpoint's folder.
+    pub(in crate::cli) dir: PathBuf,
+    /// Where it stood.
+    pub(in crate::cli) state: TrainerState,
+}
+
+impl Saving {
+    /// The checkpoint to go on from, if that was asked for and there is one. Otherwise none is left
+    /// in the folder that a later --resume could take for this run's.
+    pub(in crate::cli) fn resumed(&self, output_dir: &Path) -> Result<Option<Resumed>> {
+        checkpoint::remove_leftovers(output_dir)?;
+        let found = checkpoint::list(output_dir)?;
+        let dir = match &self.resume_from_checkpoint {
+            None => {
+                if self.overwrite_output_dir {
+                    found.iter().try_for_each(|old| checkpoint::remove(&old.path))?;
+                } else if let Some(last) = found.last() {
+                    return Err(Error::Usage(format!(
+                        "{} is of an earlier run: go on from there with --resume, replace that run with --overwrite-output-dir, or name another --output-dir",
+                        last.path.display()
+                    )));
+                }
+                return Ok(None);
+            }
+            // What people type from habit: --resume_from_checkpoint True.
+            Some(given) => match given
+                .as_ref()
+                .filter(|dir| !dir.as_os_str().eq_ignore_ascii_case("true"))
+            {
+                Some(dir) => dir.clone(),
+                None => match found.last() {
+                    Some(last) => last.path.clone(),
+                    None => {
+                        tracing::info!("no checkpoint in {}: starting anew", output_dir.display());
+                        return Ok(None);
+                    }
+                },
+            },
+        };
+        if !dir.join(STATE_FILE).exists() {
+            return Err(Error::file(&dir, format!("no checkpoint: there is no {STATE_FILE}")));
+        }
+        let state = checkpoint::read_state(&dir)?;
+        if let Some(later) = found.iter().find(|other| other.step > state.global_step) {
+            return Err(Error::Usage(format!(
+                "{} is later than {}: go on from the last one, remove the later ones, or name another --output-dir",
+                later.path.display(),
+                dir.display()
+            )));
+        }
+        Ok(Some(Resumed { dir, state }))
+    }
+}

@@ -1,0 +1,324 @@
+//! A run in progress: steps, evaluations, checkpoints.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    super::{Common, eval::task_name, print},
+    flags::{Evaluating, Metric, Resumed, Saving},
+    log::Log,
+};
+use crate::{
+    error::{Error, Result},
+    formats::tasks::TaskNames,
+    generate::{Engine, GenerateOptions},
+    kernels::Backend,
+    model::{Adapter, Example, Model, dataset::Dataset},
+    process::Memory,
+    train::{
+        StepReport, Trainer,
+        checkpoint::{self, TrainerState},
+        evaluate::{Decode, Evaluation, evaluate},
+        order::Batches,
+    },
+};
+
+/// Evaluation rows and what scores them.
+pub(in crate::cli) struct Evaluator<'a, B: Backend> {
+    pub(in crate::cli) model: &'a Model<B>,
+    pub(in crate::cli) data: Dataset,
+    pub(in crate::cli) decoder: Option<&'a dyn Decode>,
+    pub(in crate::cli) tasks: &'a TaskNames,
+    pub(in crate::cli) batch_size: usize,
+    pub(in crate::cli) metric: Metric,
+}
+
+impl<B: Backend> Evaluator<'_, B> {
+    fn run(&self, adapter: &Adapter<B>) -> Result<Evaluation> {
+        let present = self.data.examples.iter().map(|example| example.task);
+        let engine = Engine::new(self.model, Some(adapter), present, self.batch_size);
+        let options = GenerateOptions::default();
+        let generate = (self.metric != Metric::Loss).then_some(&options);
+        evaluate(&engine, &self.data, generate, self.decoder, |_, example| {
+            task_name(Some(self.tasks), example.task)
+        })
+    }
+}
+
+/// What a run is made of.
+pub(in crate::cli) struct Plan<'a, B: Backend> {
+    pub(in crate::cli) common: &'a Common,
+    pub(in crate::cli) evaluating: &'a Evaluating,
+    pub(in crate::cli) saving: &'a Saving,
+    pub(in crate::cli) output_dir: &'a Path,
+    pub(in crate::cli) trainer: Trainer<'a, B>,
+    pub(in crate::cli) data: &'a Dataset,
+    pub(in crate::cli) batches: Batches,
+    pub(in crate::cli) evaluator: Option<Evaluator<'a, B>>,
+    /// Steps in all.
+    pub(in crate::cli) n_steps: u64,
+    /// What a resumed run must share.
+    pub(in crate::cli) arguments: Map<String, Value>,
+}
+
+/// What became of a run.
+pub(in crate::cli) struct Outcome<'a, B: Backend> {
+    pub(in crate::cli) trainer: Trainer<'a, B>,
+    /// The last step, if any was left to do.
+    pub(in crate::cli) last: Option<StepReport>,
+    /// The last evaluation.
+    pub(in crate::cli) evaluation: Option<Evaluation>,
+    pub(in crate::cli) state: TrainerState,
+}
+
+/// A run in progress.
+pub(in crate::cli) struct Run<'a, B: Backend> {
+    plan: Plan<'a, B>,
+    log: Log,
+    state: TrainerState,
+}
+
+/// Set by the first SIGINT or SIGTERM; the second ends the process.
+pub(in crate::cli) fn interruption() -> Arc<AtomicBool> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&interrupted);
+    // A second run in one process keeps the first one's handler; there is none here.
+    let _ = ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("interrupted: saving after this step (again: exit at once)");
+    });
+    interrupted
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    /// Begins anew, or where a checkpoint stood.
+    pub(in crate::cli) fn start(mut plan: Plan<'a, B>, resumed: Option<&Resumed>) -> Result<Self> {
+        let out = plan.output_dir;
+        let Some(Resumed { dir, state }) = resumed else {
+            let log = Log::open(out, None)?;
+            remove_best(out)?;
+            return Ok(Self { log, state: TrainerState::default(), plan });
+        };
+        checkpoint::check_arguments(dir, &plan.arguments)?;
+        plan.trainer.restore(dir, state.global_step)?;
+        if state.max_steps != plan.n_steps {
+            tracing::warn!(
+                "{} steps in all instead of {}: the learning rates change accordingly, so this is not the run that would have been",
+                plan.n_steps,
+                state.max_steps
+            );
+        }
+        // Log and best adapter lie beside the checkpoint; a run may go on in another folder.
+        let from = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let log = Log::open(out, Some((from, state.global_step)))?;
+        let (best, old) = (out.join("best"), from.join("best"));
+        if state.best_global_step.is_some() && !best.exists() && old.is_dir() {
+            copy_files(&old, &best)?;
+        }
+        tracing::info!("going on from {} at step {}", dir.display(), state.global_step);
+        Ok(Self { log, state: state.clone(), plan })
+    }
+
+    /// Where `best/` is.
+    fn best_dir(&self) -> PathBuf {
+        self.plan.output_dir.join("best")
+    }
+
+    /// All steps that are left; then the adapter is saved.
+    pub(in crate::cli) fn go(mut self, interrupted: &AtomicBool) -> Result<Outcome<'a, B>> {
+        let bar = self.plan.common.progress(self.plan.n_steps);
+        bar.set_position(self.plan.trainer.steps_done());
+        let (mut last, mut evaluation) = (None, None);
+        while self.plan.trainer.steps_done() < self.plan.n_steps && !self.out_of_patience() {
+            let (report, seconds) = match self.step() {
+                Ok(done) => done,
+                Err(error) => {
+                    bar.finish_and_clear();
+                    // As it was before the step; if that cannot be saved, the first error is still
+                    // the one to report.
+                    if let Err(second) = self.save_adapter() {
+                        tracing::error!("{second}");
+                    }
+                    return Err(error);
+                }
+            };
+            last = Some(report);
+            self.log_step(&report, seconds)?;
+            let speed = report.n_tokens as f64 / seconds;
+            bar.set_message(format!("loss {:.4} {speed:.0} tokens/s", report.loss));
+            bar.inc(1);
+            let is_last = report.step == self.plan.n_steps;
+            if is_last || due(self.plan.evaluating.eval_steps, report.step) {
+                evaluation = self.evaluate()?;
+            }
+            let stop = interrupted.load(Ordering::Relaxed);
+            let saving = self.plan.saving.save_steps;
+            if stop || due(saving, report.step) || (is_last && saving.is_some()) {
+                self.checkpoint(&report)?;
+            }
+            if stop {
+                break;
+            }
+        }
+        bar.finish_and_clear();
+        self.save_adapter()?;
+        self.plan.trainer.model().verify_unchanged()?;
+        if interrupted.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        Ok(Outcome { trainer: self.plan.trainer, last, evaluation, state: self.state })
+    }
+
+    fn step(&mut self) -> Result<(StepReport, f64)> {
+        let Plan { trainer, batches, data, .. } = &mut self.plan;
+        let examples: Vec<&Example> =
+            batches.of_step(trainer.steps_done() + 1).iter().map(|&i| &data.examples[i]).collect();
+        let started = Instant::now();
+        let report = trainer.step(&examples)?;
+        Ok((report, started.elapsed().as_secs_f64()))
+    }
+
+    fn log_step(&mut self, report: &StepReport, seconds: f64) -> Result<()> {
+        let line = json!({
+            "step": report.step,
+            "loss": report.loss,
+            "lr": report.lr,
+            "router_lr": report.router_lr,
+            "grad_norm": report.grad_norm,
+            "tokens_per_s": (report.n_tokens as f64 / seconds).round(),
+            "rss_mib": Memory::now().peak_rss_mib,
+        });
+        if self.plan.common.json {
+            print(&line.to_string())?;
+        }
+        self.log.line(&line)
+    }
+
+    fn epoch(&self) -> f64 {
+        self.plan.trainer.steps_done() as f64 / self.plan.batches.steps_per_epoch() as f64
+    }
+
+    fn evaluate(&mut self) -> Result<Option<Evaluation>> {
+        let Some(evaluator) = &self.plan.evaluator else { return Ok(None) };
+        let step = self.plan.trainer.steps_done();
+        let evaluation = evaluator.run(self.plan.trainer.adapter())?;
+        let scores = &evaluation.overall;
+        let mut line = json!({
+            "step": step, "eval_loss": scores.loss, "eval_n_rows": scores.n_rows,
+            "eval_n_tokens": scores.n_tokens,
+        });
+        if let (Some(exact), Some(rouge)) = (scores.exact_match, scores.rouge_l) {
+            line["eval_exact_match"] = json!(exact);
+            line["eval_rouge_l"] = json!(rouge);
+        }
+        if self.plan.common.json {
+            print(&line.to_string())?;
+        } else {
+            tracing::info!("step {step}: evaluation loss {:.4}", scores.loss);
+        }
+        self.log.line(&line)?;
+        line["epoch"] = json!(self.epoch());
+        self.state.log_history.push(line);
+        self.judge(evaluator_metric(evaluator, &evaluation), step)?;
+        Ok(Some(evaluation))
+    }
+
+    /// Keeps the adapter if it is the best so far, and counts the patience that is left.
+    fn judge(&mut self, (metric, value): (Metric, f64), step: u64) -> Result<()> {
+        let best = self.state.best_metric;
+        let threshold = self.plan.evaluating.early_stopping_threshold;
+        if let Some(patience) = self.plan.evaluating.early_stopping_patience {
+            let is_better =
+                best.is_none_or(|best| value.is_finite() && metric.gain(value, best) > threshold);
+            let used = if is_better { 0 } else { self.state.patience_used() + 1 };
+            self.state.set_patience_used(used, patience, threshold);
+        }
+        if value.is_finite() && best.is_none_or(|best| metric.gain(value, best) > 0.0) {
+            let dir = self.best_dir();
+            let trainer = &self.plan.trainer;
+            trainer.adapter().save_peft(trainer.model().backend(), &dir)?;
+            self.state.best_metric = Some(value);
+            self.state.best_global_step = Some(step);
+            self.state.best_model_checkpoint = Some(dir);
+        }
+        Ok(())
+    }
+
+    fn out_of_patience(&self) -> bool {
+        let used = self.state.patience_used();
+        self.plan.evaluating.early_stopping_patience.is_some_and(|patience| used >= patience)
+    }
+
+    fn checkpoint(&mut self, report: &StepReport) -> Result<()> {
+        self.log.sync()?;
+        self.state.log_history.push(json!({
+            "step": report.step, "epoch": self.epoch(), "loss": report.loss,
+            "learning_rate": report.lr, "router_learning_rate": report.router_lr,
+            "grad_norm": report.grad_norm,
+        }));
+        let Plan { saving, evaluating, n_steps, trainer, output_dir, .. } = &self.plan;
+        let per_epoch = self.plan.batches.steps_per_epoch();
+        self.state = TrainerState {
+            epoch: self.epoch(),
+            eval_steps: evaluating.eval_steps.unwrap_or(0),
+            global_step: report.step,
+            logging_steps: 1,
+            max_steps: *n_steps,
+            num_train_epochs: n_steps.div_ceil(per_epoch),
+            save_steps: saving.save_steps.unwrap_or(0),
+            train_batch_size: trainer.config().batch_size,
+            ..std::mem::take(&mut self.state)
+        };
+        checkpoint::save(output_dir, trainer, &self.state, &self.plan.arguments)?;
+        match saving.save_total_limit {
+            Some(limit) => checkpoint::rotate(output_dir, limit as usize),
+            None => Ok(()),
+        }
+    }
+
+    fn save_adapter(&self) -> Result<()> {
+        let trainer = &self.plan.trainer;
+        trainer.adapter().save_peft(trainer.model().backend(), self.plan.output_dir)
+    }
+}
+
+fn evaluator_metric<B: Backend>(
+    evaluator: &Evaluator<'_, B>,
+    evaluation: &Evaluation,
+) -> (Metric, f64) {
+    (evaluator.metric, evaluator.metric.value(evaluation))
+}
+
+fn due(every: Option<u64>, step: u64) -> bool {
+    every.is_some_and(|n| step.is_multiple_of(n))
+}
+
+/// The best adapter of an earlier run in this folder is not this run's.
+fn remove_best(output_dir: &Path) -> Result<()> {
+    let best = output_dir.join("best");
+    if best.join("adapter_config.json").exists() {
+        fs::remove_dir_all(&best).map_err(Error::io("remove", best))?;
+    }
+    Ok(())
+}
+
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).map_err(Error::io("create", to))?;
+    for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
+        let entry = entry.map_err(Error::io("read", from))?;
+        let target = to.join(entry.file_name());
+        fs::copy(entry.path(), &target).map_err(Error::io("write", &target))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,305 @@
+//! Checkpoints of a run: all that its next step depends on, in one folder.
+//!
+//! ```text
+//! checkpoint-<step>/adapter_config.json, adapter_model.safetensors, tasks.json   the adapter (PEFT)
+//! checkpoint-<step>/optimizer.safetensors                                        the moments
+//! checkpoint-<step>/trainer_state.json                                           as transformers has it
+//! checkpoint-<step>/training_args.json                                           what must stay the same
+//! ```
+//!
+//! Data order, dropout and routing noise are functions of seed and step, so there is no generator
+//! state to keep. Parameters and moments are f32 here and on disk: a resumed run computes the bits
+//! of one that never stopped.
+//!
+//! A folder is filled under a hidden name, synced and renamed, and leaves by a rename, too: whenever
+//! the machine stops, `checkpoint-<step>` is a whole checkpoint or not there.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::Trainer;
+use crate::{
+    error::{Error, Result},
+    formats::{json::read_json, safetensors::write_atomically},
+    kernels::Backend,
+};
+
+/// The name of the state's file in a checkpoint.
+pub const STATE_FILE: &str = "trainer_state.json";
+/// The name of the optimiser's file in a checkpoint.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+/// The name of the file with what a resumed run must share.
+pub const ARGUMENTS_FILE: &str = "training_args.json";
+const PREFIX: &str = "checkpoint-";
+/// The most bytes of a JSON file of a checkpoint.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// Where a run stands, beside its parameters: the fields of transformers' `TrainerState` that mean
+/// something here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// The step of the best evaluation so far.
+    pub best_global_step: Option<u64>,
+    /// Its metric.
+    pub best_metric: Option<f64>,
+    /// Where that adapter is.
+    pub best_model_checkpoint: Option<PathBuf>,
+    /// Epochs done, with the fraction of the one under way.
+    pub epoch: f64,
+    /// Steps between evaluations; 0: only at the end.
+    pub eval_steps: u64,
+    /// Steps done.
+    pub global_step: u64,
+    /// Evaluations, and the training loss of each checkpoint; every step is in `log.jsonl`.
+    pub log_history: Vec<Value>,
+    /// Steps between lines of `log.jsonl`.
+    pub logging_steps: u64,
+    /// Steps in all.
+    pub max_steps: u64,
+    /// Epochs in all.
+    pub num_train_epochs: u64,
+    /// Steps between checkpoints; 0: none on schedule.
+    pub save_steps: u64,
+    /// The state of early stopping, in transformers' form.
+    pub stateful_callbacks: Map<String, Value>,
+    /// Examples of a micro-batch.
+    pub train_batch_size: usize,
+}
+
+const EARLY_STOPPING: &str = "EarlyStoppingCallback";
+
+impl TrainerState {
+    /// Evaluations in a row that were not better than the best.
+    pub fn patience_used(&self) -> u64 {
+        self.stateful_callbacks
+            .get(EARLY_STOPPING)
+            .and_then(|callback| callback["attributes"]["early_stopping_patience_counter"].as_u64())
+            .unwrap_or(0)
+    }
+
+    /// Sets [`TrainerState::patience_used`], with the arguments that transformers keeps beside it.
+    pub fn set_patience_used(&mut self, used: u64, patience: u64, threshold: f64) {
+        let callback = json!({
+            "args": {"early_stopping_patience": patience, "early_stopping_threshold": threshold},
+            "attributes": {"early_stopping_patience_counter": used},
+        });
+        self.stateful_callbacks.insert(EARLY_STOPPING.to_owned(), callback);
+    }
+}
+
+/// A checkpoint's folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckpointDir {
+    /// Steps done when it was made.
+    pub step: u64,
+    /// The folder.
+    pub path: PathBuf,
+}
+
+/// The checkpoints in a run's folder, the earliest first.
+///
+/// # Errors
+/// If the folder exists and cannot be read.
+pub fn list(output_dir: &Path) -> Result<Vec<CheckpointDir>> {
+    let mut found = Vec::new();
+    for (name, path) in entries(output_dir)? {
+        let Some(step) = name.strip_prefix(PREFIX) else { continue };
+        // Only names that are written here: "checkpoint-007" or "checkpoint-7-old" are not.
+        let Some(step) = step.parse::<u64>().ok().filter(|n| n.to_string() == step) else {
+            continue;
+        };
+        if path.is_dir() {
+            found.push(CheckpointDir { step, path });
+        }
+    }
+    found.sort_by_key(|checkpoint| checkpoint.step);
+    Ok(found)
+}
+
+/// Removes what an interrupted save or removal left behind.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn remove_leftovers(output_dir: &Path) -> Result<()> {
+    for (name, path) in entries(output_dir)? {
+        if name.starts_with(&format!(".{PREFIX}")) && name.contains(".tmp-") {
+            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(Error::io("read", dir))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(Error::io("read", dir))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            found.push((name, entry.path()));
+        }
+    }
+    Ok(found)
+}
+
+/// Removes the earliest checkpoints until `limit` are left.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn rotate(output_dir: &Path, limit: usize) -> Result<()> {
+    let found = list(output_dir)?;
+    found[..found.len().saturating_sub(limit)].iter().try_for_each(|old| remove(&old.path))
+}
+
+/// Removes a checkpoint: first its name, then its content.
+///
+/// # Errors
+/// If it cannot be removed.
+pub fn remove(path: &Path) -> Result<()> {
+    let hidden = hidden_name(path);
+    fs::rename(path, &hidden).map_err(Error::io("rename", path))?;
+    fs::remove_dir_all(&hidden).map_err(Error::io("remove", hidden))
+}
+
+/// `.checkpoint-<step>.tmp-<pid>` beside `checkpoint-<step>`.
+fn hidden_name(path: &Path) -> PathBuf {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    path.with_file_name(format!(".{name}.tmp-{}", std::process::id()))
+}
+
+/// Saves a run's state as `output_dir/checkpoint-<step>`, where there is none of that step yet.
+///
+/// # Errors
+/// If a value is not finite, or the folder cannot be written.
+pub fn save<B: Backend>(
+    output_dir: &Path,
+    trainer: &Trainer<'_, B>,
+    state: &TrainerState,
+    arguments: &Map<String, Value>,
+) -> Result<PathBuf> {
+    let path = output_dir.join(format!("{PREFIX}{}", state.global_step));
+    if path.exists() {
+        return Ok(path); // The run was stopped at the step it was resumed at: the same bits.
+    }
+    let hidden = hidden_name(&path);
+    if hidden.exists() {
+        fs::remove_dir_all(&hidden).map_err(Error::io("remove", &hidden))?;
+    }
+    fs::create_dir_all(&hidden).map_err(Error::io("create", &hidden))?;
+    trainer.adapter().save_peft(trainer.model().backend(), &hidden)?;
+    trainer.save_optimizer(&hidden.join(OPTIMIZER_FILE))?;
+    let write = |name: &str, value: &Value| {
+        write_atomically(&hidden.join(name), |file| writeln!(file, "{value:#}"))
+    };
+    write(ARGUMENTS_FILE, &Value::Object(arguments.clone()))?;
+    write(STATE_FILE, &serde_json::to_value(state).unwrap_or_default())?;
+    sync_dir(&hidden)?;
+    fs::rename(&hidden, &path).map_err(Error::io("rename", &path))?;
+    sync_dir(output_dir)?;
+    Ok(path)
+}
+
+/// So that the names in a folder survive a loss of power.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))?;
+    }
+    Ok(())
+}
+
+/// The state of a checkpoint.
+///
+/// # Errors
+/// If the file is missing or malformed.
+pub fn read_state(checkpoint_dir: &Path) -> Result<TrainerState> {
+    read_json(&checkpoint_dir.join(STATE_FILE), MAX_FILE_BYTES)
+}
+
+/// Checks that a run with these arguments is the one that made a checkpoint. Another instruction set
+/// rounds otherwise, which is worth a warning and not a refusal.
+///
+/// # Errors
+/// Names the first argument that differs.
+pub fn check_arguments(checkpoint_dir: &Path, now: &Map<String, Value>) -> Result<()> {
+    let path = checkpoint_dir.join(ARGUMENTS_FILE);
+    let then: Map<String, Value> = read_json(&path, MAX_FILE_BYTES)?;
+    for key in then.keys().chain(now.keys()) {
+        let (then, now) =
+            (&then.get(key).unwrap_or(&Value::Null), &now.get(key).unwrap_or(&Value::Null));
+        if then != now && key == "isa" {
+            tracing::warn!("the checkpoint was made on {then}, this is {now}: bits may differ");
+        } else if then != now {
+            return Err(Error::file(
+                path,
+                format!(
+                    "{key} was {then} in the run that is to be resumed and is {now} now, which would be another run: give the same settings and data, or begin anew with --adapter-init"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_found_by_their_number_and_the_earliest_go_first() {
+        let dir = std::env::temp_dir().join(format!("polytape-ckpt-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        assert!(list(&dir).unwrap().is_empty(), "no folder, no checkpoints");
+        for name in [
+            "checkpoint-9",
+            "checkpoint-10",
+            "checkpoint-007",
+            "checkpoint-x",
+            ".checkpoint-8.tmp-1",
+        ] {
+            fs::create_dir_all(dir.join(name)).unwrap();
+        }
+        fs::write(dir.join("checkpoint-3"), "a file").unwrap();
+        let steps = || list(&dir).unwrap().iter().map(|c| c.step).collect::<Vec<_>>();
+        assert_eq!(steps(), [9, 10]);
+        remove_leftovers(&dir).unwrap();
+        assert!(!dir.join(".checkpoint-8.tmp-1").exists() && dir.join("checkpoint-x").exists());
+        rotate(&dir, 2).unwrap();
+        assert_eq!(steps(), [9, 10]);
+        rotate(&dir, 1).unwrap();
+        assert_eq!(steps(), [10]);
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn patience_is_kept_as_transformers_keeps_it() {
+        let mut state = TrainerState::default();
+        assert_eq!(state.patience_used(), 0);
+        state.set_patience_used(2, 5, 0.5);
+        assert_eq!(state.patience_used(), 2);
+        let text = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<TrainerState>(&text).unwrap(), state);
+    }
+
+    #[test]
+    fn another_run_is_refused_by_the_name_of_what_differs() {
+        let dir = std::env::temp_dir().join(format!("polytape-args-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join(ARGUMENTS_FILE), r#"{"seed": 1, "batch_size": 8}"#).unwrap();
+        let check = |seed: u64, batch: u64| {
+            let now = json!({"seed": seed, "batch_size": batch});
+            check_arguments(&dir, now.as_object().unwrap()).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(1, 8), Ok(()));
+        assert!(check(2, 8).unwrap_err().contains("seed was 1 in the run"));
+        assert!(check(1, 4).unwrap_err().contains("batch_size was 8"));
+        fs::remove_dir_all(dir).unwrap();
+    }
+}

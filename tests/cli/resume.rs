@@ -1,0 +1,294 @@
+//! Checkpoints: a run that was stopped, in whatever way, ends with the bits of one that was not.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use polytape::{formats::safetensors::SafetensorsFile, train::checkpoint};
+use serde_json::Value;
+
+use crate::{data, fails, lines, ok, scratch, str, text, text_or_empty, train};
+
+const FILES: [&str; 5] = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tasks.json",
+    "optimizer.safetensors",
+    "trainer_state.json",
+];
+
+fn bytes(dir: &Path, file: &str) -> Vec<u8> {
+    fs::read(dir.join(file)).unwrap()
+}
+
+/// (step, loss or evaluation loss) of every line.
+fn losses(out: &Path) -> Vec<(u64, u64)> {
+    lines(&out.join("log.jsonl"))
+        .iter()
+        .map(|line| {
+            let loss = line.get("loss").unwrap_or(&line["eval_loss"]).as_f64().unwrap();
+            (line["step"].as_u64().unwrap(), loss.to_bits())
+        })
+        .collect()
+}
+
+fn steps(out: &Path) -> Vec<u64> {
+    checkpoint::list(out).unwrap().iter().map(|found| found.step).collect()
+}
+
+/// From every kind of place: inside an epoch, at its end, after an evaluation, with accumulation, by
+/// another number of threads, with activations computed again.
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() {
+    let dir = scratch("resume");
+    let rows = data(&dir, 20); // 6 rows a step: steps of 6, 6, 6 and 2, four an epoch.
+    let common = [
+        "--batch-size",
+        "2",
+        "--gradient-accumulation-steps",
+        "3",
+        "--max-steps",
+        "11",
+        "--warmup-steps",
+        "3",
+        "--dropout",
+        "0.1",
+        "--eval-data",
+        str(&rows),
+        "--eval-steps",
+        "4",
+        "--save-steps",
+        "1",
+        "--learning-rate",
+        "0.02",
+    ];
+    let full = dir.join("full");
+    ok(&train(&rows, &full, &[&common[..], &["--threads", "1"]].concat()));
+    assert_eq!(steps(&full), (1..=11).collect::<Vec<_>>());
+    for (step, more) in [
+        (1, ["--threads", "2"]),
+        (3, ["--threads", "1"]),
+        (4, ["--threads", "3"]),
+        (6, ["--checkpointing", "on"]),
+        (10, ["--threads", "2"]),
+    ] {
+        let out = dir.join(format!("from-{step}"));
+        let from = full.join(format!("checkpoint-{step}"));
+        let resume = ["--resume_from_checkpoint", str(&from)];
+        ok(&train(&rows, &out, &[&common[..], &resume, &more].concat()));
+        for file in ["adapter_model.safetensors", "best/adapter_model.safetensors", "tasks.json"] {
+            assert!(bytes(&out, file) == bytes(&full, file), "{file} from step {step}");
+        }
+        assert_eq!(losses(&out), losses(&full), "from step {step}");
+        for later in step + 1..=11 {
+            let name = format!("checkpoint-{later}");
+            for file in &FILES[..4] {
+                let (a, b) = (bytes(&out.join(&name), file), bytes(&full.join(&name), file));
+                assert!(a == b, "{name}/{file} from step {step}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on_where_it_stopped() {
+    let dir = scratch("resume-interrupted");
+    let (rows, out, whole) = (data(&dir, 30), dir.join("out"), dir.join("whole"));
+    let endless = ["--max-steps", "1000000", "--lr-scheduler-type", "constant", "-q"];
+    for signal in ["-INT", "-TERM"] {
+        let before = losses_or_none(&out).len();
+        let mut child = spawn(&train(&rows, &out, &[&endless[..], &["--resume"]].concat()));
+        wait_for_lines(&out, before + 3);
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        let last = losses(&out).last().unwrap().0;
+        assert_eq!(steps(&out).last(), Some(&last), "a checkpoint of the last step");
+    }
+    let total = (losses(&out).last().unwrap().0 + 5).to_string();
+    let short = ["--max-steps", &total, "--lr-scheduler-type", "constant"];
+    ok(&train(&rows, &out, &[&short[..], &["--resume"]].concat()));
+    ok(&train(&rows, &whole, &short));
+    assert_eq!(losses(&out), losses(&whole));
+    let file = "adapter_model.safetensors";
+    assert!(bytes(&out, file) == bytes(&whole, file));
+    // Once more: there is nothing left to do.
+    let said = ok(&train(
+        &rows,
+        &out,
+        &["--max-steps", &total, "--lr-scheduler-type", "constant", "--resume"],
+    ));
+    assert!(
+        said.contains("nothing was left to do") || steps(&out).last().unwrap().to_string() != total
+    );
+}
+
+fn losses_or_none(out: &Path) -> Vec<(u64, u64)> {
+    if out.join("log.jsonl").exists() { losses(out) } else { Vec::new() }
+}
+
+fn spawn(arguments: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn wait_for_lines(out: &Path, n: usize) {
+    let started = Instant::now();
+    while text_or_empty(&out.join("log.jsonl")).lines().count() < n {
+        assert!(started.elapsed() < Duration::from_secs(120), "no step was logged");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Kills a run `n_kills` times, and resumes it each time.
+fn kill_and_resume(name: &str, n_kills: u64) {
+    const EVERY: u64 = 3;
+    let dir = scratch(name);
+    let (rows, out, whole) = (data(&dir, 30), dir.join("out"), dir.join("whole"));
+    let common = ["--lr-scheduler-type", "constant", "--batch-size", "4", "--dropout", "0.1", "-q"];
+    let endless = ["--max-steps", "1000000", "--save-steps", "3", "--save-total-limit", "2"];
+    let mut random = 12345_u64;
+    for kill in 0..n_kills {
+        let before = text_or_empty(&out.join("log.jsonl")).lines().count();
+        let mut child =
+            spawn(&train(&rows, &out, &[&common[..], &endless, &["--resume"]].concat()));
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        // One in four at any time at all, the others while it trains and saves.
+        if kill % 4 != 3 {
+            wait_for_lines(&out, before.saturating_sub(EVERY as usize) + 1);
+        }
+        std::thread::sleep(Duration::from_micros((random >> 33) % 60_000));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        check_checkpoints(&out, EVERY);
+    }
+    let last = steps(&out).last().copied().unwrap_or(0);
+    assert!(last > 0, "nothing was ever saved");
+    let total = (last + 4).to_string();
+    let rest = [&common[..], &["--max-steps", &total]].concat();
+    ok(&train(&rows, &out, &[&rest[..], &["--resume"]].concat()));
+    ok(&train(&rows, &whole, &rest));
+    let file = "adapter_model.safetensors";
+    assert!(bytes(&out, file) == bytes(&whole, file), "after {n_kills} kills");
+    assert_eq!(losses(&out), losses(&whole));
+    let leftovers = fs::read_dir(&out).unwrap().filter(|entry| {
+        entry.as_ref().unwrap().file_name().to_string_lossy().starts_with(".checkpoint")
+    });
+    assert_eq!(leftovers.count(), 0);
+}
+
+/// Every folder that is called a checkpoint is a whole one, and the log is not further ahead of the
+/// last than the steps between two.
+fn check_checkpoints(out: &Path, every: u64) {
+    let found = checkpoint::list(out).unwrap();
+    for checkpoint in &found {
+        let state = checkpoint::read_state(&checkpoint.path).unwrap();
+        assert_eq!(state.global_step, checkpoint.step);
+        for file in FILES {
+            assert!(checkpoint.path.join(file).exists(), "{}/{file}", checkpoint.path.display());
+        }
+        let file = SafetensorsFile::open(checkpoint.path.join("optimizer.safetensors")).unwrap();
+        assert!(file.tensor("exp_avg_sq").unwrap().is_some());
+        polytape::formats::adapter::AdapterFiles::open(&checkpoint.path).unwrap();
+    }
+    let logged = text_or_empty(&out.join("log.jsonl"))
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter_map(|line| line["step"].as_u64())
+        .last();
+    let (logged, saved) = (logged.unwrap_or(0), found.last().map_or(0, |last| last.step));
+    assert!(logged <= saved + every, "step {logged} is logged, {saved} is saved");
+}
+
+#[test]
+fn kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint() {
+    kill_and_resume("kill-9", 20);
+}
+
+#[test]
+#[ignore = "some minutes: the same with more kills"]
+fn kill_9_many_times() {
+    kill_and_resume("kill-9-many", 300);
+}
+
+#[test]
+fn only_the_last_checkpoints_are_kept() {
+    let dir = scratch("save-total-limit");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    ok(&train(&rows, &out, &["--max-steps", "7", "--save-steps", "2", "--save_total_limit", "2"]));
+    assert_eq!(steps(&out), [6, 7]);
+    let state: Value =
+        serde_json::from_str(&text(&out.join("checkpoint-7/trainer_state.json"))).unwrap();
+    assert_eq!((state["global_step"].as_u64(), state["max_steps"].as_u64()), (Some(7), Some(7)));
+    assert_eq!(state["epoch"], 7.0 / 2.0);
+}
+
+/// Without learning no evaluation is better than the first.
+#[test]
+fn patience_ends_a_run() {
+    let dir = scratch("patience");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    let common = [
+        "--max-steps",
+        "50",
+        "--eval-data",
+        str(&rows),
+        "--eval-steps",
+        "2",
+        "--save-steps",
+        "3",
+        "--learning-rate",
+        "0",
+        "--router-learning-rate",
+        "0",
+        "--early-stopping-patience",
+        "3",
+    ];
+    ok(&train(&rows, &out, &common));
+    let last = losses(&out).last().unwrap().0;
+    assert_eq!(last, 8, "the first evaluation at step 2, then three that are not better");
+    // The patience used is part of the checkpoint.
+    let again = dir.join("again");
+    let from = out.join("checkpoint-6");
+    ok(&train(&rows, &again, &[&common[..], &["--resume", str(&from)]].concat()));
+    assert_eq!(losses(&again), losses(&out));
+}
+
+#[test]
+fn what_cannot_be_resumed_is_refused() {
+    let dir = scratch("resume-refused");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    let run = |more: &[&'static str]| {
+        let rows: &'static PathBuf = Box::leak(Box::new(rows.clone()));
+        let out: &'static PathBuf = Box::leak(Box::new(out.clone()));
+        train(rows, out, &[&["--max-steps", "4", "--save-steps", "2"], more].concat())
+    };
+    ok(&run(&[]));
+    fails(&run(&[]), 2, "checkpoint-4 is of an earlier run");
+    fails(&run(&["--resume", "--seed", "7"]), 3, "seed was 42 in the run that is to be resumed");
+    fails(&run(&["--resume", "--batch-size", "4"]), 3, "batch_size was 8");
+    fails(&run(&["--resume", "--r", "5"]), 2, "--r 5 differs from the 8 of the checkpoint");
+    let early: &'static str = Box::leak(str(&out.join("checkpoint-2")).to_owned().into_boxed_str());
+    fails(&run(&["--resume", early]), 2, "checkpoint-4 is later than");
+    fails(&run(&["--resume", "/nowhere/checkpoint-1"]), 3, "there is no trainer_state.json");
+    let more = dir.join("more.jsonl");
+    fs::write(&more, crate::rows(10)).unwrap();
+    fails(&train(&more, &out, &["--max-steps", "4", "--resume"]), 3, "data_fingerprint was");
+    // Moments of another adapter.
+    let moments = out.join("checkpoint-4/optimizer.safetensors");
+    polytape::formats::safetensors::write_safetensors(
+        &moments,
+        &[("exp_avg", &[2], &[0.0, 0.0]), ("exp_avg_sq", &[2], &[0.0, 0.0])],
+    )
+    .unwrap();
+    fails(&run(&["--resume"]), 3, "tensor exp_avg has shape [2]");
+    ok(&run(&["--overwrite-output-dir"]));
+    assert_eq!(steps(&out), [2, 4]);
+}
