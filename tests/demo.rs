@@ -7,12 +7,13 @@ use polytape::{
     Error,
     demo::{
         DemoOptions,
-        methods::{Method, Plan, Tune},
+        methods::{Method, Plan},
         run,
         suite::RowCounts,
     },
     formats::tasks::TaskNames,
     model::{Adapter, Model, Options},
+    train::adapt::Tune,
 };
 
 fn short(name: &str) -> DemoOptions {

@@ -15,6 +15,7 @@ use crate::{
         Model,
         dataset::{Dataset, Encode, Encoding, Overlong, read_rows},
     },
+    train::recipe::Recipe,
 };
 
 #[derive(Args)]
@@ -27,14 +28,14 @@ pub(super) struct DataFlags {
 }
 
 /// Length limits.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(super) struct Limits {
     /// The most source tokens [default: 512 for text, none for ids].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     max_source_length: Option<u32>,
-    /// The most label tokens.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    max_target_length: u32,
+    /// The most label tokens [default: 128].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    max_target_length: Option<u32>,
     /// What happens to longer rows.
     #[arg(long, default_value = "truncate")]
     overlong: OverlongFlag,
@@ -56,6 +57,16 @@ pub(super) fn open_tokenizer(model: &Model) -> Result<Option<Tokenizer>> {
 }
 
 impl Limits {
+    /// These limits, and a recipe's where none is given.
+    pub(super) fn with_defaults(&self, recipe: &Recipe) -> Self {
+        let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let mut limits = self.clone();
+        limits.max_source_length = self.max_source_length.or(recipe.max_source_length.map(narrow));
+        limits.max_target_length =
+            self.max_target_length.or(Some(narrow(recipe.max_target_length)));
+        limits
+    }
+
     /// The rows of a file as examples. Says how many were cut or left out.
     pub(super) fn encode(
         &self,
@@ -71,7 +82,7 @@ impl Limits {
             vocab_size: model.vocab_size(),
             eos_token_ids: &model.generation().eos_token_ids,
             max_source_length: self.max_source_length.map(|n| n as usize),
-            max_target_length: self.max_target_length as usize,
+            max_target_length: self.max_target_length.unwrap_or(128) as usize,
             overlong: match self.overlong {
                 OverlongFlag::Error => Overlong::Error,
                 OverlongFlag::Skip => Overlong::Skip,

@@ -1,6 +1,8 @@
 //! The command line: one file a verb, flags and exit codes as in the README.
 
+mod adapt;
 mod bench;
+mod config;
 mod data;
 mod demo;
 mod doctor;
@@ -16,7 +18,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -37,6 +39,8 @@ struct Cli {
 enum Verb {
     /// Train an adapter on JSONL rows.
     Train(Box<train::Train>),
+    /// Teach a trained adapter one more task from a few rows.
+    Adapt(Box<adapt::Adapt>),
     /// Loss, exact match and Rouge-L of a data file, per task and overall.
     Eval(eval::Eval),
     /// Generate an output for every row of a data file.
@@ -201,6 +205,13 @@ pub fn run() -> ExitCode {
         Ok(text) => kebab(text).into(),
         Err(raw) => raw,
     });
+    let arguments = match config::expand(arguments.collect(), &Cli::command()) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("ERROR {error}"); // The log is not there yet: its level is a flag, too.
+            return ExitCode::from(error.exit_code());
+        }
+    };
     let cli = Cli::parse_from(arguments);
     let common = cli.verb.common();
     let default = match (common.quiet, common.verbose) {
@@ -219,6 +230,7 @@ pub fn run() -> ExitCode {
         .init();
     let done = match cli.verb {
         Verb::Train(verb) => verb.run(),
+        Verb::Adapt(verb) => verb.run(),
         Verb::Eval(verb) => verb.run(),
         Verb::Generate(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),
@@ -240,6 +252,7 @@ impl Verb {
     fn common(&self) -> &Common {
         match self {
             Self::Train(verb) => &verb.common,
+            Self::Adapt(verb) => &verb.common,
             Self::Eval(verb) => &verb.common,
             Self::Generate(verb) => &verb.common,
             Self::Inspect(verb) => &verb.common,
@@ -253,8 +266,6 @@ impl Verb {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]

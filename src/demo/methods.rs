@@ -12,8 +12,12 @@
 use crate::{
     error::Result,
     formats::poly_config::{PolyConfig, TargetModules},
-    kernels::{Backend, Precision, cpu::Cpu},
+    kernels::cpu::Cpu,
     model::{Adapter, Model},
+    train::{
+        RouterRows, Trainable,
+        adapt::{self, Tune},
+    },
 };
 
 use super::suite::RowCounts;
@@ -30,16 +34,6 @@ pub enum Method {
     Poly,
     /// A bank of skills, one mixture a task and split.
     Mhr,
-}
-
-/// What learns when a trained adapter meets a new task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Tune {
-    /// Skills and router.
-    All,
-    /// The router alone.
-    Router,
 }
 
 /// How much the demo does. [`Default`] is what `polytape demo` runs.
@@ -96,9 +90,6 @@ impl Default for Plan {
     }
 }
 
-/// σ(±20) is 1 or 2e-9: a mixture of one skill.
-const ON: f64 = 20.0;
-
 impl Method {
     /// All, in the order of the table.
     pub const ALL: [Self; 4] = [Self::Shared, Self::Private, Self::Poly, Self::Mhr];
@@ -146,13 +137,8 @@ impl Method {
     ) -> Result<Adapter<Cpu>> {
         let mut adapter = Adapter::new(base, &self.config(plan, n_tasks), seed)?;
         if self == Self::Private {
-            let mut values = base.backend().download(adapter.params());
-            let router = &mut values[adapter.n_bank_params()..];
-            for (i, logit) in router.iter_mut().enumerate() {
-                let (task, skill) = (i / n_tasks % n_tasks, i % n_tasks);
-                *logit = if task == skill { ON } else { -ON };
-            }
-            set_params(base, &mut adapter, &values);
+            let own: Vec<_> = (0..n_tasks).map(|task| vec![task]).collect();
+            adapter.fix_routing(base, &own);
         }
         Ok(adapter)
     }
@@ -173,12 +159,17 @@ impl Method {
     }
 
     /// How it adapts.
-    pub(super) fn adaptation(self, plan: &Plan, tune: Tune) -> Fit {
-        let mut fit = self.without_router(plan.adaptation.clone());
-        if tune == Tune::Router {
-            fit.learning_rate = 0.0;
+    pub(super) fn adaptation(self, plan: &Plan) -> Fit {
+        self.without_router(plan.adaptation.clone())
+    }
+
+    /// What learns when it trains on all tasks.
+    pub(super) fn trainable(self) -> Trainable {
+        if self.learns_routing() {
+            Trainable::ALL
+        } else {
+            Trainable { bank: true, router: RouterRows::None }
         }
-        fit
     }
 
     /// Where there is nothing to route, the router neither learns nor samples.
@@ -186,7 +177,7 @@ impl Method {
         if self.learns_routing() {
             return fit;
         }
-        Fit { router_learning_rate: 0.0, router_sampling: false, ..fit }
+        Fit { router_sampling: false, ..fit }
     }
 
     /// Where adaptation to one new task begins: the papers' protocol, a fresh router row over the
@@ -196,27 +187,12 @@ impl Method {
         base: &Model,
         plan: &Plan,
         trained: &Adapter<Cpu>,
+        tune: Tune,
         seed: u64,
     ) -> Result<Adapter<Cpu>> {
-        let mut adapter = self.adapter(base, plan, 1, seed)?;
-        if self != Self::Private {
-            let backend = base.backend();
-            let mut values = backend.download(adapter.params());
-            let n_bank = adapter.n_bank_params();
-            values[..n_bank].copy_from_slice(&backend.download(trained.params())[..n_bank]);
-            set_params(base, &mut adapter, &values);
+        if self == Self::Private {
+            return self.adapter(base, plan, trained.config().n_tasks + 1, seed);
         }
-        Ok(adapter)
+        adapt::add_task(base, trained, None, tune, seed)
     }
-}
-
-fn set_params(base: &Model, adapter: &mut Adapter<Cpu>, values: &[f64]) {
-    *adapter.params_mut() = base.backend().upload(values, 1, values.len(), Precision::Full);
-}
-
-/// An adapter of the same configuration and values.
-pub(super) fn copy_of(base: &Model, adapter: &Adapter<Cpu>) -> Result<Adapter<Cpu>> {
-    let mut copy = Adapter::new(base, adapter.config(), 0)?;
-    *copy.params_mut() = base.backend().copy(adapter.params());
-    Ok(copy)
 }

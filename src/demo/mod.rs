@@ -34,7 +34,7 @@ use crate::{
     kernels::cpu::Cpu,
     model::{Adapter, Example, Model, Options},
     report::routing::{agreement_svg, mixing_weights_svg},
-    train::{TrainConfig, Trainer, order},
+    train::{RouterRows, TrainConfig, Trainable, Trainer, order},
 };
 use methods::{Fit, Method, Plan};
 use suite::{Suite, Task};
@@ -145,17 +145,21 @@ impl Demo<'_> {
         let fresh = method.adapter(base, plan, suite.train.len(), self.seed)?;
         let n_params = method.n_trainable(&fresh);
         let (rows, fit) = (suite.train_rows(), method.training(plan));
-        let trained = self.fit(method, None, fresh, &rows, &fit)?;
+        let trained = self.fit(method, None, fresh, &rows, &fit, method.trainable())?;
         let train_seconds = start.elapsed().as_secs_f64();
         let trained_on = score(base, Some(&trained), &suite.test_rows());
         let mut adaptations = Vec::new();
         for tune in method.adaptations() {
             let start = Instant::now();
-            let fit = method.adaptation(plan, tune);
+            let fit = method.adaptation(plan);
             let mut scores = Vec::new();
             for task in &suite.held_out {
-                let from = method.for_new_task(base, plan, &trained, self.seed)?;
-                let adapted = self.fit(method, Some(task), from, &task.train, &fit)?;
+                let from = method.for_new_task(base, plan, &trained, tune, self.seed)?;
+                let mut learns = tune.trainable(suite.train.len() as u32);
+                if !method.learns_routing() {
+                    learns.router = RouterRows::None;
+                }
+                let adapted = self.fit(method, Some(task), from, &task.train, &fit, learns)?;
                 scores.push(score(base, Some(&adapted), &task.test));
             }
             let seconds = start.elapsed().as_secs_f64();
@@ -172,6 +176,7 @@ impl Demo<'_> {
         adapter: Adapter<Cpu>,
         rows: &[Example],
         fit: &Fit,
+        trainable: Trainable,
     ) -> Result<Adapter<Cpu>> {
         let config = TrainConfig {
             learning_rate: fit.learning_rate,
@@ -180,6 +185,7 @@ impl Demo<'_> {
             warmup_steps: fit.n_steps / 16,
             max_steps: fit.n_steps,
             batch_size: fit.batch_size,
+            trainable,
             router_sampling: fit.router_sampling,
             dropout: Some(0.0),
             seed: self.seed,
@@ -204,7 +210,7 @@ impl Demo<'_> {
                 loss: report.loss,
             })?;
         }
-        methods::copy_of(self.base, trainer.adapter())
+        Ok(trainer.into_adapter())
     }
 }
 

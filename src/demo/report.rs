@@ -2,7 +2,8 @@
 
 use std::{fmt, path::PathBuf};
 
-use super::methods::{Method, Tune};
+use super::methods::Method;
+use crate::train::adapt::Tune;
 
 /// What the demo found.
 #[derive(Clone, Debug, serde::Serialize)]

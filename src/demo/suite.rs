@@ -195,6 +195,8 @@ impl Suite {
     /// Makes all rows from a seed.
     pub fn new(seed: u64, n_rows: RowCounts) -> Self {
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
+        // A new task is one more behind those that are trained on.
+        let new_id = (Order::ALL.len() * Spelling::ALL.len() - HELD_OUT.len()) as u32;
         let mut stream = 0; // Every task draws from its own.
         for order in Order::ALL {
             for spelling in Spelling::ALL {
@@ -202,7 +204,7 @@ impl Suite {
                 let key = Key::new(seed, Purpose::Data, stream);
                 stream += 1;
                 if HELD_OUT.contains(&recipe) {
-                    held_out.push(task(recipe, 0, n_rows.few, n_rows.test, key));
+                    held_out.push(task(recipe, new_id, n_rows.few, n_rows.test, key));
                 } else {
                     let id = train.len() as u32;
                     train.push(task(recipe, id, n_rows.train, n_rows.test, key));

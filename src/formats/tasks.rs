@@ -185,6 +185,20 @@ impl TaskNames {
         }
     }
 
+    /// Names for `n_tasks` ids: those that are known, and an id's number where it has none.
+    pub fn filled(&self, n_tasks: usize) -> Vec<String> {
+        let filler = |id: usize| {
+            let mut name = id.to_string();
+            while self.id(&name).is_some() {
+                name.insert(0, '_');
+            }
+            name
+        };
+        (0..n_tasks)
+            .map(|id| self.name(id as u32).map_or_else(|| filler(id), str::to_owned))
+            .collect()
+    }
+
     /// Ids are below this.
     pub fn n_tasks(&self) -> usize {
         self.n_tasks

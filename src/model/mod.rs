@@ -12,6 +12,7 @@ pub mod batch;
 pub mod dataset;
 pub mod presets;
 pub mod routed_lora;
+pub mod routing;
 pub mod t5;
 pub mod targets;
 

@@ -9,11 +9,16 @@
 //! linear's router logits. So clipping and the optimiser are one pass, and the two learning rates
 //! are two ranges.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    path::Path,
+};
 
 use super::{
     Model,
     batch::RoutingRows,
+    routing::{self, InitA, ON, Routing},
     targets::{self, Target},
 };
 use crate::{
@@ -36,10 +41,11 @@ use crate::{
 /// A Poly / MHR adapter on a base.
 pub struct Adapter<B: Backend> {
     config: PolyConfig,
+    routing: Routing,
     targets: Vec<Target>,
     /// By the number of the base's linear; one more for the head.
     banks: Vec<Option<Bank>>,
-    /// By bank: where its router logits start.
+    /// By bank: where its router's logits start. Banks that share a router share the place.
     logits: Vec<usize>,
     params: Tensor<B>,
     tasks: Option<TaskNames>,
@@ -52,7 +58,21 @@ impl<B: Backend> Adapter<B> {
     /// # Errors
     /// If the configuration is out of range, matches nothing or does not fit the base.
     pub fn new(base: &Model<B>, config: &PolyConfig, seed: u64) -> Result<Self> {
-        let (mut adapter, n) = Self::layout(base, config)?;
+        Self::with_routing(base, config, Routing::default(), InitA::default(), seed)
+    }
+
+    /// A fresh adapter whose linears may share routers, and whose A may begin otherwise.
+    ///
+    /// # Errors
+    /// As [`Adapter::new`].
+    pub fn with_routing(
+        base: &Model<B>,
+        config: &PolyConfig,
+        routing: Routing,
+        init_a: InitA,
+        seed: u64,
+    ) -> Result<Self> {
+        let (mut adapter, n) = Self::layout(base, config, routing)?;
         let key = Key::new(seed, Purpose::Init, 0);
         let mut values = vec![0.0; n];
         let mut draw = 0;
@@ -64,7 +84,7 @@ impl<B: Backend> Adapter<B> {
         };
         let PolyConfig { r, n_tasks, n_skills, n_splits, init_weights, .. } = *config;
         for (bank, &logits) in adapter.banks.iter().flatten().zip(&adapter.logits) {
-            fill(&mut values[bank.a()], ((bank.d_in / n_splits) as f64).powf(-0.5));
+            fill(&mut values[bank.a()], init_a.bound(bank.d_in, n_splits));
             if !init_weights {
                 fill(&mut values[bank.b()], (r as f64).powf(-0.5));
             }
@@ -81,7 +101,8 @@ impl<B: Backend> Adapter<B> {
     /// what the base has and what the adapter has.
     pub fn open(base: &Model<B>, dir: impl AsRef<Path>) -> Result<Self> {
         let files = AdapterFiles::open(dir)?;
-        let (mut adapter, n) = Self::layout(base, &files.config)?;
+        let routing = Routing::open(&files.dir)?;
+        let (mut adapter, n) = Self::layout(base, &files.config, routing)?;
         let path = files.dir.join(adapter::FILE_NAME);
         let missing: Vec<_> = adapter
             .targets
@@ -135,13 +156,27 @@ impl<B: Backend> Adapter<B> {
             set(&mut values[bank.b()], &module.lora_b.values);
             set(&mut values[logits..], &module.router_logits);
         }
+        for (target, &logits) in adapter.targets.iter().zip(&adapter.logits) {
+            let own = &files.modules[&target.path].router_logits;
+            let shared = &values[logits..logits + own.len()];
+            if shared.iter().zip(own).any(|(shared, &own)| *shared != f64::from(own)) {
+                return Err(Error::Tensors {
+                    path,
+                    detail: format!(
+                        "the router logits of {} differ from those of the linears that share its router; {} was changed, or the adapter was trained elsewhere: remove that file to give each linear its own",
+                        target.path,
+                        routing::FILE_NAME
+                    ),
+                });
+            }
+        }
         adapter.params = base.backend().upload(&values, 1, n, Precision::Full);
         adapter.tasks = files.tasks;
         Ok(adapter)
     }
 
     /// Places of all parameters, and how many they are.
-    fn layout(base: &Model<B>, config: &PolyConfig) -> Result<(Self, usize)> {
+    fn layout(base: &Model<B>, config: &PolyConfig, routing: Routing) -> Result<(Self, usize)> {
         let modules = base.modules();
         let (targets, written) = targets::resolve(config, modules, base.default_targets())?;
         let PolyConfig { r: rank, n_tasks, n_skills, n_splits, .. } = *config;
@@ -156,16 +191,56 @@ impl<B: Backend> Adapter<B> {
             banks[index] = Some(bank);
         }
         let n_logits = n_tasks * n_splits * n_skills;
-        let logits = (0..targets.len()).map(|i| at + i * n_logits).collect();
-        let n = at + targets.len() * n_logits;
+        let mut routers: HashMap<String, usize> = HashMap::new();
+        let mut router = |path: &str| {
+            let next = at + routers.len() * n_logits;
+            *routers.entry(routing.granularity.router_of(path)).or_insert(next)
+        };
+        let logits = targets.iter().map(|target| router(&target.path)).collect();
+        let n = at + routers.len() * n_logits;
         let config = PolyConfig { target_modules: Some(written), ..config.clone() };
         let params = base.backend().zeros(0, 0, Precision::Full);
-        Ok((Self { config, targets, banks, logits, params, tasks: None }, n))
+        Ok((Self { config, routing, targets, banks, logits, params, tasks: None }, n))
     }
 
     /// The configuration, with `target_modules` resolved.
     pub fn config(&self) -> &PolyConfig {
         &self.config
+    }
+
+    /// How it routes, where that is not PEFT's way.
+    pub fn routing(&self) -> Routing {
+        self.routing
+    }
+
+    /// Gives the routing instead of letting it learn: each task uses the skills that are listed for
+    /// it, in equal parts, in every split of every linear.
+    ///
+    /// # Panics
+    /// If there is not a list for each task, or a skill is not below `n_skills`.
+    pub fn fix_routing(&mut self, base: &Model<B>, skills_of_tasks: &[Vec<usize>]) {
+        let PolyConfig { n_tasks, n_skills, n_splits, .. } = self.config;
+        assert_eq!(skills_of_tasks.len(), n_tasks, "a list for each task");
+        let mut values = base.backend().download(&self.params);
+        for start in self.routers() {
+            for (task, skills) in skills_of_tasks.iter().enumerate() {
+                let row = &mut values[start + task * n_splits * n_skills..][..n_splits * n_skills];
+                row.fill(-ON);
+                for split in row.chunks_exact_mut(n_skills) {
+                    skills.iter().for_each(|&skill| split[skill] = ON);
+                }
+            }
+        }
+        self.params = base.backend().upload(&values, 1, values.len(), Precision::Full);
+        self.routing.fixed = true;
+    }
+
+    /// Where each router's logits start.
+    fn routers(&self) -> Vec<usize> {
+        let mut routers = self.logits.clone();
+        routers.sort_unstable();
+        routers.dedup();
+        routers
     }
 
     /// The adapted linears, in the base's order.
@@ -206,6 +281,65 @@ impl<B: Backend> Adapter<B> {
     /// The number of A's and B's parameters; the rest are router logits.
     pub fn n_bank_params(&self) -> usize {
         self.logits.first().copied().unwrap_or(0)
+    }
+
+    /// Where the routing rows of these tasks lie in the flat vector, router by router.
+    pub fn router_rows(&self, tasks: &[u32]) -> Vec<Range<usize>> {
+        let width = self.config.n_splits * self.config.n_skills;
+        let row = |start: usize, task: u32| {
+            let first = start + task as usize * width;
+            first..first + width
+        };
+        self.routers()
+            .into_iter()
+            .flat_map(|start| tasks.iter().map(move |&task| row(start, task)))
+            .collect()
+    }
+
+    /// The logits of each split of each router.
+    pub fn splits(&self) -> Vec<SplitLogits> {
+        let PolyConfig { n_tasks, n_skills, n_splits, .. } = self.config;
+        let split = |start: usize, q: usize| SplitLogits {
+            first: start + q * n_skills,
+            n_tasks,
+            n_skills,
+            stride: n_splits * n_skills,
+        };
+        self.routers()
+            .into_iter()
+            .flat_map(|start| (0..n_splits).map(move |q| split(start, q)))
+            .collect()
+    }
+
+    /// The same adapter with one more task, whose routing rows are `fresh(router, column)`; A, B and
+    /// the other rows keep their bits. The tasks stay without names.
+    ///
+    /// # Errors
+    /// If there can be no more tasks.
+    pub fn with_one_more_task(
+        &self,
+        base: &Model<B>,
+        fresh: impl Fn(usize, usize) -> f64,
+    ) -> Result<Self> {
+        let n_tasks = self.config.n_tasks;
+        let config = PolyConfig { n_tasks: n_tasks + 1, ..self.config.clone() };
+        config.validate()?;
+        let (mut more, n) = Self::layout(base, &config, self.routing)?;
+        let backend = base.backend();
+        let old = backend.download(&self.params);
+        let mut values = vec![0.0; n];
+        let n_bank = self.n_bank_params();
+        values[..n_bank].copy_from_slice(&old[..n_bank]);
+        let width = config.n_splits * config.n_skills;
+        for (router, (from, to)) in self.routers().into_iter().zip(more.routers()).enumerate() {
+            let len = n_tasks * width;
+            values[to..to + len].copy_from_slice(&old[from..from + len]);
+            for (column, value) in values[to + len..to + len + width].iter_mut().enumerate() {
+                *value = fresh(router, column);
+            }
+        }
+        more.params = backend.upload(&values, 1, n, Precision::Full);
+        Ok(more)
     }
 
     /// By the number of the base's linear: its bank, where it is adapted.
@@ -267,7 +401,9 @@ impl<B: Backend> Adapter<B> {
     /// # Errors
     /// If a value is not finite, or the folder cannot be written.
     pub fn save_peft(&self, backend: &B, dir: impl AsRef<Path>) -> Result<()> {
-        save_adapter(dir, &self.config, &self.modules(backend), self.tasks.as_ref())
+        let dir = dir.as_ref();
+        save_adapter(dir, &self.config, &self.modules(backend), self.tasks.as_ref())?;
+        self.routing.save(dir)
     }
 
     /// The parameters by module, as PEFT's files have them.
@@ -295,6 +431,24 @@ impl<B: Backend> Adapter<B> {
                 (target.path.clone(), module)
             })
             .collect()
+    }
+}
+
+/// Where the logits of one split of one router lie in the flat vector.
+#[derive(Clone, Copy, Debug)]
+pub struct SplitLogits {
+    first: usize,
+    stride: usize,
+    n_tasks: usize,
+    /// Skills.
+    pub n_skills: usize,
+}
+
+impl SplitLogits {
+    /// The place of each, `[n_tasks, n_skills]`.
+    pub fn places(self) -> impl Iterator<Item = usize> {
+        let Self { first, stride, n_tasks, n_skills } = self;
+        (0..n_tasks).flat_map(move |task| (0..n_skills).map(move |s| first + task * stride + s))
     }
 }
 

@@ -137,7 +137,15 @@ pub fn remove_leftovers(output_dir: &Path) -> Result<()> {
 
 fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // A parent that is a file makes itself known when the folder is to be created.
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(Vec::new());
+        }
         entries => entries.map_err(Error::io("read", dir))?,
     };
     let mut found = Vec::new();

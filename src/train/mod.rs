@@ -9,12 +9,15 @@
 //! any number of threads, and one that is resumed from a [`checkpoint`] ends with the bits of one that
 //! never stopped.
 
+pub mod adapt;
 pub mod checkpoint;
 pub mod evaluate;
 pub mod metrics;
 pub mod order;
+pub mod prior;
+pub mod recipe;
 pub mod schedule;
 mod trainer;
 
 pub use schedule::Schedule;
-pub use trainer::{StepReport, TrainConfig, Trainer};
+pub use trainer::{RouterRows, StepReport, TrainConfig, Trainable, Trainer};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::checkpoint::OPTIMIZER_FILE;
+use super::{checkpoint::OPTIMIZER_FILE, prior};
 use crate::{
     error::{Error, Result},
     formats::safetensors::{SafetensorsFile, write_safetensors},
@@ -16,6 +16,35 @@ use crate::{
     tensor::Tensor,
     train::Schedule,
 };
+
+/// Which parameters learn. The others keep their bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trainable {
+    /// A and B of every adapted linear.
+    pub bank: bool,
+    /// Rows of the router.
+    pub router: RouterRows,
+}
+
+impl Trainable {
+    /// Everything.
+    pub const ALL: Self = Self { bank: true, router: RouterRows::All };
+}
+
+/// Which rows of the router learn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RouterRows {
+    /// None: what routes is given.
+    None,
+    /// All in every step, as PyTorch's AdamW does: the moments of a task that is not in the batch
+    /// decay, and its row goes on moving by them.
+    All,
+    /// Those of the tasks in the step's examples; the others keep row and moments. Unlike
+    /// [`RouterRows::All`], a task that is rare moves only when it is seen.
+    Present,
+    /// Those of these tasks.
+    Only(Vec<u32>),
+}
 
 /// How an adapter is trained. [`Default`] has the papers' two speeds: the router learns a hundred
 /// times faster than the skills.
@@ -39,6 +68,10 @@ pub struct TrainConfig {
     pub max_steps: u64,
     /// Examples that are computed together; a step has one or more such micro-batches.
     pub batch_size: usize,
+    /// What learns.
+    pub trainable: Trainable,
+    /// Weight of the [`prior`](super::prior) of the routing; 0: none. Not part of the reported loss.
+    pub ibp_prior: f64,
     /// Whether the router samples (relaxed Bernoulli) or takes the sigmoid.
     pub router_sampling: bool,
     /// Dropout of the base; none: as its configuration says.
@@ -61,6 +94,8 @@ impl Default for TrainConfig {
             warmup_steps: 0,
             max_steps: 1000,
             batch_size: 8,
+            trainable: Trainable::ALL,
+            ibp_prior: 0.0,
             router_sampling: true,
             dropout: None,
             checkpointing: false,
@@ -81,6 +116,7 @@ impl TrainConfig {
             ("weight_decay", self.weight_decay),
             ("router_weight_decay", self.router_weight_decay),
             ("max_grad_norm", self.max_grad_norm),
+            ("ibp_prior", self.ibp_prior),
         ];
         for (name, value) in rates {
             if !value.is_finite() || value < 0.0 {
@@ -141,6 +177,14 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// If a setting is out of range.
     pub fn new(model: &'m Model<B>, adapter: Adapter<B>, config: TrainConfig) -> Result<Self> {
         config.validate()?;
+        if let RouterRows::Only(tasks) = &config.trainable.router {
+            let n_tasks = adapter.config().n_tasks;
+            if let Some(task) = tasks.iter().find(|&&task| task as usize >= n_tasks) {
+                return Err(Error::Usage(format!(
+                    "task {task} is to learn, but there are {n_tasks}"
+                )));
+            }
+        }
         let zeros = || model.backend().zeros(1, adapter.n_params(), Precision::Full);
         let (grads, m, v) = (zeros(), zeros(), zeros());
         Ok(Self { model, adapter, config, grads, m, v, step: 0, noise: None })
@@ -243,8 +287,10 @@ impl<'m, B: Backend> Trainer<'m, B> {
             let d_nll = 1.0 / n_labels.max(1) as f32;
             total += self.accumulate(micro, i * size, step, d_nll);
         }
+        self.add_prior();
         let loss = total / n_labels.max(1) as f64;
-        let grad_norm = backend.sum_of_squares(&self.grads).sqrt();
+        let groups = self.groups(step, examples);
+        let grad_norm = self.sum_of_squares(&groups).sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {
             let tasks: Vec<String> = examples.iter().map(|e| e.task.to_string()).collect();
             return Err(Error::NotFinite(format!(
@@ -253,7 +299,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
                 self.step
             )));
         }
-        let (lr, router_lr) = self.update(step, grad_norm);
+        let (lr, router_lr) = self.rates(step);
+        self.update(step, grad_norm, &groups);
         self.step = step;
         Ok(StepReport { step, loss, lr, router_lr, grad_norm, n_tokens: n_labels + n_inputs })
     }
@@ -297,36 +344,97 @@ impl<'m, B: Backend> Trainer<'m, B> {
         nll.iter().sum()
     }
 
-    /// Clips and updates; returns the two learning rates.
-    fn update(&mut self, step: u64, grad_norm: f64) -> (f64, f64) {
+    /// Adds the gradient of the router's prior.
+    fn add_prior(&mut self) {
+        let weight = self.config.ibp_prior;
+        if weight == 0.0 {
+            return;
+        }
+        let backend = self.model.backend();
+        let params = backend.download(self.adapter.params());
+        let mut gradient = vec![0.0; params.len()];
+        for split in self.adapter.splits() {
+            let logits: Vec<f64> = split.places().map(|at| params[at]).collect();
+            let (_, of_split) = prior::ibp(&logits, split.n_skills);
+            split.places().zip(of_split).for_each(|(at, g)| gradient[at] += weight * g);
+        }
+        let gradient = backend.upload(&gradient, 1, params.len(), Precision::Full);
+        let grads = std::mem::replace(&mut self.grads, backend.zeros(0, 0, Precision::Full));
+        self.grads = backend.add(grads, &gradient);
+    }
+
+    /// The two learning rates of a step.
+    fn rates(&self, step: u64) -> (f64, f64) {
         let config = &self.config;
         let factor = config.schedule.factor(step, config.warmup_steps, config.max_steps);
-        let (lr, router_lr) = (config.learning_rate * factor, config.router_learning_rate * factor);
-        let clip = config.max_grad_norm;
+        (config.learning_rate * factor, config.router_learning_rate * factor)
+    }
+
+    /// The parameters that learn in a step, with their rates; in order, disjoint.
+    fn groups(&self, step: u64, examples: &[&Example]) -> Vec<ParamGroup> {
+        let config = &self.config;
+        let (lr, router_lr) = self.rates(step);
+        let (n_bank, n) = (self.adapter.n_bank_params(), self.adapter.n_params());
+        let mut groups = Vec::new();
+        if config.trainable.bank {
+            let (lr, weight_decay) = (lr as f32, config.weight_decay as f32);
+            groups.push(ParamGroup { range: 0..n_bank, lr, weight_decay });
+        }
+        let mut router = |range| {
+            let (lr, weight_decay) = (router_lr as f32, config.router_weight_decay as f32);
+            groups.push(ParamGroup { range, lr, weight_decay });
+        };
+        let mut tasks: Vec<u32> = match &config.trainable.router {
+            RouterRows::None => return groups,
+            RouterRows::All => {
+                router(n_bank..n);
+                return groups;
+            }
+            RouterRows::Present => examples.iter().map(|example| example.task).collect(),
+            RouterRows::Only(tasks) => tasks.clone(),
+        };
+        tasks.sort_unstable();
+        tasks.dedup();
+        for row in self.adapter.router_rows(&tasks) {
+            router(row);
+        }
+        groups
+    }
+
+    /// Of the gradients of what learns.
+    fn sum_of_squares(&self, groups: &[ParamGroup]) -> f64 {
+        let backend = self.model.backend();
+        match self.config.trainable {
+            // The gradient of a task that is not there is zero.
+            Trainable { bank: true, router: RouterRows::All | RouterRows::Present } => {
+                backend.sum_of_squares(&self.grads)
+            }
+            _ => {
+                let grads = backend.download(&self.grads);
+                let square = |group: &ParamGroup| -> f64 {
+                    grads[group.range.clone()].iter().map(|g| g * g).sum()
+                };
+                groups.iter().map(square).sum()
+            }
+        }
+    }
+
+    /// Clips and updates.
+    fn update(&mut self, step: u64, grad_norm: f64, groups: &[ParamGroup]) {
+        let clip = self.config.max_grad_norm;
         // torch.nn.utils.clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
         let grad_scale = if clip > 0.0 { (clip / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        let (n_bank, n) = (self.adapter.n_bank_params(), self.adapter.n_params());
-        let group = |range, lr: f64, decay: f64| ParamGroup {
-            range,
-            lr: lr as f32,
-            weight_decay: decay as f32,
-        };
-        let groups = [
-            group(0..n_bank, lr, config.weight_decay),
-            group(n_bank..n, router_lr, config.router_weight_decay),
-        ];
         self.model.backend().adamw(AdamW {
             params: self.adapter.params_mut(),
             m: &mut self.m,
             v: &mut self.v,
             grads: &self.grads,
-            groups: &groups,
+            groups,
             grad_scale: grad_scale as f32,
             step,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-8,
         });
-        (lr, router_lr)
     }
 }

@@ -3,7 +3,9 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used)]
 
+mod adapt;
 mod resume;
+mod routing;
 
 use std::{
     fs,

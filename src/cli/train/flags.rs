@@ -1,17 +1,23 @@
 //! Flags that `train` and `adapt` share: how much and how fast it learns, what is evaluated, what is
 //! kept.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, ValueEnum};
 
 use super::super::OnOff;
 use crate::{
     error::{Error, Result},
+    formats::rows::Row,
     train::{
         Schedule, TrainConfig,
         checkpoint::{self, STATE_FILE, TrainerState},
         evaluate::Evaluation,
+        order,
+        recipe::{Length, Recipe},
     },
 };
 
@@ -24,15 +30,15 @@ pub(in crate::cli) struct Learning {
     /// Passes over the data [default: 3, where no number of steps is given].
     #[arg(long)]
     num_train_epochs: Option<f64>,
-    /// Examples of a micro-batch.
+    /// Examples of a micro-batch [default: 8].
     #[arg(
-        long, visible_alias = "per-device-train-batch-size", default_value_t = 8,
+        long, visible_alias = "per-device-train-batch-size",
         value_parser = clap::value_parser!(u32).range(1..)
     )]
-    pub(in crate::cli) batch_size: u32,
-    /// Micro-batches of a step.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(in crate::cli) gradient_accumulation_steps: u32,
+    batch_size: Option<u32>,
+    /// Micro-batches of a step [default: 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    gradient_accumulation_steps: Option<u32>,
     /// Learning rate of the skills (A and B) [default: 1e-3].
     #[arg(long, visible_alias = "adapters-learning-rate")]
     learning_rate: Option<f64>,
@@ -51,9 +57,9 @@ pub(in crate::cli) struct Learning {
     /// How the learning rates change after warm-up [default: linear].
     #[arg(long)]
     lr_scheduler_type: Option<Scheduler>,
-    /// Steps in which the learning rates rise from zero [default: 0].
-    #[arg(long)]
-    warmup_steps: Option<u64>,
+    /// Steps in which the learning rates rise from zero; below 1 a share of all steps [default: 0].
+    #[arg(long, visible_alias = "warmup-ratio")]
+    warmup_steps: Option<f64>,
     /// Whether the router samples in training [default: on].
     #[arg(long)]
     router_sampling: Option<OnOff>,
@@ -84,35 +90,35 @@ impl Learning {
         self.checkpointing.is_on()
     }
 
+    /// Examples of a micro-batch.
+    pub(in crate::cli) fn batch_size(&self, recipe: &Recipe) -> usize {
+        self.batch_size.map_or(recipe.train.batch_size, |n| n as usize)
+    }
+
     /// Examples of a step.
-    pub(in crate::cli) fn per_step(&self) -> usize {
-        self.batch_size as usize * self.gradient_accumulation_steps as usize
+    pub(in crate::cli) fn per_step(&self, recipe: &Recipe) -> usize {
+        let micro = self.gradient_accumulation_steps.unwrap_or(recipe.gradient_accumulation_steps);
+        self.batch_size(recipe) * micro as usize
     }
 
-    /// Steps in all; `default` where neither steps nor epochs are given, and 3 epochs without.
-    pub(in crate::cli) fn n_steps(&self, per_epoch: u64, default: Option<u64>) -> Result<u64> {
-        if let Some(steps) = self.max_steps {
-            return Ok(steps);
+    /// Steps in all.
+    pub(in crate::cli) fn n_steps(&self, per_epoch: u64, default: Length) -> Result<u64> {
+        let epochs = match (self.max_steps, self.num_train_epochs, default) {
+            (Some(steps), ..) | (None, None, Length::Steps(steps)) => return Ok(steps),
+            (None, Some(epochs), _) | (None, None, Length::Epochs(epochs)) => epochs,
+        };
+        if !epochs.is_finite() || epochs <= 0.0 {
+            return Err(Error::Usage(format!("--num-train-epochs must be above 0, not {epochs}")));
         }
-        match (self.num_train_epochs, default) {
-            (None, Some(steps)) => Ok(steps),
-            (None, None) => Ok(3 * per_epoch),
-            (Some(epochs), _) if epochs.is_finite() && epochs > 0.0 => {
-                Ok((epochs * per_epoch as f64).ceil() as u64)
-            }
-            (Some(epochs), _) => {
-                Err(Error::Usage(format!("--num-train-epochs must be above 0, not {epochs}")))
-            }
-        }
+        Ok((epochs * per_epoch as f64).ceil() as u64)
     }
 
-    /// The settings: what was given, else `defaults`.
-    pub(in crate::cli) fn config(
-        &self,
-        defaults: TrainConfig,
-        seed: u64,
-        max_steps: u64,
-    ) -> TrainConfig {
+    /// The settings: what was given, else the recipe's.
+    pub(in crate::cli) fn config(&self, recipe: &Recipe, seed: u64, max_steps: u64) -> TrainConfig {
+        let defaults = recipe.train.clone();
+        let warmup = self.warmup_steps.unwrap_or(recipe.warmup_steps);
+        // As transformers: below 1 it is a share, rounded up.
+        let warmup = if warmup < 1.0 { (warmup * max_steps as f64).ceil() } else { warmup };
         TrainConfig {
             learning_rate: self.learning_rate.unwrap_or(defaults.learning_rate),
             router_learning_rate: self
@@ -127,13 +133,14 @@ impl Learning {
                 Some(Scheduler::Constant) => Schedule::Constant,
                 None => defaults.schedule,
             },
-            warmup_steps: self.warmup_steps.unwrap_or(defaults.warmup_steps),
+            warmup_steps: warmup as u64,
             max_steps,
-            batch_size: self.batch_size as usize,
+            batch_size: self.batch_size(recipe),
             router_sampling: self.router_sampling.map_or(defaults.router_sampling, OnOff::is_on),
             dropout: self.dropout.or(defaults.dropout),
             checkpointing: self.checkpointing.is_on(),
             seed,
+            ..defaults
         }
     }
 }
@@ -147,6 +154,12 @@ pub(in crate::cli) struct Evaluating {
     /// Evaluate every so many steps [default: at the end].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(in crate::cli) eval_steps: Option<u64>,
+    /// Evaluate on this share of each task's rows instead, drawn by --seed, and train on the rest.
+    #[arg(long, conflicts_with = "eval_data")]
+    pub(in crate::cli) validation_split: Option<f64>,
+    /// Whether the best adapter is what the run leaves, instead of the last.
+    #[arg(long, default_value = "off", num_args = 0..=1, default_missing_value = "on")]
+    pub(in crate::cli) load_best_model_at_end: OnOff,
     /// What decides which adapter is best.
     #[arg(long, visible_alias = "metric-for-best-model", default_value = "loss")]
     pub(in crate::cli) metric_for_best: Metric,
@@ -168,7 +181,53 @@ pub(in crate::cli) enum Metric {
     RougeL,
 }
 
+impl Evaluating {
+    /// Rows to train on, and the rows that `--validation-split` holds out.
+    pub(in crate::cli) fn split(
+        &self,
+        rows: Vec<Row>,
+        seed: u64,
+    ) -> Result<(Vec<Row>, Option<Vec<Row>>)> {
+        let Some(share) = self.validation_split else { return Ok((rows, None)) };
+        if !(share > 0.0 && share < 1.0) {
+            return Err(Error::Usage(format!("--validation-split must be in 0..1, not {share}")));
+        }
+        let of_task = |row: &Row| (row.task.clone(), row.task_id);
+        let mut by_task: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+        for (i, row) in rows.iter().enumerate() {
+            by_task.entry(of_task(row)).or_default().push(i);
+        }
+        let mut held_out = vec![false; rows.len()];
+        for indices in by_task.values() {
+            let n = ((share * indices.len() as f64).round() as usize).min(indices.len() - 1);
+            for &drawn in &order::epoch(indices.len(), true, seed, u64::MAX)[..n] {
+                held_out[indices[drawn]] = true;
+            }
+        }
+        let (validation, training): (Vec<_>, Vec<_>) =
+            rows.into_iter().zip(held_out).partition(|(_, out)| *out);
+        let rows =
+            |part: Vec<(Row, bool)>| part.into_iter().map(|(row, _)| row).collect::<Vec<_>>();
+        if validation.is_empty() {
+            return Err(Error::Usage(format!(
+                "--validation-split {share} is less than a row of any task"
+            )));
+        }
+        tracing::info!("{} rows are held out for evaluation", validation.len());
+        Ok((rows(training), Some(rows(validation))))
+    }
+}
+
 impl Metric {
+    /// Its name, as the flag has it.
+    pub(in crate::cli) fn name(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::ExactMatch => "exact_match",
+            Self::RougeL => "rouge_l",
+        }
+    }
+
     /// Its value.
     pub(in crate::cli) fn value(self, evaluation: &Evaluation) -> f64 {
         let scores = &evaluation.overall;

@@ -58,6 +58,12 @@ impl<B: Backend> Evaluator<'_, B> {
 pub(in crate::cli) struct Plan<'a, B: Backend> {
     pub(in crate::cli) common: &'a Common,
     pub(in crate::cli) evaluating: &'a Evaluating,
+    /// Steps between evaluations.
+    pub(in crate::cli) eval_steps: Option<u64>,
+    /// Whether the adapter is evaluated before the first step.
+    pub(in crate::cli) evaluate_first: bool,
+    /// Whether the best adapter is left behind, instead of the last.
+    pub(in crate::cli) keep_best: bool,
     pub(in crate::cli) saving: &'a Saving,
     pub(in crate::cli) output_dir: &'a Path,
     pub(in crate::cli) trainer: Trainer<'a, B>,
@@ -126,8 +132,10 @@ impl<'a, B: Backend> Run<'a, B> {
         if state.best_global_step.is_some() && !best.exists() && old.is_dir() {
             copy_files(&old, &best)?;
         }
+        let mut state = state.clone();
+        state.best_model_checkpoint = state.best_global_step.map(|_| best);
         tracing::info!("going on from {} at step {}", dir.display(), state.global_step);
-        Ok(Self { log, state: state.clone(), plan })
+        Ok(Self { log, state, plan })
     }
 
     /// Where `best/` is.
@@ -140,6 +148,9 @@ impl<'a, B: Backend> Run<'a, B> {
         let bar = self.plan.common.progress(self.plan.n_steps);
         bar.set_position(self.plan.trainer.steps_done());
         let (mut last, mut evaluation) = (None, None);
+        if self.plan.evaluate_first && self.plan.trainer.steps_done() == 0 {
+            evaluation = self.evaluate()?;
+        }
         while self.plan.trainer.steps_done() < self.plan.n_steps && !self.out_of_patience() {
             let (report, seconds) = match self.step() {
                 Ok(done) => done,
@@ -159,7 +170,7 @@ impl<'a, B: Backend> Run<'a, B> {
             bar.set_message(format!("loss {:.4} {speed:.0} tokens/s", report.loss));
             bar.inc(1);
             let is_last = report.step == self.plan.n_steps;
-            if is_last || due(self.plan.evaluating.eval_steps, report.step) {
+            if is_last || due(self.plan.eval_steps, report.step) {
                 evaluation = self.evaluate()?;
             }
             let stop = interrupted.load(Ordering::Relaxed);
@@ -172,7 +183,13 @@ impl<'a, B: Backend> Run<'a, B> {
             }
         }
         bar.finish_and_clear();
-        self.save_adapter()?;
+        match &self.state.best_model_checkpoint {
+            Some(best) if self.plan.keep_best && !interrupted.load(Ordering::Relaxed) => {
+                Adapter::open(self.plan.trainer.model(), best)?
+                    .save_peft(self.plan.trainer.model().backend(), self.plan.output_dir)?;
+            }
+            _ => self.save_adapter()?,
+        }
         self.plan.trainer.model().verify_unchanged()?;
         if interrupted.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
@@ -267,11 +284,11 @@ impl<'a, B: Backend> Run<'a, B> {
             "learning_rate": report.lr, "router_learning_rate": report.router_lr,
             "grad_norm": report.grad_norm,
         }));
-        let Plan { saving, evaluating, n_steps, trainer, output_dir, .. } = &self.plan;
+        let Plan { saving, eval_steps, n_steps, trainer, output_dir, .. } = &self.plan;
         let per_epoch = self.plan.batches.steps_per_epoch();
         self.state = TrainerState {
             epoch: self.epoch(),
-            eval_steps: evaluating.eval_steps.unwrap_or(0),
+            eval_steps: eval_steps.unwrap_or(0),
             global_step: report.step,
             logging_steps: 1,
             max_steps: *n_steps,

@@ -1,0 +1,283 @@
+//! `adapt`: an adapter and a few rows of a new task in, an adapter with one more task out.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::{
+    Common, data, print, print_json,
+    train::{
+        flags::{Evaluating, Learning, Saving},
+        run::{self, Evaluator, Plan, Run},
+        settings,
+    },
+};
+use crate::{
+    error::{Error, Result},
+    formats::{
+        adapter::AdapterFiles,
+        json::list_names,
+        rows::{Row, Targets},
+        tasks::TaskNames,
+    },
+    model::{Adapter, dataset::read_rows},
+    train::{
+        Trainer,
+        adapt::{self, Kept, Tune},
+        evaluate::Decode,
+        order::{self, Batches},
+        recipe::{Length, Recipe},
+    },
+};
+
+#[derive(Args)]
+#[command(args_override_self = true)]
+pub(super) struct Adapt {
+    #[command(flatten)]
+    pub(super) common: Common,
+    /// The base model's folder.
+    #[arg(long)]
+    model: PathBuf,
+    /// The trained adapter's folder; it stays as it is.
+    #[arg(long)]
+    adapter: PathBuf,
+    #[command(flatten)]
+    data: data::DataFlags,
+    /// The new task's name. Of a file with several tasks its rows are used.
+    #[arg(long)]
+    task: String,
+    /// What learns: its routing rows, these with the skills, or the skills under a uniform mixture.
+    #[arg(long, default_value = "router")]
+    tune: TuneFlag,
+    /// Use so many of the rows, drawn by --seed [default: all].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    num_shots: Option<u32>,
+    /// Where the new adapter, the log and the settings go.
+    #[arg(long)]
+    output_dir: PathBuf,
+    /// Flags from a TOML file; those of the command line win.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    learning: Learning,
+    #[command(flatten)]
+    evaluating: Evaluating,
+    #[command(flatten)]
+    saving: Saving,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TuneFlag {
+    Router,
+    All,
+    Average,
+}
+
+impl Adapt {
+    fn tune(&self) -> Tune {
+        match self.tune {
+            TuneFlag::Router => Tune::Router,
+            TuneFlag::All => Tune::All,
+            TuneFlag::Average => Tune::Average,
+        }
+    }
+
+    pub(super) fn run(&self) -> Result<()> {
+        for source in [&self.model, &self.adapter] {
+            if let (Ok(source), Ok(out)) = (source.canonicalize(), self.output_dir.canonicalize())
+                && source == out
+            {
+                return Err(Error::Usage(
+                    "--output-dir is the folder of the base or of the adapter: name another".into(),
+                ));
+            }
+        }
+        // The papers' few-shot protocol.
+        let recipe =
+            Recipe { length: Length::Steps(1000), warmup_steps: 0.06, ..Recipe::default() };
+        let tune = self.tune();
+        let model = self.common.open_model(&self.model)?;
+        let resumed = self.saving.resumed(&self.output_dir)?;
+        let trained = Adapter::open(&model, &self.adapter)?;
+        let mut adapter =
+            adapt::add_task(&model, &trained, Some(&self.task), tune, self.common.seed)?;
+        let task = trained.config().n_tasks as u32;
+        drop(trained);
+        if let Some(resumed) = &resumed {
+            adapter = Adapter::open(&model, &resumed.dir)?;
+        }
+        let tasks = adapter.task_names();
+
+        let tokenizer = data::open_tokenizer(&model)?;
+        let encode = |rows, path: &PathBuf| {
+            let limits = self.data.limits.with_defaults(&recipe);
+            limits.encode(rows, path, &model, tokenizer.as_ref(), Some(&tasks), Targets::Required)
+        };
+        let read = |path: &PathBuf| -> Result<Vec<Row>> {
+            self.of_task(read_rows(path, Targets::Required)?, path, &tasks)
+        };
+        let (rows, held_out) =
+            self.evaluating.split(self.draw(read(&self.data.data)?)?, self.common.seed)?;
+        let data = encode(rows, &self.data.data)?;
+        let eval_data = match (&self.evaluating.eval_data, held_out) {
+            (Some(path), _) => Some(encode(read(path)?, path)?),
+            (None, Some(rows)) => Some(encode(rows, &self.data.data)?),
+            (None, None) => None,
+        };
+        let evaluator = eval_data.map(|data| Evaluator {
+            model: &model,
+            data,
+            decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
+            tasks: &tasks,
+            batch_size: self.learning.batch_size(&recipe),
+            metric: self.evaluating.metric_for_best,
+        });
+
+        let (per_step, shuffle) = (self.learning.per_step(&recipe), self.learning.shuffle.is_on());
+        let batches = Batches::new(data.examples.len(), per_step, shuffle, self.common.seed);
+        let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
+        let mut config = self.learning.config(&recipe, self.common.seed, n_steps);
+        config.trainable = tune.trainable(task);
+        let trainer = Trainer::new(&model, adapter, config)?;
+        let mut arguments = settings::arguments(
+            &trainer,
+            per_step,
+            shuffle,
+            &data,
+            evaluator.as_ref().map(|e| &e.data),
+        );
+        arguments.insert("tune".into(), json!(tune));
+        arguments.insert("task".into(), json!(self.task));
+        let validated = evaluator.is_some();
+        let interrupted = run::interruption();
+        let plan = Plan {
+            common: &self.common,
+            evaluating: &self.evaluating,
+            // Often enough to pick the steps, seldom enough to cost little.
+            eval_steps: self.evaluating.eval_steps.or(Some((n_steps / 20).max(1))),
+            evaluate_first: true,
+            keep_best: validated,
+            saving: &self.saving,
+            output_dir: &self.output_dir,
+            trainer,
+            data: &data,
+            batches,
+            evaluator,
+            n_steps,
+            arguments: arguments.clone(),
+        };
+        let run = Run::start(plan, resumed.as_ref())?;
+        let mut known = settings::settings(&model, &self.evaluating, &self.saving, &self.learning);
+        known.extend([
+            ("model".to_owned(), json!(self.model)),
+            ("adapter".to_owned(), json!(self.adapter)),
+            ("data".to_owned(), json!(self.data.data)),
+            ("max_steps".to_owned(), json!(n_steps)),
+        ]);
+        settings::write(&self.output_dir, known, arguments)?;
+        let outcome = run.go(&interrupted)?;
+        let steps = match outcome.state.best_global_step {
+            Some(best) if validated => best,
+            _ => outcome.trainer.steps_done(),
+        };
+        self.prove(tune, task, steps, outcome.state.best_metric)
+    }
+
+    /// The rows of the task, renamed to it where they have no name.
+    fn of_task(&self, rows: Vec<Row>, path: &PathBuf, tasks: &TaskNames) -> Result<Vec<Row>> {
+        let n = rows.len();
+        let others: std::collections::BTreeSet<String> = rows
+            .iter()
+            .filter_map(|row| row.task.clone())
+            .filter(|name| *name != self.task)
+            .collect();
+        let mut rows: Vec<Row> = rows
+            .into_iter()
+            .filter(|row| row.task.as_ref().is_none_or(|name| *name == self.task))
+            .collect();
+        if rows.is_empty() {
+            return Err(Error::file(
+                path,
+                format!(
+                    "no row is of task {:?}: there are {}",
+                    self.task,
+                    list_names(others.iter().map(String::as_str))
+                ),
+            ));
+        }
+        if rows.len() < n {
+            let left_out = n - rows.len();
+            tracing::info!("{}: {left_out} rows are of other tasks", path.display());
+        }
+        for row in &mut rows {
+            // The ids of a file count its own tasks, not the adapter's.
+            row.task_id = tasks.id(&self.task);
+            row.task = Some(self.task.clone());
+        }
+        Ok(rows)
+    }
+
+    /// `--num-shots` of the rows, in the file's order.
+    fn draw(&self, rows: Vec<Row>) -> Result<Vec<Row>> {
+        let Some(n) = self.num_shots.map(|n| n as usize) else { return Ok(rows) };
+        if n > rows.len() {
+            return Err(Error::Usage(format!(
+                "--num-shots {n}, but task {:?} has {} rows",
+                self.task,
+                rows.len()
+            )));
+        }
+        let mut drawn = order::epoch(rows.len(), true, self.common.seed, u64::MAX);
+        drawn.truncate(n);
+        let keep: std::collections::HashSet<usize> = drawn.into_iter().collect();
+        let kept = rows.into_iter().enumerate().filter(|(i, _)| keep.contains(i));
+        Ok(kept.map(|(_, row)| row).collect())
+    }
+
+    /// Compares what was saved with what there was, and says what is the same.
+    fn prove(&self, tune: Tune, task: u32, steps: u64, metric: Option<f64>) -> Result<()> {
+        let (before, after) =
+            (AdapterFiles::open(&self.adapter)?, AdapterFiles::open(&self.output_dir)?);
+        let (bank, rows) = adapt::compare(&before, &after);
+        let promised: &[(&str, &Kept)] = match tune {
+            Tune::Router => &[("A and B", &bank), ("the other tasks' routing rows", &rows)],
+            Tune::All | Tune::Average => &[("the other tasks' routing rows", &rows)],
+        };
+        for (what, kept) in promised {
+            if kept.n_changed > 0 {
+                return Err(Error::NotFinite(format!(
+                    "{what} were to stay as they are, but {} of {} numbers changed: this is a defect of polytape",
+                    kept.n_changed, kept.n_values
+                )));
+            }
+        }
+        if self.common.json {
+            return print_json(&json!({
+                "task": self.task, "task_id": task, "tune": tune, "steps": steps,
+                "best_metric": metric, "output_dir": self.output_dir,
+                "bank": bank, "other_rows": rows,
+            }));
+        }
+        let line = |what: &str, kept: &Kept| match kept.n_changed {
+            0 => format!(
+                "bit-identical: {what}, {} numbers, fingerprint {}",
+                kept.n_values, kept.after
+            ),
+            n => format!(
+                "trained: {what}, {n} of {} numbers changed, fingerprint {} -> {}",
+                kept.n_values, kept.before, kept.after
+            ),
+        };
+        print(&line("A and B", &bank))?;
+        print(&line("routing rows of the other tasks", &rows))?;
+        if tune != Tune::Router {
+            print("the other tasks' outputs change with A and B; --tune router keeps them")?;
+        }
+        print(&format!(
+            "task {} has id {task}, {steps} steps: adapter in {}",
+            Value::from(self.task.as_str()),
+            self.output_dir.display()
+        ))
+    }
+}

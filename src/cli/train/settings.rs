@@ -1,0 +1,92 @@
+//! What is written down of a run: what a resumed one must share, and `config.json`.
+
+use std::{io::Write, path::Path};
+
+use serde_json::{Map, Value, json};
+
+use super::flags::{Evaluating, Learning, Saving};
+use crate::{
+    error::Result,
+    formats::safetensors::write_atomically,
+    kernels::cpu::Cpu,
+    model::{Model, dataset::Dataset},
+    train::Trainer,
+};
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(object) => object,
+        _ => Map::new(),
+    }
+}
+
+/// What a resumed run must share, so that it is the same run.
+pub(in crate::cli) fn arguments(
+    trainer: &Trainer<'_, Cpu>,
+    per_step: usize,
+    shuffle: bool,
+    data: &Dataset,
+    eval_data: Option<&Dataset>,
+) -> Map<String, Value> {
+    let (model, config) = (trainer.model(), trainer.config());
+    let backend = model.backend();
+    let adapter: Value =
+        serde_json::from_str(&trainer.adapter().config().to_json()).unwrap_or_default();
+    object(json!({
+        "model_fingerprint": model.fingerprint().to_string(),
+        "data_fingerprint": data.fingerprint().to_string(),
+        "eval_data_fingerprint": eval_data.map(|data| data.fingerprint().to_string()),
+        "isa": backend.isa().name(),
+        "dtype": backend.compute_dtype().to_string(),
+        "adapter_config": adapter,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": per_step / config.batch_size,
+        "learning_rate": config.learning_rate,
+        "router_learning_rate": config.router_learning_rate,
+        "weight_decay": config.weight_decay,
+        "router_weight_decay": config.router_weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "lr_scheduler_type": format!("{:?}", config.schedule).to_lowercase(),
+        "warmup_steps": config.warmup_steps,
+        "router_sampling": config.router_sampling,
+        "shuffle": shuffle,
+        "trainable": format!("{:?}", config.trainable),
+        "ibp_prior": config.ibp_prior,
+        "routing": trainer.adapter().routing(),
+        "dropout": config.dropout.unwrap_or(model.dropout_rate()),
+        "seed": config.seed,
+    }))
+}
+
+/// What a resumed run may change, and versions.
+pub(in crate::cli) fn settings(
+    model: &Model,
+    evaluating: &Evaluating,
+    saving: &Saving,
+    learning: &Learning,
+) -> Map<String, Value> {
+    object(json!({
+        "polytape_version": env!("CARGO_PKG_VERSION"),
+        "threads": model.backend().n_threads(),
+        "eval_data": evaluating.eval_data,
+        "validation_split": evaluating.validation_split,
+        "eval_steps": evaluating.eval_steps,
+        "metric_for_best": evaluating.metric_for_best.name(),
+        "early_stopping_patience": evaluating.early_stopping_patience,
+        "early_stopping_threshold": evaluating.early_stopping_threshold,
+        "save_steps": saving.save_steps,
+        "save_total_limit": saving.save_total_limit,
+        "checkpointing": learning.checkpointing(),
+    }))
+}
+
+/// Writes `config.json`.
+pub(in crate::cli) fn write(
+    output_dir: &Path,
+    mut settings: Map<String, Value>,
+    arguments: Map<String, Value>,
+) -> Result<()> {
+    settings.extend(arguments);
+    let settings = Value::Object(settings);
+    write_atomically(&output_dir.join("config.json"), |file| writeln!(file, "{settings:#}"))
+}

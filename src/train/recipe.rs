@@ -1,0 +1,148 @@
+//! Recipes: what the papers and PEFT's notebook train with, as defaults that flags override.
+//!
+//! | preset | source | base there |
+//! |---|---|---|
+//! | peft | PEFT's Poly notebook | flan-t5-xl |
+//! | poly-crossfit | mttl's CrossFit scripts (Polytropon) | t5-large |
+//! | mhr-t0 | mttl's T0 scripts (MHR) | t5-xl-lm-adapt |
+//! | mhr-superni | mttl's SuperNI scripts (MHR) | t5-large-lm-adapt |
+//!
+//! A batch is that of one of their GPUs. mttl's SuperNI scripts leave the number of splits to the
+//! caller; 64 is what its T0 scripts have. It must divide the base's widths, so small bases want less.
+
+use super::{Schedule, TrainConfig};
+use crate::model::routing::InitA;
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Length {
+    /// Optimiser steps.
+    Steps(u64),
+    /// Passes over the data.
+    Epochs(f64),
+}
+
+/// Defaults of a run.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// Rank.
+    pub r: usize,
+    /// Skills.
+    pub n_skills: usize,
+    /// Splits.
+    pub n_splits: usize,
+    /// Which linears; none: the architecture's default.
+    pub target_modules: Option<&'static str>,
+    /// How A begins.
+    pub init_a: InitA,
+    /// The trainer's settings; warm-up and steps are below.
+    pub train: TrainConfig,
+    /// Micro-batches of a step.
+    pub gradient_accumulation_steps: u32,
+    /// Steps of warm-up; below 1 a share of all steps.
+    pub warmup_steps: f64,
+    /// How long it runs.
+    pub length: Length,
+    /// The most source tokens of a text.
+    pub max_source_length: Option<usize>,
+    /// The most label tokens.
+    pub max_target_length: usize,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            r: 8,
+            n_skills: 4,
+            n_splits: 1,
+            target_modules: None,
+            init_a: InitA::Peft,
+            train: TrainConfig::default(),
+            gradient_accumulation_steps: 1,
+            warmup_steps: 0.0,
+            length: Length::Epochs(3.0),
+            max_source_length: None,
+            max_target_length: 128,
+        }
+    }
+}
+
+impl Recipe {
+    /// The names of the presets.
+    pub const NAMES: [&'static str; 4] = ["peft", "poly-crossfit", "mhr-t0", "mhr-superni"];
+
+    /// The preset of a name.
+    pub fn named(name: &str) -> Option<Self> {
+        let paper = TrainConfig {
+            learning_rate: 1e-3,
+            router_learning_rate: 0.1,
+            schedule: Schedule::Linear,
+            ..TrainConfig::default()
+        };
+        Some(match name {
+            "peft" => Self {
+                r: 8,
+                n_skills: 2,
+                n_splits: 4,
+                train: TrainConfig {
+                    learning_rate: 5e-5,
+                    router_learning_rate: 5e-5,
+                    weight_decay: 0.0,
+                    ..paper
+                },
+                length: Length::Epochs(8.0),
+                max_source_length: Some(512),
+                ..Self::default()
+            },
+            "poly-crossfit" => Self {
+                r: 16,
+                n_skills: 8,
+                target_modules: Some("q,k,v,o"),
+                init_a: InitA::Authors,
+                train: TrainConfig {
+                    weight_decay: 0.01,
+                    router_weight_decay: 0.01,
+                    max_grad_norm: 0.1,
+                    ..paper
+                },
+                warmup_steps: 0.06,
+                length: Length::Epochs(30.0),
+                max_source_length: Some(512),
+                max_target_length: 64,
+                ..Self::default()
+            },
+            "mhr-t0" => Self {
+                r: 1,
+                n_skills: 8,
+                n_splits: 64,
+                target_modules: Some("q,k,v,o,wi_0,wi_1,wo"),
+                init_a: InitA::Authors,
+                train: TrainConfig { weight_decay: 0.0, router_sampling: false, ..paper },
+                gradient_accumulation_steps: 2,
+                warmup_steps: 0.06,
+                length: Length::Steps(100_000),
+                max_source_length: Some(256),
+                max_target_length: 256,
+                ..Self::default()
+            },
+            "mhr-superni" => Self {
+                r: 16,
+                n_skills: 8,
+                n_splits: 64,
+                target_modules: Some("q,k,v,o"),
+                init_a: InitA::Authors,
+                train: TrainConfig {
+                    weight_decay: 0.01,
+                    router_weight_decay: 0.01,
+                    max_grad_norm: 0.1,
+                    ..paper
+                },
+                warmup_steps: 1500.0,
+                length: Length::Steps(25_000),
+                max_source_length: Some(1024),
+                max_target_length: 128,
+            },
+            _ => return None,
+        })
+    }
+}

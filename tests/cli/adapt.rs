@@ -1,0 +1,193 @@
+//! `adapt`: what is promised to stay stays bit by bit, what is to learn does.
+
+use std::{fs, path::Path};
+
+use polytape::formats::adapter::AdapterFiles;
+use serde_json::{Value, json};
+
+use crate::{fails, fixture, lines, ok, rows, scratch, str, text};
+
+/// Rows of a new task among those of others.
+fn data(dir: &Path, n: usize) -> std::path::PathBuf {
+    let mut all = rows(6);
+    for (i, line) in rows(n).lines().enumerate() {
+        let mut row: Value = serde_json::from_str(line).unwrap();
+        row["task"] = json!("new");
+        row["task_id"] = json!(77); // The file's own numbers.
+        row["own"] = json!(i);
+        all += &format!("{row}\n");
+    }
+    let path = dir.join("few.jsonl");
+    fs::write(&path, all.replace("\"own\"", "\"x\"")).unwrap();
+    path
+}
+
+fn adapt<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
+    let leak =
+        |path: &str| -> &'static str { Box::leak(str(&fixture(path)).to_owned().into_boxed_str()) };
+    let mut arguments = vec![
+        "adapt",
+        "--model",
+        leak("base"),
+        "--adapter",
+        leak("adapter"),
+        "--data",
+        str(data),
+        "--task",
+        "new",
+        "--output-dir",
+        str(out),
+    ];
+    arguments.extend(more);
+    arguments
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+#[test]
+fn only_what_is_to_learn_changes() {
+    let dir = scratch("adapt");
+    let rows = data(&dir, 12);
+    let before = AdapterFiles::open(fixture("adapter")).unwrap();
+    let n = before.config.n_tasks;
+    for tune in ["router", "all", "average"] {
+        let out = dir.join(tune);
+        let said = ok(&adapt(&rows, &out, &["--tune", tune, "--max-steps", "5", "--json"]));
+        let said: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+        assert_eq!((said["task_id"].as_u64(), said["steps"].as_u64()), (Some(n as u64), Some(5)));
+        assert_eq!(said["other_rows"]["n_changed"], 0);
+        assert_eq!(said["other_rows"]["before"], said["other_rows"]["after"]);
+        assert_eq!(said["bank"]["n_changed"] == 0, tune == "router", "{said}");
+        assert_eq!(said["bank"]["before"] == said["bank"]["after"], tune == "router");
+
+        let after = AdapterFiles::open(&out).unwrap();
+        assert_eq!(after.config.n_tasks, n + 1);
+        assert_eq!(after.tasks.as_ref().unwrap().id("new"), Some(n as u32));
+        for (path, old) in &before.modules {
+            let new = &after.modules[path];
+            let same = bits(&old.lora_a.values) == bits(&new.lora_a.values)
+                && bits(&old.lora_b.values) == bits(&new.lora_b.values);
+            assert_eq!(same, tune == "router", "{tune} {path}");
+            let (kept, row) = new.router_logits.split_at(old.router_logits.len());
+            assert_eq!(bits(kept), bits(&old.router_logits), "{tune} {path}");
+            match tune {
+                "average" => assert!(row.iter().all(|z| z.to_bits() == 0), "{path}: {row:?}"),
+                _ => assert!(row.iter().any(|z| z.abs() > 2e-3), "{path} learned nothing: {row:?}"),
+            }
+        }
+    }
+    let plain = ok(&adapt(&rows, &dir.join("plain"), &["--max-steps", "1"]));
+    assert!(plain.starts_with("bit-identical: A and B, "), "{plain}");
+    assert!(plain.contains("bit-identical: routing rows of the other tasks, "), "{plain}");
+}
+
+/// The old tasks compute the same bits under the new adapter.
+#[test]
+fn the_other_tasks_do_not_notice() {
+    let dir = scratch("adapt-others");
+    let (rows, out) = (data(&dir, 8), dir.join("out"));
+    ok(&adapt(&rows, &out, &["--max-steps", "4", "--router-learning-rate", "1"]));
+    let old = dir.join("old.jsonl");
+    let line = |task: usize| {
+        json!({"task_id": task, "input_ids": [5, 6, 7, 9], "label_ids": [4, 8, 1]}).to_string()
+    };
+    fs::write(&old, (0..3).map(|task| line(task) + "\n").collect::<String>()).unwrap();
+    let nll = |adapter: &Path, name: &str| {
+        let file = dir.join(name);
+        let base = fixture("base");
+        ok(&[
+            "eval",
+            "--model",
+            str(&base),
+            "--adapter",
+            str(adapter),
+            "--data",
+            str(&old),
+            "--generate",
+            "off",
+            "--per-example",
+            str(&file),
+        ]);
+        text(&file)
+    };
+    assert_eq!(nll(&fixture("adapter"), "before"), nll(&out, "after"));
+}
+
+/// Evaluations pick the steps: what is left behind is the best, the untrained row included.
+#[test]
+fn validation_picks_the_steps() {
+    let dir = scratch("adapt-validation");
+    let (rows, out) = (data(&dir, 20), dir.join("out"));
+    let more = [
+        "--tune",
+        "all",
+        "--validation-split",
+        "0.25",
+        "--max-steps",
+        "12",
+        "--eval-steps",
+        "2",
+        "--learning-rate",
+        "0.3",
+        "--lr-scheduler-type",
+        "constant",
+        "--warmup-steps",
+        "0",
+        "--json",
+    ];
+    let said = ok(&adapt(&rows, &out, &more));
+    let said: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    let evaluations: Vec<(u64, f64)> = lines(&out.join("log.jsonl"))
+        .iter()
+        .filter_map(|line| Some((line["step"].as_u64()?, line["eval_loss"].as_f64()?)))
+        .collect();
+    assert_eq!(
+        evaluations.iter().map(|(step, _)| *step).collect::<Vec<_>>(),
+        [0, 2, 4, 6, 8, 10, 12]
+    );
+    let best = evaluations.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert_eq!(
+        (said["steps"].as_u64(), said["best_metric"].as_f64()),
+        (Some(best.0), Some(best.1))
+    );
+    let file = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(file(&out) == file(&out.join("best")));
+    let config: Value = serde_json::from_str(&text(&out.join("config.json"))).unwrap();
+    assert_eq!(
+        (config["validation_split"].as_f64(), config["task"].as_str()),
+        (Some(0.25), Some("new"))
+    );
+}
+
+#[test]
+fn an_adaptation_repeats_and_resumes() {
+    let dir = scratch("adapt-resume");
+    let (rows, whole, part) = (data(&dir, 9), dir.join("whole"), dir.join("part"));
+    let more = ["--max-steps", "8", "--save-steps", "3", "--num-shots", "7"];
+    ok(&adapt(&rows, &whole, &more));
+    let from = whole.join("checkpoint-3");
+    ok(&adapt(&rows, &part, &[&more[..], &["--resume", str(&from), "--threads", "2"]].concat()));
+    let file = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(file(&whole) == file(&part));
+}
+
+#[test]
+fn what_cannot_be_adapted_is_refused() {
+    let dir = scratch("adapt-refused");
+    let (rows, out) = (data(&dir, 4), dir.join("out"));
+    let other = ["--max-steps", "1", "--num-shots", "9"];
+    fails(&adapt(&rows, &out, &other), 2, "--num-shots 9, but task \"new\" has 4 rows");
+    let mut wrong = adapt(&rows, &out, &[]);
+    wrong[8] = "absent";
+    fails(&wrong, 3, "no row is of task \"absent\": there are \"new\", \"task-0\"");
+    ok(&adapt(&rows, &out, &["--max-steps", "1"]));
+    let (again, adapter) = (dir.join("again"), str(&out).to_owned());
+    let mut twice = adapt(&rows, &again, &["--max-steps", "1"]);
+    twice[4] = &adapter;
+    fails(&twice, 2, "the adapter has a task \"new\" already, with id 3");
+    let mut onto = adapt(&rows, &out, &[]);
+    onto[4] = &adapter;
+    fails(&onto, 2, "--output-dir is the folder of the base or of the adapter");
+}

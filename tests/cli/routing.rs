@@ -1,0 +1,244 @@
+//! Routing options, presets and `--config`: what they leave in the adapter and in the log.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use polytape::formats::adapter::AdapterFiles;
+use serde_json::Value;
+
+use crate::{data, fails, lines, ok, scratch, str, text, train};
+
+/// The router logits of each linear, as bits.
+fn routers(out: &Path) -> BTreeMap<String, Vec<u32>> {
+    let files = AdapterFiles::open(out).unwrap();
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+    files.modules.iter().map(|(path, m)| (path.clone(), bits(&m.router_logits))).collect()
+}
+
+#[test]
+fn linears_share_routers() {
+    let dir = scratch("granularity");
+    let rows = data(&dir, 12);
+    let mut n_routers = Vec::new();
+    for granularity in ["linear", "layerwise", "block", "coderwise", "one"] {
+        let out = dir.join(granularity);
+        ok(&train(
+            &rows,
+            &out,
+            &[
+                "--max-steps",
+                "4",
+                "--router-granularity",
+                granularity,
+                "--target-modules",
+                "all-linear",
+            ],
+        ));
+        let routers = routers(&out);
+        let mut different: Vec<_> = routers.values().collect();
+        different.sort();
+        different.dedup();
+        n_routers.push(different.len());
+        let block: Vec<_> =
+            routers.iter().filter(|(path, _)| path.starts_with("encoder.block.0.")).collect();
+        let shares = granularity != "linear" && granularity != "layerwise";
+        assert!(!shares || block.iter().all(|(_, logits)| *logits == block[0].1), "{granularity}");
+        assert_eq!(out.join("routing.json").exists(), granularity != "linear");
+        // It learned: a fresh logit is below 0.001.
+        assert!(routers.values().flatten().any(|bits| f32::from_bits(*bits).abs() > 2e-3));
+    }
+    assert!(n_routers.windows(2).all(|pair| pair[0] > pair[1]), "{n_routers:?}");
+    assert_eq!(n_routers[3..], [2, 1], "coder, one");
+    // It goes on as it was, and another granularity is refused.
+    let (from, out) = (dir.join("block"), dir.join("on"));
+    ok(&train(&rows, &out, &["--max-steps", "1", "--adapter-init", str(&from)]));
+    assert_eq!(text(&out.join("routing.json")), text(&from.join("routing.json")));
+    let other = ["--adapter-init", str(&from), "--router-granularity", "one"];
+    fails(&train(&rows, &dir.join("no"), &other), 2, "--router-granularity differs");
+    // Numbers that do not belong to a shared router.
+    fs::copy(from.join("routing.json"), dir.join("linear/routing.json")).unwrap();
+    let from = dir.join("linear");
+    let wrong = ["--adapter-init", str(&from), "--max-steps", "1"];
+    fails(
+        &train(&rows, &dir.join("no"), &wrong),
+        3,
+        "differ from those of the linears that share its router",
+    );
+}
+
+#[test]
+fn a_given_routing_stays() {
+    let dir = scratch("given");
+    let rows = data(&dir, 12);
+    let skills = dir.join("skills.json");
+    fs::write(&skills, r#"{"task-0": ["a"], "task-1": ["b", "a"], "task-2": ["b"]}"#).unwrap();
+    let runs: [(&str, &[&str], usize, [&[usize]; 3]); 3] = [
+        ("shared", &["--routing", "shared"], 1, [&[0], &[0], &[0]]),
+        ("private", &["--routing", "private"], 3, [&[0], &[1], &[2]]),
+        ("expert", &["--task-skills", str(&skills)], 2, [&[0], &[0, 1], &[1]]),
+    ];
+    for (name, flags, n_skills, on) in runs {
+        let out = dir.join(name);
+        ok(&train(
+            &rows,
+            &out,
+            &[&["--max-steps", "3", "--learning-rate", "0.05"], flags].concat(),
+        ));
+        let files = AdapterFiles::open(&out).unwrap();
+        assert_eq!((files.config.n_skills, files.config.n_splits), (n_skills, 1));
+        for module in files.modules.values() {
+            for (task, row) in module.router_logits.chunks(n_skills).enumerate() {
+                let expected: Vec<f32> = (0..n_skills)
+                    .map(|skill| if on[task].contains(&skill) { 200.0 } else { -200.0 })
+                    .collect();
+                assert_eq!(row, expected, "{name}");
+            }
+            assert!(module.lora_b.values.iter().any(|b| *b != 0.0), "{name} learned nothing");
+        }
+    }
+    fails(
+        &train(&rows, &dir.join("no"), &["--routing", "private", "--n-skills", "2"]),
+        2,
+        "--n-skills 2, but the routing that is given has 3",
+    );
+    fs::write(&skills, r#"{"task-0": ["a"], "task-9": ["b"]}"#).unwrap();
+    fails(
+        &train(&rows, &dir.join("no"), &["--task-skills", str(&skills)]),
+        3,
+        "task \"task-9\" is not in the data",
+    );
+    fs::write(&skills, r#"{"task-0": ["a"], "task-1": []}"#).unwrap();
+    fails(
+        &train(&rows, &dir.join("no"), &["--task-skills", str(&skills)]),
+        3,
+        "task \"task-1\" has no skill",
+    );
+}
+
+/// Lazy updates leave the rows of absent tasks alone; dense ones move them by their moments.
+#[test]
+fn lazy_rows_wait_for_their_task() {
+    let dir = scratch("lazy");
+    let rows = data(&dir, 12);
+    // In order, one row a step: tasks 0, 1, 2, 0, 1, 2, ...; after step 7 (task 0) only row 0 moved.
+    let common = [
+        "--shuffle",
+        "off",
+        "--batch-size",
+        "1",
+        "--lr-scheduler-type",
+        "constant",
+        "--init-weights",
+        "off",
+    ];
+    let run = |name: &str, steps: &str, more: &[&str]| {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&common[..], &["--max-steps", steps], more].concat()));
+        routers(&out)
+    };
+    for (updates, waits) in [("lazy", true), ("dense", false)] {
+        let flags = ["--router-updates", updates];
+        let six = run(&format!("{updates}-6"), "6", &flags);
+        let seven = run(&format!("{updates}-7"), "7", &flags);
+        for (path, before) in &six {
+            let (after, width) = (&seven[path], before.len() / 3);
+            assert_ne!(before[..width], after[..width], "task 0 is there");
+            assert_eq!(before[width..] == after[width..], waits, "{updates} {path}");
+        }
+    }
+    // With all tasks in each step they are the same.
+    let all = ["--batch-size", "12"];
+    let lazy = run("lazy-all", "3", &[&all[..], &["--router-updates", "lazy"]].concat());
+    assert_eq!(lazy, run("dense-all", "3", &all));
+}
+
+#[test]
+fn the_prior_moves_the_router() {
+    let dir = scratch("prior");
+    let rows = data(&dir, 12);
+    let run = |name: &str, more: &[&str]| {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&["--max-steps", "1", "--max-grad-norm", "0"], more].concat()));
+        routers(&out)
+    };
+    // At the first step B is zero, so the loss gives the router no gradient: what moves is the prior.
+    let (without, with) = (run("without", &[]), run("with", &["--ibp-prior", "1"]));
+    assert_ne!(without, with);
+    fails(&train(&rows, &dir.join("no"), &["--ibp-prior", "-1"]), 2, "ibp_prior must be 0 or more");
+}
+
+#[test]
+fn presets_are_defaults_and_flags_win() {
+    let dir = scratch("presets");
+    let rows = data(&dir, 12);
+    for (preset, r, q, accumulation) in [
+        ("peft", 8, 4, 1),
+        ("poly-crossfit", 16, 1, 1),
+        ("mhr-t0", 1, 2, 2),
+        ("mhr-superni", 16, 2, 1),
+    ] {
+        let out = dir.join(preset);
+        let mut flags = vec!["--preset", preset, "--max-steps", "1"];
+        if preset.starts_with("mhr") {
+            flags.extend(["--n-splits", "2", "--target-modules", "q,v"]); // The base is tiny.
+        }
+        ok(&train(&rows, &out, &flags));
+        let config: Value = serde_json::from_str(&text(&out.join("config.json"))).unwrap();
+        let adapter = &config["adapter_config"];
+        assert_eq!((adapter["r"].as_u64(), adapter["n_splits"].as_u64()), (Some(r), Some(q)));
+        assert_eq!(config["gradient_accumulation_steps"], accumulation);
+        assert_eq!(config["router_sampling"], preset != "mhr-t0");
+        assert_eq!(config["preset"], preset);
+    }
+    fails(&train(&rows, &dir, &["--preset", "mhr-to"]), 2, "mhr-t0");
+}
+
+#[test]
+fn a_config_file_is_flags() {
+    let dir = scratch("config");
+    let (rows, file) = (data(&dir, 12), dir.join("run.toml"));
+    let flags = dir.join("flags");
+    ok(&train(
+        &rows,
+        &flags,
+        &[
+            "--max-steps",
+            "4",
+            "--learning-rate",
+            "0.003",
+            "--target-modules",
+            "q,v,o",
+            "--router-sampling",
+            "off",
+            "--seed",
+            "5",
+            "--batch-size",
+            "3",
+        ],
+    ));
+    fs::write(
+        &file,
+        "# as HF names them\nlearning_rate = 3e-3\ntarget_modules = [\"q\", \"v\", \"o\"]\n\
+         router_sampling = false\nper_device_train_batch_size = 3\nmax_steps = 9\nseed = 7\n",
+    )
+    .unwrap();
+    let out = dir.join("out");
+    ok(&train(&rows, &out, &["--config", str(&file), "--max_steps", "4", "--seed=5"]));
+    let model = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert!(model(&out) == model(&flags), "the command line wins over the file");
+    assert_eq!(lines(&out.join("log.jsonl")).len(), 4);
+    for (content, message) in [
+        (
+            "seed = 1\n\nlerning_rate = 1\n",
+            "run.toml:3: unknown key lerning_rate; the nearest is learning_rate",
+        ),
+        ("zzzzzz = 1\n", "run.toml:1: unknown key zzzzzz"),
+        ("seed = \n", "run.toml:1: "),
+        ("seed = { a = 1 }\n", "run.toml:1: key seed: found a table or a date"),
+    ] {
+        fs::write(&file, content).unwrap();
+        fails(&train(&rows, &out, &["--config", str(&file)]), 3, message);
+    }
+    fs::write(&file, "max_steps = \"many\"\n").unwrap();
+    fails(&train(&rows, &out, &["--config", str(&file)]), 2, "many");
+    fails(&train(&rows, &out, &["--config", "/nowhere.toml"]), 3, "/nowhere.toml");
+}
