@@ -123,7 +123,6 @@ impl Recipe {
                 length: Length::Steps(100_000),
                 max_source_length: Some(256),
                 max_target_length: 256,
-                ..Self::default()
             },
             "mhr-superni" => Self {
                 r: 16,
@@ -137,6 +136,7 @@ impl Recipe {
                     max_grad_norm: 0.1,
                     ..paper
                 },
+                gradient_accumulation_steps: 1,
                 warmup_steps: 1500.0,
                 length: Length::Steps(25_000),
                 max_source_length: Some(1024),
