@@ -261,16 +261,16 @@ attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_di
 
 // One set of entry points for each number of columns a lane.
 #define ATTENTION_KERNELS(columns)                                                              \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
     attention_##columns(Item* o, float* lse, Attention args) {                                  \
         attend<columns>(o, lse, args);                                                          \
     }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
     attention_backward_queries_##columns(Item* d_q, const Item* d_o, const float* lse,          \
                                          const float* inner, Attention args) {                  \
         attend_backward_queries<columns>(d_q, d_o, lse, inner, args);                           \
     }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP)                         \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
     attention_backward_keys_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse,  \
                                       const float* inner, Attention args) {                     \
         attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \

@@ -18,9 +18,8 @@ typedef unsigned long long u64;
 // memory with guards in its place.
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
 // The shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(type, name)                    \
-    extern __shared__ __align__(16) char name##_raw[]; \
-    type* name = reinterpret_cast<type*>(name##_raw)
+extern __shared__ __align__(16) char dynamic_shared_memory[];
+#define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(dynamic_shared_memory)
 #endif
 
 struct Bf16 {

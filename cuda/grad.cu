@@ -4,10 +4,33 @@
 //   d_b[row, r, o] = sum_t z[t, r] * d_y[t, o]                            [rows * rank, d_out]
 // t runs over the tokens of the routing row, segment after segment (0 for a row without tokens):
 // row_segments [rows + 1] says which of row_runs (first token, length) are its own.
-// Grid of `d_z`: x = tokens / 8, y = ranks / 8, a warp a token. Grids of `d_a`, `d_b`: x = left
-// features / 32, y = right features / 32, z = rows; a block of 256 threads owns a 32 x 32 tile and
+// Grid of `d_z`: x = tokens / 8, y = ranks / 8, a warp a token. Grids of `d_a`, `d_b`: x =
+// features / 32, y = ranks / 32, z = rows; a block of 256 threads owns a 32 x 32 tile and
 // adds the tokens in order, in blocks of 256 that are then added up.
-#include "common.cuh"
+// For bf16 `d_z_tiles`, `d_a_tiles` and `d_b_tiles` are in their places: thin.cuh, on tensor cores.
+#include "thin.cuh"
+
+#if POLYTAPE_BF16
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+d_z_tiles(float* d_z, const Item* d_y, const float* mixed_b, const RunTile* tiles, u32 d_out, u32 rank,
+          float scale) {
+    thin_product<true>(d_z, d_y, mixed_b, tiles[blockIdx.x], d_out, rank, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+d_a_tiles(float* d_a, const Item* x, const float* d_z, const u32* row_segments, const uint2* row_runs,
+          u32 d_in, u32 rank) {
+    thin_outer<false>(d_a, x, d_z, row_segments, row_runs, d_in, rank);
+}
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+d_b_tiles(float* d_b, const float* z, const Item* d_y, const u32* row_segments, const uint2* row_runs,
+          u32 rank, u32 d_out) {
+    thin_outer<true>(d_b, d_y, z, row_segments, row_runs, d_out, rank);
+}
+
+#else
 
 const u32 GRAD_TOKENS = 8;  // Warps of a block of `d_z`.
 const u32 GRAD_RANKS = 8;   // Sums of a lane.
@@ -35,6 +58,7 @@ d_z(float* d_z, const Item* d_y, const float* mixed_b, const u32* token_rows, u3
     }
 }
 
+
 const u32 OUTER_TILE = 32;    // Features of a side.
 const u32 OUTER_DEPTH = 16;   // Tokens in shared memory at a time.
 const u32 OUTER_BLOCK = 256;  // Tokens that are added up in one sum.
@@ -42,10 +66,11 @@ const u32 OUTER_BLOCK = 256;  // Tokens that are added up in one sum.
 // out[row, i, j] = sum_t left[t, i] * right[t, j] for one tile.
 template <class L, class R>
 __device__ inline void outer(float* out, const L* left, const R* right, const u32* row_segments,
-                             const uint2* row_runs, u32 n_left, u32 n_right) {
+                             const uint2* row_runs, u32 n_left, u32 n_right, u32 left_block,
+                             u32 right_block) {
     SHARED(float, lefts, OUTER_DEPTH * OUTER_TILE);
     SHARED(float, rights, OUTER_DEPTH * OUTER_TILE);
-    const u32 i0 = blockIdx.x * OUTER_TILE, j0 = blockIdx.y * OUTER_TILE, row = blockIdx.z;
+    const u32 i0 = left_block * OUTER_TILE, j0 = right_block * OUTER_TILE, row = blockIdx.z;
     // Thread: column j of the tile, rows i, i + 8, i + 16, i + 24.
     const u32 j = threadIdx.x % OUTER_TILE, i = threadIdx.x / OUTER_TILE;
     float sums[4] = {}, totals[4] = {};
@@ -91,11 +116,13 @@ __device__ inline void outer(float* out, const L* left, const R* right, const u3
 extern "C" __global__ void __launch_bounds__(256)
 d_a(float* d_a, const Item* x, const float* d_z, const u32* row_segments, const uint2* row_runs,
     u32 d_in, u32 rank) {
-    outer(d_a, x, d_z, row_segments, row_runs, d_in, rank);
+    outer(d_a, x, d_z, row_segments, row_runs, d_in, rank, blockIdx.x, blockIdx.y);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 d_b(float* d_b, const float* z, const Item* d_y, const u32* row_segments, const uint2* row_runs,
     u32 rank, u32 d_out) {
-    outer(d_b, z, d_y, row_segments, row_runs, rank, d_out);
+    outer(d_b, z, d_y, row_segments, row_runs, rank, d_out, blockIdx.y, blockIdx.x);
 }
+
+#endif

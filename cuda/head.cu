@@ -1,8 +1,9 @@
 // Head and cross-entropy over a chunk of tokens, and the greedy choice.
 //   raw = x W^T by `linear_full` (linear.cu), [tokens, vocabulary]
 //   nll[t] = ln sum_v e^(scale raw[t, v]) - scale raw[t, labels[t]]
-//   d_raw[t, v] = d_nll * scale * (softmax[v] - [v = labels[t]]), in the place of raw
-//   d_x = d_raw W by `head_backward`, [tokens, d_model]
+//   d_raw[t, v] = d_nll * scale * (softmax[v] - [v = labels[t]])
+//     f32: in the place of raw, and d_x = d_raw W [tokens, d_model] by `head_backward`
+//     bf16: as the sum of two bf16, d_high + d_low, and d_x = d_high W + d_low W by `linear_backward`
 //   argmax[t]: the column of the largest value not forbidden; the first of equals
 // Grid of `head_softmax` and `argmax`: x = tokens, 256 threads along the vocabulary; a thread adds in
 // order, then a tree within a warp, then the warps in order.
@@ -11,8 +12,8 @@
 const u32 HEAD_THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
-head_softmax(float* nll, float* raw, const u32* labels, u32 n_vocabulary, float scale, float d_nll,
-             u32 wants_gradient) {
+head_softmax(float* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,
+             float scale, float d_nll, u32 wants_gradient) {
     SHARED(float, scratch, HEAD_THREADS / WARP);
     float* row = raw + size_t(blockIdx.x) * n_vocabulary;
     float largest = -INFINITY;
@@ -27,20 +28,31 @@ head_softmax(float* nll, float* raw, const u32* labels, u32 n_vocabulary, float 
     __syncthreads();
     for (u32 v = threadIdx.x; v < n_vocabulary; v += HEAD_THREADS) {
         const float probability = expf(scale * row[v] - largest) / sum;
-        row[v] = d_nll * scale * (probability - (v == label ? 1.0f : 0.0f));
+        const float d_raw = d_nll * scale * (probability - (v == label ? 1.0f : 0.0f));
+#if POLYTAPE_BF16
+        const size_t at = size_t(blockIdx.x) * n_vocabulary + v;
+        d_high[at] = to_bf16(d_raw);
+        d_low[at] = low_half(d_raw, d_high[at]);
+#else
+        row[v] = d_raw;
+#endif
     }
 }
 
+#if !POLYTAPE_BF16
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 head_backward(Item* d_x, const float* d_raw, const Item* weight, u32 n_tokens, u32 d_model, u32 n_vocabulary) {
     ScalarTile tile = {};
+    DYNAMIC_SHARED(float, shared);
     const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
-    multiply<false>(tile, d_raw, weight, n_tokens, d_model, n_vocabulary, row0, col0);
-    for_each(tile, [&](u32 row, u32 col, float value) {
+    multiply<false>(tile, d_raw, weight, n_tokens, d_model, n_vocabulary, row0, col0, shared);
+    const auto finish = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_model)
             store(&d_x[size_t(row0 + row) * d_model + col0 + col], value);
-    });
+    };
+    for_each(tile, finish, shared);
 }
+#endif
 
 // The better of two columns; none is n_columns. A NaN is never better.
 struct Choice {

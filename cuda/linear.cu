@@ -5,7 +5,8 @@
 //   B^ mixed [rows * rank, d_out], or stacked: sum_s w[row, q, s] B[q, s], q the split of the column
 //   A^ [rows * d_in, rank]   y, residual [tokens, d_out]   d_x, d_residual [tokens, d_in]
 // Grid: x = tiles of columns, y = tiles of tokens. Block: GEMM_THREADS. The order of the sums is that
-// of gemm.cuh, then rank by rank. d_x may be d_residual (null: none).
+// of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
+// may be d_residual (null: none).
 // `linear_dot` is the same forward for few tokens: a warp owns a column and streams its weights once
 // for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes.
 // Grid: x = columns / 8, y = tokens / 8.
@@ -47,10 +48,25 @@ struct Epilogue {
     Dropout dropout;
 };
 
+// Adds the low-rank part to a whole tile, where the tile can; else `finish` does.
+__device__ inline bool expand_tile(ScalarTile&, const Expand&, u32, u32, u32, u32, void*) { return false; }
+
+#if POLYTAPE_BF16
+__device__ inline bool expand_tile(MmaTile& tile, const Expand& expand, u32 n_tokens, u32 d_out, u32 row0,
+                                   u32 col0, void* shared) {
+    if (!expand.z || !expand.mixed_b) return false;
+    const u32 rank = expand.bank.rank;
+    multiply_tail(tile, expand.z, expand.mixed_b, expand.token_rows, n_tokens, d_out, rank, row0, col0,
+                  size_t(rank) * d_out, d_out, 1, shared);
+    return true;
+}
+#endif
+
 template <class Out>
-__device__ inline void finish(Out* y, const Epilogue& epilogue, float value, u32 token, u32 col, u32 d_out) {
+__device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, float value, u32 token,
+                              u32 col, u32 d_out) {
     const size_t at = size_t(token) * d_out + col;
-    value += expand(epilogue.expand, token, col);
+    if (!expanded) value += expand(epilogue.expand, token, col);
     if (epilogue.bias) value += epilogue.bias[col];
     // Not a product: a dropped infinity is 0.
     const float factor = dropout_factor(epilogue.dropout, token, col);
@@ -62,13 +78,16 @@ __device__ inline void finish(Out* y, const Epilogue& epilogue, float value, u32
 template <class Out>
 __device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
                                    u32 n_tokens, u32 d_in, u32 d_out) {
-    ScalarTile tile = {};
-    const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
-    multiply<true>(tile, x, weight, n_tokens, d_out, d_in, row0, col0);
-    for_each(tile, [&](u32 row, u32 col, float value) {
+    ItemTile tile = {};
+    DYNAMIC_SHARED(float, shared);
+    const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N;
+    multiply<true>(tile, x, weight, n_tokens, d_out, d_in, row0, col0, shared);
+    const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
+    const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_out)
-            finish(y, epilogue, value, row0 + row, col0 + col, d_out);
-    });
+            finish(y, epilogue, expanded, value, row0 + row, col0 + col, d_out);
+    };
+    for_each(tile, finish_one, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
@@ -112,7 +131,7 @@ __device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, co
     }
     // Lane t finishes token t: the epilogues run side by side.
     const u32 token = token0 + lane();
-    if (lane() < DOT_TOKENS && token < n_tokens) finish(y, epilogue, own, token, col, d_out);
+    if (lane() < DOT_TOKENS && token < n_tokens) finish(y, epilogue, false, own, token, col, d_out);
 }
 
 extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
@@ -142,18 +161,33 @@ struct Terms {
     u32 n;
 };
 
+// Adds d_z A^T of one sibling to a whole tile, where the tile can.
+__device__ inline bool expand_tile(ScalarTile&, const Term&, u32, u32, u32, u32, void*) { return false; }
+
+#if POLYTAPE_BF16
+__device__ inline bool expand_tile(MmaTile& tile, const Term& term, u32 n_tokens, u32 d_in, u32 row0, u32 col0,
+                                   void* shared) {
+    multiply_tail(tile, term.d_z, term.mixed_a, term.token_rows, n_tokens, d_in, term.rank, row0, col0,
+                  size_t(d_in) * term.rank, 1, term.rank, shared);
+    return true;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u32 d_in) {
-    ScalarTile tile = {};
-    const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
+    ItemTile tile = {};
+    DYNAMIC_SHARED(float, shared);
+    const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N;
+    bool expanded = false;
     for (u32 n = 0; n < terms.n; ++n) {
         const Term& term = terms.terms[n];
-        multiply<false>(tile, term.d_y, term.weight, n_tokens, d_in, term.d_out, row0, col0);
+        multiply<false>(tile, term.d_y, term.weight, n_tokens, d_in, term.d_out, row0, col0, shared);
+        if (term.d_z) expanded = expand_tile(tile, term, n_tokens, d_in, row0, col0, shared);
     }
-    for_each(tile, [&](u32 row, u32 tile_col, float value) {
+    const auto finish_one = [&](u32 row, u32 tile_col, float value) {
         const u32 token = row0 + row, col = col0 + tile_col;
         if (token >= n_tokens || col >= d_in) return;
-        for (u32 n = 0; n < terms.n; ++n) {
+        for (u32 n = 0; n < terms.n && !expanded; ++n) {
             const Term& term = terms.terms[n];
             if (!term.d_z) continue;
             const float* d_z = term.d_z + size_t(token) * term.rank;
@@ -165,5 +199,6 @@ linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u3
         const size_t at = size_t(token) * d_in + col;
         if (d_residual) value += widen(d_residual[at]);
         store(&d_x[at], value);
-    });
+    };
+    for_each(tile, finish_one, shared);
 }

@@ -3,7 +3,9 @@
 //   x [tokens, d_in]   mixed_a [rows * d_in, rank]   token_rows [tokens]   z [tokens, rank], overwritten
 // Grid: x = tokens / 8, y = ranks / 8. Block: 8 warps, a warp a token. A lane adds every 32nd input
 // feature in order for 8 ranks at a time, then a tree over the lanes: a token's bits are its own.
+// For bf16 `shrink_tiles` is in the place of `shrink`: thin.cuh, on tensor cores.
 #include "bank.cuh"
+#include "thin.cuh"
 
 const u32 SHRINK_TOKENS = 8;  // Warps of a block.
 const u32 SHRINK_RANKS = 8;   // Sums of a lane.
@@ -15,25 +17,6 @@ __device__ inline void shrink_finish(float* z, float* sums, u32 token, u32 first
         const float sum = warp_sum(sums[i]);
         if (lane() == 0 && first + i < rank) z[size_t(token) * rank + first + i] = scale * sum;
     }
-}
-
-extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
-shrink(float* z, const Item* x, const float* mixed_a, const u32* token_rows, u32 n_tokens, u32 d_in,
-       u32 rank, float scale) {
-    const u32 token = blockIdx.x * SHRINK_TOKENS + threadIdx.x / WARP;
-    const u32 first = blockIdx.y * SHRINK_RANKS;
-    if (token >= n_tokens) return;  // A whole warp.
-    const Item* x_row = x + size_t(token) * d_in;
-    const float* a = mixed_a + size_t(token_rows[token]) * d_in * rank + first;
-    const u32 n = min(SHRINK_RANKS, rank - first);
-    float sums[SHRINK_RANKS] = {};
-    for (u32 i = lane(); i < d_in; i += WARP) {
-        const float value = widen(x_row[i]);
-#pragma unroll
-        for (u32 r = 0; r < SHRINK_RANKS; ++r)
-            if (r < n) sums[r] = fmaf(value, a[size_t(i) * rank + r], sums[r]);
-    }
-    shrink_finish(z, sums, token, first, rank, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
@@ -59,3 +42,34 @@ shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_
     }
     shrink_finish(z, sums, token, first, bank.rank, scale);
 }
+
+#if POLYTAPE_BF16
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
+shrink_tiles(float* z, const Item* x, const float* mixed_a, const RunTile* tiles, u32 d_in, u32 rank,
+             float scale) {
+    thin_product<false>(z, x, mixed_a, tiles[blockIdx.x], d_in, rank, scale);
+}
+
+#else
+
+extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
+shrink(float* z, const Item* x, const float* mixed_a, const u32* token_rows, u32 n_tokens, u32 d_in,
+       u32 rank, float scale) {
+    const u32 token = blockIdx.x * SHRINK_TOKENS + threadIdx.x / WARP;
+    const u32 first = blockIdx.y * SHRINK_RANKS;
+    if (token >= n_tokens) return;  // A whole warp.
+    const Item* x_row = x + size_t(token) * d_in;
+    const float* a = mixed_a + size_t(token_rows[token]) * d_in * rank + first;
+    const u32 n = min(SHRINK_RANKS, rank - first);
+    float sums[SHRINK_RANKS] = {};
+    for (u32 i = lane(); i < d_in; i += WARP) {
+        const float value = widen(x_row[i]);
+#pragma unroll
+        for (u32 r = 0; r < SHRINK_RANKS; ++r)
+            if (r < n) sums[r] = fmaf(value, a[size_t(i) * rank + r], sums[r]);
+    }
+    shrink_finish(z, sums, token, first, rank, scale);
+}
+
+#endif

@@ -8,6 +8,9 @@
 //! POLYTAPE_CASES=10000 cargo test --no-default-features --test kernels
 //! ```
 //!
+//! `POLYTAPE_BACKENDS` names those that run, of `cpu` (each instruction set), `emulated` (the CUDA backend
+//! on `tests/cuda_emulator`) and `gpu`; all by default, and what the machine lacks is reported as skipped.
+//!
 //! Each case runs for f32 and for bf16 on each instruction set of this CPU, with buffers that start
 //! as NaN, and must
 //!
@@ -422,6 +425,11 @@ pub trait Op: Debug {
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output>;
 
+    /// Whether a GPU multiplies f32 operands of this on tensor cores, each as the sum of two bf16.
+    fn splits_operands(&self) -> bool {
+        false
+    }
+
     /// For each output, how far each element may be from the oracle's, before it is rounded.
     ///
     /// Most operations are sums of products: their bound is a few units in the last place of the
@@ -521,11 +529,15 @@ fn rows_of(outputs: &[Output], tokens: &Range<usize>) -> Vec<Output> {
     outputs.iter().filter(|output| output.per_token).map(cut).collect()
 }
 
+/// Of 40 cases of an operation, those that the emulator runs too, which is slow: each class thrice.
+const EMULATED_OF_40: usize = 15;
+
 /// A backend in variants that must give the same bits.
 struct Subject {
     name: String,
     compute: Dtype,
     variants: Vec<Variant>,
+    is_emulated: bool,
 }
 
 /// A backend, of whichever type.
@@ -546,6 +558,21 @@ impl Variant {
     }
 }
 
+/// The CUDA backend on this machine's GPU, twice over: nothing depends on what ran before.
+fn gpu() -> Vec<Subject> {
+    let subject = |compute: Dtype| {
+        let open = || Cuda::new(compute).map(Variant::Cuda);
+        let (name, variants) = (format!("cuda {compute}"), vec![open()?, open()?]);
+        Ok(Subject { name, compute, variants, is_emulated: false })
+    };
+    let subjects: polytape::Result<_> =
+        [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
+    subjects.unwrap_or_else(|why| {
+        eprintln!("skipped: the CUDA kernels on a GPU: {why}");
+        vec![]
+    })
+}
+
 /// Fuzz targets search for cases that break Rust; the emulator would only slow them down.
 #[cfg(not(test))]
 fn emulated() -> Vec<Subject> {
@@ -562,7 +589,12 @@ fn emulated() -> Vec<Subject> {
     let subject = |compute: Dtype| {
         let variants =
             [1, 2].into_iter().map(|seed| on(compute, seed)).collect::<Result<_, _>>()?;
-        Ok(Subject { name: format!("emulated cuda {compute}"), compute, variants })
+        Ok(Subject {
+            name: format!("emulated cuda {compute}"),
+            compute,
+            variants,
+            is_emulated: true,
+        })
     };
     let subjects: Result<_, String> = [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
     subjects.unwrap_or_else(|why| {
@@ -574,14 +606,18 @@ fn emulated() -> Vec<Subject> {
 fn subjects() -> &'static [Subject] {
     static SUBJECTS: OnceLock<Vec<Subject>> = OnceLock::new();
     SUBJECTS.get_or_init(|| {
-        let pairs =
-            Isa::available().into_iter().flat_map(|isa| [(isa, Dtype::F32), (isa, Dtype::Bf16)]);
+        let wanted = std::env::var("POLYTAPE_BACKENDS");
+        let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
+        let isas = if wanted("cpu") { Isa::available() } else { vec![] };
+        let pairs = isas.into_iter().flat_map(|isa| [(isa, Dtype::F32), (isa, Dtype::Bf16)]);
         let cpus = pairs.map(|(isa, compute)| {
             let on = |n| Variant::Cpu(Cpu::with_isa(isa, compute, n).unwrap().poisoned());
             let name = format!("{} {compute}", isa.name());
-            Subject { name, compute, variants: [2, 1, 3, 7].map(on).into() }
+            Subject { name, compute, variants: [2, 1, 3, 7].map(on).into(), is_emulated: false }
         });
-        cpus.chain(emulated()).collect()
+        let emulated = if wanted("emulated") { emulated() } else { vec![] };
+        let gpu = if wanted("gpu") { gpu() } else { vec![] };
+        cpus.chain(emulated).chain(gpu).collect()
     })
 }
 
@@ -631,10 +667,10 @@ pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>
         let text = panic.downcast_ref::<String>().cloned();
         text.or_else(|| panic.downcast_ref::<&str>().map(|&s| s.into())).unwrap_or_default()
     };
-    for seed in seeds(name) {
+    for (i, seed) in seeds(name).into_iter().enumerate() {
         let run = AssertUnwindSafe(|| {
             let case = case(seed, &make);
-            let run = AssertUnwindSafe(|| check_case(&case, seed));
+            let run = AssertUnwindSafe(|| check_case(&case, seed, i % 40 < EMULATED_OF_40));
             catch_unwind(run).map_err(|panic| {
                 let (op, class, lens) = (&case.op, case.class, &case.batch.lens);
                 format!("{}\n{op:?} {class:?}, sequences of {lens:?}", message(panic))
@@ -652,20 +688,27 @@ pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batc
     let class = random.pick(&Class::ALL);
     let batch = Batch::random(&mut random);
     let case = make(&mut random, class, batch);
-    check_case(&case, random.word());
+    check_case(&case, random.word(), true);
 }
 
-fn check_case<O: Op>(case: &Case<O>, seed: u64) {
+fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) {
     for compute in [Dtype::F32, Dtype::Bf16] {
         let own_weights = case.inputs.rounded(compute);
         let own_answer = answer(case, &own_weights);
         // A GPU keeps the base in the compute type.
-        let rounded = (compute == Dtype::Bf16 && !case.inputs.weights.is_empty()).then(|| {
+        let rounded = (compute == Dtype::Bf16).then(|| {
             let inputs = own_weights.with_weights_in(compute);
-            let answer = answer(case, &inputs);
-            (inputs, answer)
+            let (expected, mut tolerance) = answer(case, &inputs);
+            if case.op.splits_operands() {
+                // From a few units of f32 to 2^-16 of the terms' sizes.
+                tolerance.iter_mut().flatten().for_each(|bound| *bound *= 43.0);
+            }
+            (inputs, (expected, tolerance))
         });
-        for subject in subjects().iter().filter(|subject| subject.compute == compute) {
+        let subjects = subjects()
+            .iter()
+            .filter(|subject| subject.compute == compute && (emulate || !subject.is_emulated));
+        for subject in subjects {
             let (inputs, (expected, tolerance)) = match (&subject.variants[0], &rounded) {
                 (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),
                 _ => (&own_weights, &own_answer),
@@ -683,7 +726,7 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64) {
             for other in others {
                 let what = match other {
                     Variant::Cpu(cpu) => format!("{name}, on {} threads", cpu.n_threads()),
-                    Variant::Cuda(_) => format!("{name}, threads in another order"),
+                    Variant::Cuda(_) => format!("{name}, once more"),
                 };
                 assert_same_bits(&what, &run(other, &case.batch, inputs), &found);
             }

@@ -330,3 +330,75 @@ inline unsigned __float_as_uint(float value) {
     memcpy(&bits, &value, 4);
     return bits;
 }
+
+// The twins of cuda/mma.cuh.
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+    emulator::current->copies.back().push_back({shared, global, 16, valid ? size_t(16) : 0});
+}
+inline void copy_async_commit() { emulator::current->copies.emplace_back(); }
+template <int GROUPS>
+void copy_async_wait() {
+    auto& copies = emulator::current->copies;
+    while (copies.size() > size_t(GROUPS) + 1) {
+        for (const emulator::AsyncCopy& copy : copies.front()) {
+            memset(copy.to, 0, copy.bytes);
+            memcpy(copy.to, copy.from, copy.valid);
+        }
+        copies.erase(copies.begin());
+    }
+}
+
+namespace emulator {
+
+inline void load_matrices(unsigned (&to)[4], const void* row, bool transposed) {
+    unsigned round;
+    const Meeting& meeting = meet(&row, sizeof row, round);
+    const unsigned lane = current->index % WARP_SIZE;
+    for (unsigned i = 0; i < 4; ++i) {
+        uint16_t pair[2];
+        for (unsigned half = 0; half < 2; ++half) {
+            const unsigned at_row = transposed ? lane % 4 * 2 + half : lane / 4;
+            const unsigned at_col = transposed ? lane / 4 : lane % 4 * 2 + half;
+            const uint16_t* address;
+            memcpy(&address, meeting.brought[round][i * 8 + at_row], sizeof address);
+            if (reinterpret_cast<uintptr_t>(address) % 16) fail("a row of a matrix that is not aligned");
+            pair[half] = address[at_col];
+        }
+        to[i] = pair[0] | unsigned(pair[1]) << 16;
+    }
+}
+
+inline double half_of(const unsigned char* brought, unsigned word, unsigned half) {
+    unsigned bits;
+    memcpy(&bits, brought + 4 * word, 4);
+    bits = (bits >> (16 * half) & 0xffff) << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+}  // namespace emulator
+
+inline void load_matrices(unsigned (&to)[4], const void* row) { emulator::load_matrices(to, row, false); }
+inline void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+    emulator::load_matrices(to, row, true);
+}
+
+inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    unsigned round;
+    const emulator::Meeting& meeting = emulator::meet(mine, sizeof mine, round);
+    const auto& brought = meeting.brought[round];
+    const unsigned lane = emulator::current->index % emulator::WARP_SIZE, g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned high = i / 2, col = 2 * t + i % 2;
+        double sum = 0.0;
+        for (unsigned k = 0; k < 16; ++k) {
+            const double left = emulator::half_of(brought[g * 4 + k % 8 / 2], high + 2 * (k / 8), k % 2);
+            const double right = emulator::half_of(brought[col * 4 + k % 8 / 2], 4 + k / 8, k % 2);
+            sum += left * right;
+        }
+        c[i] = float(double(c[i]) + sum);
+    }
+}

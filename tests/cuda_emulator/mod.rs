@@ -4,7 +4,7 @@
 //! Its memory starts as NaN and ends at a page that nothing may touch; the bytes around each piece are
 //! checked when it is given back.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, unreachable_pub)]
 
 use std::{
     collections::HashMap,

@@ -51,6 +51,10 @@ enum Lora {
 impl Op for Linear {
     const CUT: Cut = Cut::Token;
 
+    fn splits_operands(&self) -> bool {
+        true
+    }
+
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let segments = batch.segments();
         let (mut t, mut w) = (inputs.t.iter(), inputs.w.iter());
@@ -139,6 +143,10 @@ pub struct LinearBackward {
 
 impl Op for LinearBackward {
     const CUT: Cut = Cut::Token;
+
+    fn splits_operands(&self) -> bool {
+        true
+    }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let segments = batch.segments();
@@ -467,6 +475,10 @@ pub struct HeadLoss {
 
 impl Op for HeadLoss {
     const CUT: Cut = Cut::Token;
+
+    fn splits_operands(&self) -> bool {
+        true
+    }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         // The vocabulary is not known to `Loaded`; ids are made below it.

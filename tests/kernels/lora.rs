@@ -52,6 +52,10 @@ pub struct Shrink {
 impl Op for Shrink {
     const CUT: Cut = Cut::Token;
 
+    fn splits_operands(&self) -> bool {
+        true
+    }
+
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let mixed_a: Vec<_> = inputs.t[1..].iter().collect();
         let (x, segments) = (&inputs.t[0], &batch.segments());
@@ -152,6 +156,10 @@ pub struct LoraBackward {
 
 impl Op for LoraBackward {
     const CUT: Cut = Cut::Token;
+
+    fn splits_operands(&self) -> bool {
+        true
+    }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let (x, rest) = inputs.t.split_first().unwrap();

@@ -11,13 +11,34 @@ use super::{
     tables::{DropoutArg, DropoutTable},
 };
 use crate::{
+    dtype::Dtype,
     kernels::{Backend, Precision, ops::*},
     tensor::Tensor,
 };
 
-/// Rows and columns of a tile of a matrix product (`ScalarTile` of `cuda/gemm.cuh`).
-const TILE: usize = 64;
+/// `ScalarTile` and `MmaTile` of `cuda/gemm.cuh`.
+const SCALAR_TILE: Tile = Tile { side: 64, shared_bytes: 4 * 64 * (64 + 1) };
+const MMA_TILE: Tile = Tile { side: 128, shared_bytes: 4 * 128 * (128 + 4) };
 const GEMM_THREADS: u32 = 256;
+/// A tile of a matrix product: rows and columns, and the block's dynamic shared memory.
+#[derive(Clone, Copy)]
+struct Tile {
+    side: usize,
+    shared_bytes: usize,
+}
+
+impl Tile {
+    /// What frozen weights are multiplied in.
+    fn of(cuda: &Cuda) -> Self {
+        if cuda.compute == Dtype::Bf16 { MMA_TILE } else { SCALAR_TILE }
+    }
+
+    /// Blocks for a result of this shape.
+    fn grid(self, rows: usize, cols: usize) -> [usize; 3] {
+        [cols.div_ceil(self.side), rows.div_ceil(self.side), 1]
+    }
+}
+
 /// Tokens and columns of a block of `linear_dot`.
 const DOT: usize = 8;
 /// Siblings that `linear_backward` takes in one launch.
@@ -153,16 +174,17 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
         let (d_out, d_in) = projection.weight.shape();
         let epilogue = epilogue(cuda, projection, tokens);
         let mut y = cuda.alloc(tokens, d_out, output);
-        let (name, grid, threads) = match (order, output) {
-            (Order::Panel, Precision::Activation) => ("linear", TILE, GEMM_THREADS),
-            (Order::Panel, Precision::Full) => ("linear_full", TILE, GEMM_THREADS),
-            (Order::Dot, Precision::Activation) => ("linear_dot", DOT, 32 * DOT as u32),
-            (Order::Dot, Precision::Full) => ("linear_dot_full", DOT, 32 * DOT as u32),
+        let (dot, tile) = (Tile { side: DOT, shared_bytes: 0 }, Tile::of(cuda));
+        let (name, tile, threads) = match (order, output) {
+            (Order::Panel, Precision::Activation) => ("linear", tile, GEMM_THREADS),
+            (Order::Panel, Precision::Full) => ("linear_full", tile, GEMM_THREADS),
+            (Order::Dot, Precision::Activation) => ("linear_dot", dot, 32 * DOT as u32),
+            (Order::Dot, Precision::Full) => ("linear_dot_full", dot, 32 * DOT as u32),
         };
         let kernel = cuda.kernel("linear", name).arg(y.address_mut());
         let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(projection.weight.matrix());
         let kernel = kernel.arg(epilogue.arg).count(tokens).count(d_in).count(d_out);
-        kernel.launch([d_out.div_ceil(grid), tokens.div_ceil(grid), 1], threads);
+        kernel.shared_bytes(tile.shared_bytes).launch(tile.grid(tokens, d_out), threads);
         y
     };
     projections.iter().map(project).collect()
@@ -215,8 +237,9 @@ pub(super) fn linear_backward(cuda: &Cuda, args: LinearBackward<'_, Cuda>) -> Te
     let d_x = cuda.reuse_or_alloc(&d_residual, tokens, d_in);
     let kernel = cuda.kernel("linear", "linear_backward").arg(d_x.address());
     let kernel = kernel.arg(residual(cuda, d_residual.as_ref(), tokens, d_in)).arg(arg);
-    let grid = [d_in.div_ceil(TILE), tokens.div_ceil(TILE), 1];
-    kernel.count(tokens).count(d_in).launch(grid, GEMM_THREADS);
+    let tile = Tile::of(cuda);
+    let kernel = kernel.count(tokens).count(d_in).shared_bytes(tile.shared_bytes);
+    kernel.launch(tile.grid(tokens, d_in), GEMM_THREADS);
     d_x
 }
 
@@ -302,9 +325,13 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     let mut nll = cuda.alloc(tokens, 1, Precision::Full);
     let mut d_x = d_nll.map(|_| cuda.alloc(tokens, d_model, Precision::Activation));
     // Whole tiles, so that a chunk's last one is not mostly empty.
-    let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(TILE).min(tokens).max(1);
+    let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side).min(tokens).max(1);
     let mut raw = cuda.alloc(chunk, vocabulary, Precision::Full);
     let item = cuda.compute.size_bytes();
+    // In bf16 the logits' gradient is the sum of two.
+    let halves = (d_nll.is_some() && cuda.compute == Dtype::Bf16)
+        .then(|| [0, 1].map(|_| cuda.alloc(chunk, vocabulary, Precision::Activation)));
+    let half = |i: usize| halves.as_ref().map_or(0, |halves| halves[i].address());
     for first in (0..tokens).step_by(chunk) {
         let n = chunk.min(tokens - first);
         let row = (first * d_model * item) as u64;
@@ -317,18 +344,32 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
             dropout: DropoutArg::zeroed(),
         };
         let kernel = kernel.arg(none).count(n).count(d_model).count(vocabulary);
-        let grid = [vocabulary.div_ceil(TILE), n.div_ceil(TILE), 1];
-        kernel.launch(grid, GEMM_THREADS);
+        let tile = Tile::of(cuda);
+        let kernel = kernel.shared_bytes(tile.shared_bytes);
+        kernel.launch(tile.grid(n, vocabulary), GEMM_THREADS);
         let kernel = cuda.kernel("head", "head_softmax");
         let kernel = kernel.arg(nll.address_mut() + 4 * first as u64).arg(raw.address_mut());
+        let kernel = kernel.arg(half(0)).arg(half(1));
         let kernel = kernel.arg(labels.address() + 4 * first as u64).count(vocabulary).arg(scale);
         let kernel = kernel.arg(d_nll.unwrap_or(0.0)).arg(u32::from(d_nll.is_some()));
         kernel.launch([n, 1, 1], HEAD_THREADS);
-        if let Some(d_x) = &mut d_x {
-            let kernel = cuda.kernel("head", "head_backward").arg(d_x.address_mut() + row);
+        let Some(d_x) = &mut d_x else { continue };
+        let to = d_x.address_mut() + row;
+        if halves.is_some() {
+            let mut terms = TermsArg { terms: [TermArg::zeroed(); MAX_TERMS], n: 2, padding: 0 };
+            for (i, term) in terms.terms.iter_mut().take(2).enumerate() {
+                term.d_y = half(i);
+                (term.weight, term.d_out) = (weight.matrix(), narrow(vocabulary));
+            }
+            let kernel = cuda.kernel("linear", "linear_backward").arg(to).arg(0_u64).arg(terms);
+            let kernel = kernel.count(n).count(d_model).shared_bytes(tile.shared_bytes);
+            kernel.launch(tile.grid(n, d_model), GEMM_THREADS);
+        } else {
+            let kernel = cuda.kernel("head", "head_backward").arg(to);
             let kernel = kernel.arg(raw.address()).arg(weight.matrix());
             let kernel = kernel.count(n).count(d_model).count(vocabulary);
-            kernel.launch([d_model.div_ceil(TILE), n.div_ceil(TILE), 1], GEMM_THREADS);
+            let kernel = kernel.shared_bytes(SCALAR_TILE.shared_bytes);
+            kernel.launch(SCALAR_TILE.grid(n, d_model), GEMM_THREADS);
         }
     }
     Loss { nll: cuda.download(&nll), d_x }

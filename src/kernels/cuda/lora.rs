@@ -4,6 +4,7 @@ use bytemuck::{NoUninit, Zeroable};
 
 use super::{Cuda, narrow};
 use crate::{
+    dtype::Dtype,
     kernels::{Precision, ops::*},
     tensor::Tensor,
 };
@@ -11,6 +12,9 @@ use crate::{
 /// Tokens of a block (a warp each) and ranks of a lane in `cuda/shrink.cu` and `cuda/grad.cu`.
 const TOKENS: usize = 8;
 const RANKS: usize = 8;
+/// Tokens and ranks of a block of `cuda/thin.cuh`.
+const THIN_TOKENS: u32 = 32;
+const THIN_RANKS: usize = 16;
 /// Features of a side of a tile of `d_a` and `d_b`.
 const OUTER: usize = 32;
 
@@ -174,20 +178,49 @@ fn token_grid(tokens: usize, rank: usize) -> [usize; 3] {
     [tokens.div_ceil(TOKENS), rank.div_ceil(RANKS), 1]
 }
 
+/// A product with a matrix of `rank` columns for each routing row: `z = scale * lhs·right[row]`.
+struct Thin<'a> {
+    /// The kernel's module, its name in f32 and in bf16.
+    kernel: [&'static str; 3],
+    /// `[tokens, depth]`.
+    lhs: &'a Tensor<Cuda>,
+    /// `[rows, depth, rank]`, or transposed as the kernel has it.
+    right: u64,
+    rank: usize,
+    segments: &'a Segments,
+    scale: f32,
+}
+
+impl Thin<'_> {
+    fn run(self, cuda: &Cuda) -> Tensor<Cuda> {
+        let Self { kernel: [module, plain, tiled], lhs, right, rank, segments, scale } = self;
+        let (tokens, depth) = (lhs.rows, lhs.cols);
+        let mut z = cuda.alloc(tokens, rank, Precision::Full);
+        let lhs = lhs.activation(cuda, tokens, depth);
+        if cuda.compute == Dtype::Bf16 {
+            let (tiles, n_tiles) = cuda.run_tiles(segments, THIN_TOKENS);
+            let kernel = cuda.kernel(module, tiled).arg(z.address_mut()).arg(lhs).arg(right);
+            let kernel = kernel.arg(tiles.address()).count(depth).count(rank).arg(scale);
+            kernel.launch([n_tiles, rank.div_ceil(THIN_RANKS), 1], 256);
+        } else {
+            let token_rows = cuda.token_rows(segments);
+            let kernel = cuda.kernel(module, plain).arg(z.address_mut()).arg(lhs).arg(right);
+            let kernel = kernel.arg(token_rows.address()).count(tokens).count(depth).count(rank);
+            kernel.arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+        }
+        z
+    }
+}
+
 pub(super) fn shrink(cuda: &Cuda, args: Shrink<'_, Cuda>) -> Vec<Tensor<Cuda>> {
     let Shrink { x, mixed_a, segments, scale, order: _ } = args;
     let (tokens, d_in) = (x.rows, x.cols);
     assert_eq!(segments.n_tokens(), tokens);
-    let token_rows = cuda.token_rows(segments);
     let shrink_one = |mixed_a: &&Tensor<Cuda>| {
         let rank = mixed_a.cols;
-        let mut z = cuda.alloc(tokens, rank, Precision::Full);
-        let kernel = cuda.kernel("shrink", "shrink").arg(z.address_mut());
-        let kernel = kernel.arg(x.activation(cuda, tokens, d_in));
-        let kernel = kernel.arg(mixed_a.full(segments.n_rows() * d_in, rank));
-        let kernel = kernel.arg(token_rows.address()).count(tokens).count(d_in).count(rank);
-        kernel.arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
-        z
+        let right = mixed_a.full(segments.n_rows() * d_in, rank);
+        let kernel = ["shrink", "shrink", "shrink_tiles"];
+        Thin { kernel, lhs: x, right, rank, segments, scale }.run(cuda)
     };
     mixed_a.iter().map(shrink_one).collect()
 }
@@ -209,27 +242,30 @@ pub(super) fn lora_backward(cuda: &Cuda, args: LoraBackward<'_, Cuda>) -> Vec<Lo
     let LoraBackward { x, terms, segments, scale } = args;
     let (tokens, d_in, n_rows) = (x.rows, x.cols, segments.n_rows());
     assert_eq!(segments.n_tokens(), tokens);
-    let (token_rows, runs) = (cuda.token_rows(segments), cuda.row_runs(segments));
+    let runs = cuda.row_runs(segments);
     let gradients = |term: &LoraTerm<'_, Cuda>| {
         let (rank, d_out) = (term.z.cols, term.d_y.cols);
         let d_y = term.d_y.activation(cuda, tokens, d_out);
-        let mut d_z = cuda.alloc(tokens, rank, Precision::Full);
-        let kernel = cuda.kernel("grad", "d_z").arg(d_z.address_mut()).arg(d_y);
-        let kernel = kernel.arg(term.mixed_b.full(n_rows * rank, d_out)).arg(token_rows.address());
-        let kernel = kernel.count(tokens).count(d_out).count(rank).arg(scale);
-        kernel.launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+        let right = term.mixed_b.full(n_rows * rank, d_out);
+        let kernel = ["grad", "d_z", "d_z_tiles"];
+        let d_z = Thin { kernel, lhs: term.d_y, right, rank, segments, scale }.run(cuda);
 
+        // Kernels, and how many features and ranks a block has.
+        let (names, features, ranks) = match cuda.compute {
+            Dtype::Bf16 => (["d_a_tiles", "d_b_tiles"], 128, THIN_RANKS),
+            _ => (["d_a", "d_b"], OUTER, OUTER),
+        };
         let mut d_a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
-        let kernel = cuda.kernel("grad", "d_a").arg(d_a.address_mut());
+        let kernel = cuda.kernel("grad", names[0]).arg(d_a.address_mut());
         let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(d_z.address());
         let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(d_in).count(rank);
-        kernel.launch([d_in.div_ceil(OUTER), rank.div_ceil(OUTER), n_rows], 256);
+        kernel.launch([d_in.div_ceil(features), rank.div_ceil(ranks), n_rows], 256);
 
         let mut d_b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
-        let kernel = cuda.kernel("grad", "d_b").arg(d_b.address_mut());
+        let kernel = cuda.kernel("grad", names[1]).arg(d_b.address_mut());
         let kernel = kernel.arg(term.z.full(tokens, rank)).arg(d_y);
         let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(rank).count(d_out);
-        kernel.launch([rank.div_ceil(OUTER), d_out.div_ceil(OUTER), n_rows], 256);
+        kernel.launch([d_out.div_ceil(features), rank.div_ceil(ranks), n_rows], 256);
         LoraGradients { d_z, d_a, d_b }
     };
     terms.iter().map(gradients).collect()

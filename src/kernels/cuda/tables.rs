@@ -25,6 +25,7 @@ pub(super) struct Tables(Mutex<HashMap<Source, Arc<Buffer>>>);
 enum Source {
     TokenRows(Vec<usize>),
     RowRuns(Vec<usize>),
+    RunTiles(Vec<usize>, u32),
     Spans(Vec<usize>),
     Tiles(Vec<usize>, u32),
     /// The address of the keys, which the entry keeps alive.
@@ -92,6 +93,22 @@ impl Cuda {
             words
         });
         RowRuns { runs_offset: 4 * starts as u64, table }
+    }
+
+    /// `(first token, tokens, routing row)` of each tile of at most `height` tokens of one run, and their
+    /// number.
+    pub(super) fn run_tiles(&self, segments: &Segments, height: u32) -> (Arc<Buffer>, usize) {
+        let tiles = || {
+            segments.iter().flat_map(move |(run, row)| {
+                let end = run.end;
+                run.step_by(height as usize)
+                    .map(move |first| [first, (end - first).min(height as usize), row])
+            })
+        };
+        let table = self.table(Source::RunTiles(runs(segments), height), || {
+            tiles().map(|tile| tile.map(narrow)).collect::<Vec<[u32; 3]>>()
+        });
+        (table, tiles().count())
     }
 
     /// `(first query, queries, first key, keys)` of each sequence, `u32`.
