@@ -4,6 +4,9 @@
 //! every instruction set that this machine has.
 #![allow(clippy::unwrap_used)]
 
+#[path = "cuda_emulator/mod.rs"]
+mod cuda_emulator;
+
 use std::path::{Path, PathBuf};
 
 use polytape::{
@@ -33,9 +36,14 @@ struct Case {
     rows: Vec<Example>,
 }
 
+/// The repository: where this was built, or where `POLYTAPE_ROOT` says (a prebuilt test elsewhere).
+fn root() -> PathBuf {
+    std::env::var_os("POLYTAPE_ROOT").map_or(env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 impl Case {
     fn open(name: &str) -> Self {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity").join(name);
+        let dir = root().join("tests/data/parity").join(name);
         let expected: Value =
             serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
         let tensors = std::fs::read(dir.join("expected.safetensors")).unwrap();
@@ -354,17 +362,119 @@ fn bf16_is_as_precise_as_pefts() {
         let peft = case.expected["bf16"]["logits_rms_error"].as_f64().unwrap();
         for isa in Isa::available() {
             let cpu = Cpu::with_isa(isa, Dtype::Bf16, 2).unwrap().poisoned();
-            let model = Model::open_on(cpu, &base).unwrap();
-            let adapter = case.adapter(&model);
-            let (mut sum, mut n) = (0.0, 0);
-            for (i, got) in logits(&case, &model, &adapter).iter().enumerate() {
-                let truth = case.tensor(&format!("truth.logits.{i}")).unwrap();
-                sum += got.iter().zip(&truth).map(|(g, t)| (g - t).powi(2)).sum::<f64>();
-                n += truth.len();
-            }
-            let ours = (sum / n as f64).sqrt();
+            let ours = logits_rms_error(&case, cpu, &base);
             println!("{name} {}: {ours:.2e}, PEFT {peft:.2e}", isa.name());
             assert!(ours <= 1.5 * peft, "{name} {}: {ours}, PEFT {peft}", isa.name());
+        }
+    }
+}
+
+/// The root mean square of the logits' errors against the same model in f64.
+fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
+    let model = Model::open_on(backend, base).unwrap();
+    let adapter = case.adapter(&model);
+    let (mut sum, mut n) = (0.0, 0);
+    for (i, got) in logits(case, &model, &adapter).iter().enumerate() {
+        let truth = case.tensor(&format!("truth.logits.{i}")).unwrap();
+        sum += got.iter().zip(&truth).map(|(g, t)| (g - t).powi(2)).sum::<f64>();
+        n += truth.len();
+    }
+    (sum / n as f64).sqrt()
+}
+
+/// The CUDA backend, on the emulator and on a GPU where there is one. The emulator is slow: the smallest
+/// case and the one that differs most from it.
+mod cuda {
+    use polytape::kernels::cuda::{Cuda, catch_faults};
+
+    use super::*;
+
+    const CASES: [&str; 2] = ["tiny", "v10-hub"];
+
+    /// The backends with their names (`POLYTAPE_BACKENDS` chooses, as for the kernels' tests).
+    fn backends(compute: Dtype) -> Vec<(&'static str, Cuda)> {
+        let wanted = std::env::var("POLYTAPE_BACKENDS");
+        let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
+        let mut backends = Vec::new();
+        if wanted("emulated") {
+            match cuda_emulator::Emulator::new(3) {
+                Ok(device) => {
+                    let device = std::sync::Arc::new(device);
+                    backends.push(("emulated", Cuda::with_device(device, compute).unwrap()));
+                }
+                Err(why) => eprintln!("skipped: the CUDA kernels on the emulator: {why}"),
+            }
+        }
+        if wanted("gpu") {
+            match Cuda::new(compute) {
+                Ok(cuda) => backends.push(("gpu", cuda)),
+                Err(why) => eprintln!("skipped: the CUDA kernels on a GPU: {why}"),
+            }
+        }
+        backends
+    }
+
+    fn in_f32(check: impl Fn(&Case, Cuda, &str)) {
+        for name in CASES {
+            for (on, cuda) in backends(Dtype::F32) {
+                let run = || {
+                    check(&Case::open(name), cuda, &format!("{name} {on}"));
+                    Ok(())
+                };
+                catch_faults(run).unwrap_or_else(|error| panic!("{error}"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_kernels_evaluate_as_peft() {
+        in_f32(|case, cuda, what| check_evaluation(case, cuda, 1e-5, what));
+    }
+
+    #[test]
+    fn the_kernels_have_pefts_gradients() {
+        in_f32(|case, cuda, what| check_gradients(case, cuda, true, 1e-5, what));
+    }
+
+    #[test]
+    fn the_kernels_train_as_peft() {
+        in_f32(|case, cuda, what| check_training(case, cuda, 1e-3, what));
+    }
+
+    #[test]
+    fn bf16_is_as_precise_as_pefts() {
+        for name in CASES {
+            for (on, cuda) in backends(Dtype::Bf16) {
+                let case = Case::open(name);
+                let base = bf16_base(&case, &format!("{name}-{on}"));
+                let ours = logits_rms_error(&case, cuda, &base);
+                let peft = case.expected["bf16"]["logits_rms_error"].as_f64().unwrap();
+                println!("{name} {on}: {ours:.2e}, PEFT {peft:.2e}");
+                assert!(ours <= 1.5 * peft, "{name} {on}: {ours}, PEFT {peft}");
+            }
+        }
+    }
+
+    /// Gradients and parameters after a step with sampling and dropout.
+    #[test]
+    fn every_run_gives_the_same_bits() {
+        let case = Case::open("tiny");
+        for compute in [Dtype::F32, Dtype::Bf16] {
+            for (on, cuda) in backends(compute) {
+                let run = || {
+                    let model = case.model(cuda.clone());
+                    let adapter = case.adapter(&model);
+                    let config = TrainConfig { dropout: Some(0.1), ..train_config(&case, true) };
+                    let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+                    trainer.step(&case.examples()).unwrap();
+                    let gradients = model.backend().download(trainer.gradients());
+                    gradients.into_iter().map(f64::to_bits).collect::<Vec<_>>()
+                };
+                let first = run();
+                for n in 1..if on == "gpu" { 20 } else { 2 } {
+                    assert!(run() == first, "{on} {compute}: run {n} differs");
+                }
+            }
         }
     }
 }
