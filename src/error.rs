@@ -74,6 +74,9 @@ pub enum Error {
     /// The device asked for is not there.
     #[error("{0}")]
     Device(String),
+    /// The device failed in the middle of a run.
+    #[error("{0}")]
+    Fault(String),
     /// The user interrupted the run.
     #[error("interrupted")]
     Interrupted,
@@ -94,7 +97,7 @@ impl Error {
             | Self::Line { .. }
             | Self::Config(_) => 3,
             Self::Usage(_) => 2,
-            Self::NotFinite(_) => 1,
+            Self::NotFinite(_) | Self::Fault(_) => 1,
             Self::Device(_) => 4,
             Self::Interrupted => 130,
         }

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::{
-    Common, data, print, print_json,
+    Common, Described, data, print, print_json, run_on_device,
     train::{
         flags::{Evaluating, Learning, Saving},
         run::{self, Evaluator, Plan, Run},
@@ -21,7 +21,7 @@ use crate::{
         rows::{Row, Targets},
         tasks::TaskNames,
     },
-    model::{Adapter, dataset::read_rows},
+    model::{Adapter, Model, dataset::read_rows},
     train::{
         Trainer,
         adapt::{self, Kept, Tune},
@@ -93,11 +93,14 @@ impl Adapt {
                 ));
             }
         }
+        run_on_device!(self, &self.model)
+    }
+
+    fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         // The papers' few-shot protocol.
         let recipe =
             Recipe { length: Length::Steps(1000), warmup_steps: 0.06, ..Recipe::default() };
         let tune = self.tune();
-        let model = self.common.open_model(&self.model)?;
         let resumed = self.saving.resumed(&self.output_dir)?;
         let trained = Adapter::open(&model, &self.adapter)?;
         let mut adapter =

@@ -9,14 +9,13 @@ use std::{path::PathBuf, time::Instant};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::{Common, OnOff, print_json};
+use super::{Common, Described, OnOff, print_json, run_on_device};
 use crate::{
     error::{Error, Result},
     formats::poly_config::PolyConfig,
     generate::{Engine, GenerateOptions},
     kernels::{
         Backend, Precision,
-        cpu::Cpu,
         philox::{Key, Purpose},
     },
     model::{Adapter, Batch, Example, Model, routed_lora::parse_targets, t5::Sides},
@@ -95,7 +94,10 @@ impl Bench {
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::Usage(format!("dropout must be in 0..1, not {}", self.dropout)));
         }
-        let model = self.common.open_model(&self.model)?;
+        run_on_device!(self, &self.model)
+    }
+
+    fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         let adapter = match self.adapter {
             AdapterFlag::Poly => Some(self.adapter(&model)?),
             AdapterFlag::None => None,
@@ -120,12 +122,12 @@ impl Bench {
             "tok_per_s": f64::from(self.batch * row_tokens) / median,
             "rss_mib": Memory::now().peak_rss_mib,
             "anon_mib": timer.anon_mib,
-            "isa": backend.isa().name(),
-            "threads": backend.n_threads(),
+            "isa": backend.hardware(),
+            "threads": backend.host_threads(),
             "loss": loss,
             "what": self.what.to_possible_value().map(|v| v.get_name().to_owned()),
             "model": self.model,
-            "dtype": backend.compute_dtype().to_string(),
+            "dtype": backend.compute().to_string(),
             "adapter": if self.adapter == AdapterFlag::Poly { "poly" } else { "none" },
             "batch": self.batch,
             "src": self.src,
@@ -142,7 +144,7 @@ impl Bench {
         }))
     }
 
-    fn adapter(&self, model: &Model) -> Result<Adapter<Cpu>> {
+    fn adapter<B: Backend>(&self, model: &Model<B>) -> Result<Adapter<B>> {
         let config = PolyConfig {
             r: self.r,
             n_tasks: self.n_tasks as usize,
@@ -154,7 +156,7 @@ impl Bench {
         Adapter::new(model, &config, self.common.seed)
     }
 
-    fn examples(&self, model: &Model) -> Vec<Example> {
+    fn examples(&self, model: &Model<impl Backend>) -> Vec<Example> {
         let key = Key::new(self.common.seed, Purpose::Data, 1);
         let n_ids = model.vocab_size().saturating_sub(3).max(1) as u64;
         let mut draw = 0;
@@ -176,10 +178,10 @@ impl Bench {
             .collect()
     }
 
-    fn train(
+    fn train<B: Backend>(
         &self,
-        model: &Model,
-        adapter: Adapter<Cpu>,
+        model: &Model<B>,
+        adapter: Adapter<B>,
         examples: &[&Example],
         timer: &mut Timer,
     ) -> Result<f64> {
@@ -203,7 +205,7 @@ impl Bench {
     }
 
     /// The frozen base: forward, and backward to both embeddings.
-    fn floor(&self, model: &Model, examples: &[&Example], timer: &mut Timer) -> f64 {
+    fn floor<B: Backend>(&self, model: &Model<B>, examples: &[&Example], timer: &mut Timer) -> f64 {
         let backend = model.backend();
         let start = model.generation().decoder_start_token_id;
         let batch = Batch::new(examples.iter().copied(), start, 0);
@@ -231,10 +233,10 @@ impl Bench {
         loss
     }
 
-    fn infer(
+    fn infer<B: Backend>(
         &self,
-        model: &Model,
-        adapter: Option<&Adapter<Cpu>>,
+        model: &Model<B>,
+        adapter: Option<&Adapter<B>>,
         examples: &[&Example],
         timer: &mut Timer,
     ) -> f64 {

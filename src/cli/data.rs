@@ -11,6 +11,7 @@ use crate::{
         tasks::TaskNames,
         tokenizer::Tokenizer,
     },
+    kernels::Backend,
     model::{
         Model,
         dataset::{Dataset, Encode, Encoding, Overlong, read_rows},
@@ -49,7 +50,7 @@ enum OverlongFlag {
 }
 
 /// A model's tokenizer, if its folder has one.
-pub(super) fn open_tokenizer(model: &Model) -> Result<Option<Tokenizer>> {
+pub(super) fn open_tokenizer(model: &Model<impl Backend>) -> Result<Option<Tokenizer>> {
     if !model.dir().join("tokenizer.json").exists() {
         return Ok(None);
     }
@@ -72,7 +73,7 @@ impl Limits {
         &self,
         rows: Vec<Row>,
         path: &Path,
-        model: &Model,
+        model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
         tasks: Option<&TaskNames>,
         targets: Targets,
@@ -108,7 +109,7 @@ impl DataFlags {
     /// Reads and encodes the data file for an adapter's tasks, or without tasks.
     pub(super) fn load(
         &self,
-        model: &Model,
+        model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
         tasks: Option<&TaskNames>,
         targets: Targets,

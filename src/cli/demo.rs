@@ -21,7 +21,7 @@ pub(super) struct Demo {
 
 impl Demo {
     pub(super) fn run(self) -> Result<()> {
-        self.common.check_device()?;
+        self.common.cpu_only("demo")?;
         let options = DemoOptions {
             output_dir: self.output_dir,
             seed: self.common.seed,

@@ -3,13 +3,16 @@
 use std::fs;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Map, json};
 
-use super::{Common, print, print_json};
+use super::{Common, Device, print, print_json};
 use crate::{
     dtype::Dtype,
     error::Result,
-    kernels::cpu::{Cpu, isa::Isa},
+    kernels::{
+        cpu::{Cpu, isa::Isa},
+        cuda::{self, Cuda},
+    },
 };
 
 #[derive(Args)]
@@ -20,7 +23,6 @@ pub(super) struct Doctor {
 
 impl Doctor {
     pub(super) fn run(&self) -> Result<()> {
-        self.common.check_device()?;
         let dtype = self.common.dtype().unwrap_or(Dtype::Bf16);
         let cpu = Cpu::new(dtype, self.common.n_threads())?;
         let available: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
@@ -36,12 +38,16 @@ impl Doctor {
                 Some(format!("L{} {} {}", level.trim(), kind.trim().to_lowercase(), size.trim()))
             })
             .collect();
+        let cuda = cuda::probe();
+        if let Device::Cuda = self.common.device {
+            Cuda::new(dtype)?; // Fails where --device cuda would.
+        }
         if self.common.json {
             return print_json(&json!({
                 "version": env!("CARGO_PKG_VERSION"), "cpu": model, "isa": cpu.isa().name(),
                 "isa_available": available, "isa_forced": forced, "threads": cpu.n_threads(),
                 "memory": memory, "memory_available": free, "caches": caches,
-                "cuda": "no CUDA backend in this version",
+                "cuda": cuda.iter().map(|(k, v)| ((*k).to_owned(), v.clone().into())).collect::<Map<_, _>>(),
             }));
         }
         let why = match forced {
@@ -55,8 +61,10 @@ impl Doctor {
             ("instruction sets", available.join(", ")),
             ("in use", format!("{} ({why}), {} threads", cpu.isa().name(), cpu.n_threads())),
             ("memory", format!("{memory}, {free} available")),
-            ("cuda", "no CUDA backend in this version".to_owned()),
-        ] {
+        ]
+        .into_iter()
+        .chain(cuda)
+        {
             print(&format!("{name:<17} {value}"))?;
         }
         Ok(())

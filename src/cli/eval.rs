@@ -4,12 +4,12 @@ use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 
-use super::{Common, OnOff, check_writable, data, print_json};
+use super::{Common, Described, OnOff, check_writable, data, print_json, run_on_device};
 use crate::{
     error::Result,
     formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
-    model::Adapter,
+    model::{Adapter, Model},
     train::evaluate::{Decode, evaluate},
 };
 
@@ -44,7 +44,10 @@ impl Eval {
         if let Some(path) = &self.per_example {
             check_writable(path)?;
         }
-        let model = self.common.open_model(&self.model)?;
+        run_on_device!(self, &self.model)
+    }
+
+    fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
         let tasks = adapter.as_ref().map(Adapter::task_names);

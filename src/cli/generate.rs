@@ -5,12 +5,12 @@ use std::{io::Write, path::PathBuf, time::Instant};
 use clap::Args;
 use serde_json::Value;
 
-use super::{Common, check_writable, data, print, print_json};
+use super::{Common, Described, check_writable, data, print, print_json, run_on_device};
 use crate::{
     error::{Error, Result},
     formats::{rows::Targets, safetensors::write_atomically},
     generate::{Engine, GenerateOptions},
-    model::{Adapter, Example},
+    model::{Adapter, Example, Model},
 };
 
 #[derive(Args)]
@@ -57,7 +57,10 @@ impl Generate {
             )));
         }
         check_writable(&self.output)?;
-        let model = self.common.open_model(&self.model)?;
+        run_on_device!(self, &self.model)
+    }
+
+    fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
         let tasks = adapter.as_ref().map(Adapter::task_names);

@@ -25,6 +25,7 @@ pub(super) struct Init {
 
 impl Init {
     pub(super) fn run(&self) -> Result<()> {
+        self.common.cpu_only("init")?;
         let preset = Preset::named(&self.preset)?;
         if self.output_dir.join("model.safetensors").exists() {
             return Err(Error::Usage(format!(

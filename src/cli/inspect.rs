@@ -44,6 +44,7 @@ impl Inspect {
         if self.svg.is_some() {
             return Err(Error::Usage("--svg is for adapter folders".into()));
         }
+        self.common.cpu_only("inspect")?;
         let model = self.common.open_model(&self.dir)?;
         let mut by_dtype: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
         for tensor in model.tensors() {

@@ -24,7 +24,9 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    model::{Model, Options},
+    formats::checkpoint::Checkpoint,
+    kernels::{Backend, cpu::Cpu, cuda::Cuda},
+    model::{Model, Options, natural_dtype},
 };
 
 /// Trains and runs Poly / MHR adapters over a frozen, memory-mapped transformer.
@@ -119,28 +121,30 @@ impl Common {
         self.threads.map_or(0, usize::from)
     }
 
-    fn check_device(&self) -> Result<()> {
+    /// For verbs that compute nothing on a GPU.
+    fn cpu_only(&self, verb: &str) -> Result<()> {
         match self.device {
             Device::Cpu => Ok(()),
             Device::Cuda => {
-                Err(Error::Device("this version has no CUDA backend yet: use --device cpu".into()))
+                Err(Error::Usage(format!("{verb} runs on the CPU: leave --device out")))
             }
         }
     }
 
     fn open_model(&self, dir: &PathBuf) -> Result<Model> {
-        self.check_device()?;
         let options = Options { dtype: self.dtype(), n_threads: self.n_threads() };
         let model = Model::open(dir, &options)?;
-        let backend = model.backend();
-        tracing::info!(
-            "{}: {} tensors, computing in {} on {} ({} threads)",
-            dir.display(),
-            model.tensors().len(),
-            backend.compute_dtype(),
-            backend.isa().name(),
-            backend.n_threads()
-        );
+        log_opened(&model);
+        Ok(model)
+    }
+
+    /// The model in a GPU's memory.
+    fn open_cuda(&self, dir: &PathBuf) -> Result<Model<Cuda>> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let cuda = Cuda::new(self.dtype().unwrap_or_else(|| natural_dtype(&checkpoint)))?;
+        cuda.check_fits(checkpoint.n_elements())?;
+        let model = Model::open_on(cuda, dir)?;
+        log_opened(&model);
         Ok(model)
     }
 
@@ -155,6 +159,65 @@ impl Common {
         let bar = indicatif::ProgressBar::new(n);
         style.map(|style| bar.clone().with_style(style)).unwrap_or(bar)
     }
+}
+
+/// Opens the model in `$dir` on the device that the flags of `$verb` name, and runs it there.
+macro_rules! run_on_device {
+    ($verb:expr, $dir:expr) => {
+        match $verb.common.device {
+            $crate::cli::Device::Cpu => $verb.run_on($verb.common.open_model($dir)?),
+            $crate::cli::Device::Cuda => {
+                $crate::kernels::cuda::catch_faults(|| $verb.run_on($verb.common.open_cuda($dir)?))
+            }
+        }
+    };
+}
+use run_on_device;
+
+/// What the command line says of a backend.
+trait Described: Backend {
+    /// The type of activations.
+    fn compute(&self) -> Dtype;
+    /// The instruction set or GPU.
+    fn hardware(&self) -> String;
+    /// Threads of the host that compute.
+    fn host_threads(&self) -> usize;
+}
+
+impl Described for Cpu {
+    fn compute(&self) -> Dtype {
+        self.compute_dtype()
+    }
+    fn hardware(&self) -> String {
+        self.isa().name().to_owned()
+    }
+    fn host_threads(&self) -> usize {
+        self.n_threads()
+    }
+}
+
+impl Described for Cuda {
+    fn compute(&self) -> Dtype {
+        self.compute_dtype()
+    }
+    fn hardware(&self) -> String {
+        self.device().name()
+    }
+    fn host_threads(&self) -> usize {
+        1
+    }
+}
+
+fn log_opened(model: &Model<impl Described>) {
+    let backend = model.backend();
+    tracing::info!(
+        "{}: {} tensors, computing in {} on {} ({} threads)",
+        model.dir().display(),
+        model.tensors().len(),
+        backend.compute(),
+        backend.hardware(),
+        backend.host_threads()
+    );
 }
 
 /// Fails now if a file could not be written at the end of a long run.

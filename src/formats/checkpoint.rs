@@ -175,6 +175,12 @@ impl Checkpoint {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// The elements of all tensors.
+    pub fn n_elements(&self) -> usize {
+        let infos = self.names().filter_map(|name| self.info(name));
+        infos.map(|info| info.shape.iter().product::<usize>()).sum()
+    }
+
     /// A tensor's type, shape and place, without using it.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.files[self.tensors.get(name)?.file].header().tensors.get(name)

@@ -102,7 +102,7 @@ impl Model<Cpu> {
 }
 
 /// bf16 where the weights are 16-bit, else f32.
-fn natural_dtype(checkpoint: &Checkpoint) -> Dtype {
+pub(crate) fn natural_dtype(checkpoint: &Checkpoint) -> Dtype {
     let mut bytes = [0_u64; 2]; // Of 16-bit and of other tensors.
     for name in checkpoint.names() {
         if let Some(info) = checkpoint.info(name) {

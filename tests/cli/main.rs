@@ -320,7 +320,19 @@ fn bad_input_is_3_and_names_its_place() {
 fn a_missing_device_is_4() {
     let dir = scratch("device");
     let (rows, out) = (data(&dir, 3), dir.join("out"));
-    fails(&train(&rows, &out, &["--device", "cuda"]), 4, "no CUDA backend");
+    // Where there is a GPU, it is hidden.
+    let cuda = ["--device", "cuda"];
+    for arguments in [train(&rows, &out, &cuda), vec!["doctor", "--device", "cuda"]] {
+        let command = &mut Command::new(env!("CARGO_BIN_EXE_polytape"));
+        let output = command.args(&arguments).env("CUDA_VISIBLE_DEVICES", "").output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(4), "{arguments:?}: {stderr}");
+        assert!(stderr.contains("use --device cpu"), "{arguments:?}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+    assert!(!out.exists(), "nothing is written before the device is there");
+    let init = ["init", "--preset", "t5-small", "--output-dir", str(&out), "--device", "cuda"];
+    fails(&init, 2, "init runs on the CPU");
     let output = Command::new(env!("CARGO_BIN_EXE_polytape"))
         .args(["doctor"])
         .env("POLYTAPE_ISA", "mmx")

@@ -12,7 +12,7 @@ use crate::{
         poly_config::PolyConfig,
         tasks::TaskNames,
     },
-    kernels::cpu::Cpu,
+    kernels::Backend,
     model::{
         Adapter, Model,
         routed_lora::parse_targets,
@@ -108,14 +108,14 @@ pub(super) struct Data<'a> {
 
 impl AdapterFlags {
     /// The adapter to start from. `tasks` are those of the data.
-    pub(super) fn adapter(
+    pub(super) fn adapter<B: Backend>(
         &self,
-        model: &Model,
+        model: &Model<B>,
         resumed: Option<&Resumed>,
         recipe: &Recipe,
         data: &Data<'_>,
         tasks: impl FnOnce() -> Result<TaskNames>,
-    ) -> Result<Adapter<Cpu>> {
+    ) -> Result<Adapter<B>> {
         if let Some(Resumed { dir, .. }) = resumed {
             let adapter = Adapter::open(model, dir)?;
             self.check_repeated(model, &adapter, "the checkpoint")?;
@@ -141,13 +141,13 @@ impl AdapterFlags {
         self.fresh(model, recipe, data, &tasks()?)
     }
 
-    fn fresh(
+    fn fresh<B: Backend>(
         &self,
-        model: &Model,
+        model: &Model<B>,
         recipe: &Recipe,
         data: &Data<'_>,
         tasks: &TaskNames,
-    ) -> Result<Adapter<Cpu>> {
+    ) -> Result<Adapter<B>> {
         if tasks.n_tasks() == 0 {
             return Err(Error::file(
                 data.path,
@@ -213,7 +213,12 @@ impl AdapterFlags {
     }
 
     /// An adapter brings its configuration; a flag that says otherwise is an error.
-    fn check_repeated(&self, model: &Model, adapter: &Adapter<Cpu>, whose: &str) -> Result<()> {
+    fn check_repeated<B: Backend>(
+        &self,
+        model: &Model<B>,
+        adapter: &Adapter<B>,
+        whose: &str,
+    ) -> Result<()> {
         let config = adapter.config();
         let numbers = [
             ("--r", self.r, config.r),

@@ -24,12 +24,15 @@ use self::{
     flags::{Evaluating, Learning, Saving},
     run::{Evaluator, Outcome, Plan, Run},
 };
-use super::{Common, data, print, print_json};
+use super::{Common, Described, data, print, print_json, run_on_device};
 use crate::{
     error::{Error, Result},
     formats::{rows::Targets, tasks::TaskNames},
-    kernels::cpu::Cpu,
-    model::dataset::{Dataset, read_rows},
+    kernels::Backend,
+    model::{
+        Model,
+        dataset::{Dataset, read_rows},
+    },
     train::{RouterRows, Trainer, evaluate::Decode, order::Batches, recipe::Recipe},
 };
 
@@ -83,7 +86,10 @@ impl Train {
                 "--output-dir is the model's own folder: its config.json would be replaced".into(),
             ));
         }
-        let model = self.common.open_model(&self.model)?;
+        run_on_device!(self, &self.model)
+    }
+
+    fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         let resumed = self.saving.resumed(&self.output_dir)?;
         let tokenizer = data::open_tokenizer(&model)?;
         let rows = read_rows(&self.data.data, Targets::Required)?;
@@ -178,7 +184,7 @@ impl Train {
         self.report(&outcome, &data)
     }
 
-    fn report(&self, outcome: &Outcome<'_, Cpu>, data: &Dataset) -> Result<()> {
+    fn report(&self, outcome: &Outcome<'_, impl Backend>, data: &Dataset) -> Result<()> {
         let out = &self.output_dir;
         let state = &outcome.state;
         let eval_loss = outcome.evaluation.as_ref().map(|e| e.overall.loss);

@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     formats::tasks::TaskNames,
     generate::{Engine, GenerateOptions},
-    kernels::Backend,
+    kernels::{Backend, cuda::catch_faults},
     model::{Adapter, Example, Model, dataset::Dataset},
     process::Memory,
     train::{
@@ -158,7 +158,7 @@ impl<'a, B: Backend> Run<'a, B> {
                     bar.finish_and_clear();
                     // As it was before the step; if that cannot be saved, the first error is still
                     // the one to report.
-                    if let Err(second) = self.save_adapter() {
+                    if let Err(second) = catch_faults(|| self.save_adapter()) {
                         tracing::error!("{second}");
                     }
                     return Err(error);
@@ -202,7 +202,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let examples: Vec<&Example> =
             batches.of_step(trainer.steps_done() + 1).iter().map(|&i| &data.examples[i]).collect();
         let started = Instant::now();
-        let report = trainer.step(&examples)?;
+        let report = catch_faults(|| trainer.step(&examples))?;
         Ok((report, started.elapsed().as_secs_f64()))
     }
 

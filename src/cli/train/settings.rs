@@ -4,11 +4,13 @@ use std::{io::Write, path::Path};
 
 use serde_json::{Map, Value, json};
 
-use super::flags::{Evaluating, Learning, Saving};
+use super::{
+    super::Described,
+    flags::{Evaluating, Learning, Saving},
+};
 use crate::{
     error::Result,
     formats::safetensors::write_atomically,
-    kernels::cpu::Cpu,
     model::{Model, dataset::Dataset},
     train::Trainer,
 };
@@ -22,7 +24,7 @@ fn object(value: Value) -> Map<String, Value> {
 
 /// What a resumed run must share, so that it is the same run.
 pub(in crate::cli) fn arguments(
-    trainer: &Trainer<'_, Cpu>,
+    trainer: &Trainer<'_, impl Described>,
     per_step: usize,
     shuffle: bool,
     data: &Dataset,
@@ -36,8 +38,8 @@ pub(in crate::cli) fn arguments(
         "model_fingerprint": model.fingerprint().to_string(),
         "data_fingerprint": data.fingerprint().to_string(),
         "eval_data_fingerprint": eval_data.map(|data| data.fingerprint().to_string()),
-        "isa": backend.isa().name(),
-        "dtype": backend.compute_dtype().to_string(),
+        "isa": backend.hardware(),
+        "dtype": backend.compute().to_string(),
         "adapter_config": adapter,
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": per_step / config.batch_size,
@@ -60,14 +62,14 @@ pub(in crate::cli) fn arguments(
 
 /// What a resumed run may change, and versions.
 pub(in crate::cli) fn settings(
-    model: &Model,
+    model: &Model<impl Described>,
     evaluating: &Evaluating,
     saving: &Saving,
     learning: &Learning,
 ) -> Map<String, Value> {
     object(json!({
         "polytape_version": env!("CARGO_PKG_VERSION"),
-        "threads": model.backend().n_threads(),
+        "threads": model.backend().host_threads(),
         "eval_data": evaluating.eval_data,
         "validation_split": evaluating.validation_split,
         "eval_steps": evaluating.eval_steps,

@@ -104,7 +104,7 @@ impl Arena {
     fn out_of_memory(&self, bytes: usize, used_bytes: usize, error: &Error) -> Error {
         let mib = |bytes: usize| bytes.div_ceil(1 << 20);
         let total = self.device.memory().map_or(0, |(total, _)| total);
-        Error::Device(format!(
+        Error::Fault(format!(
             "out of memory on {}: {} MiB more do not fit beside {} MiB in use of {} MiB ({error}): \
              use a smaller --batch-size, --checkpointing on or --dtype bf16",
             self.device.name(),

@@ -1,6 +1,6 @@
 //! What the CUDA backend needs of a device: memory, copies and kernel launches, in one stream.
 //!
-//! [`Driver`](super::driver::Driver) is the real one. Tests bring an emulator, so that everything
+//! `driver::Driver` is the real one. Tests bring an emulator, so that everything
 //! above this trait, planning and kernels alike, runs and is compared with the oracle without a GPU.
 
 use bytemuck::NoUninit;

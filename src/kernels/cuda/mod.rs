@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! Backend (here)  ─ shapes checked, tables planned ─>  Device (one stream)  ─>  cuda/*.cu
-//!                                                       Driver: cudarc, NVRTC at run time
+//!                                                       `driver`: cudarc, NVRTC at run time
 //!                                                       the tests' emulator
 //! ```
 //!
-//! Every operation checks its shapes, takes its results from the [`arena`], and queues launches; the
+//! Every operation checks its shapes, takes its results from the `arena`, and queues launches; the
 //! host waits for the device only where the trait asks for numbers (`download`, the nll, the argmax,
 //! the gradient norm). What kernels need to know of a batch (segments, spans, token keys) is uploaded
-//! once and kept in [`tables`].
+//! once and kept in `tables`.
 //!
 //! In f32, matrices of the base are f32 on the device; in bf16 they are bf16 (a 16-bit float with more
 //! digits, or an f32, is rounded once). Vectors of the base are f32. A device's fault (out of memory, a
@@ -20,8 +20,12 @@
 
 mod arena;
 mod attention;
+#[cfg(feature = "cuda")]
+pub mod compile;
 mod dense;
 pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
 mod lora;
 mod optimizer;
 mod tables;
@@ -86,6 +90,14 @@ impl Weight {
     }
 }
 
+/// What of CUDA was found where, and what not and why: a name and a line each.
+pub fn probe() -> Vec<(&'static str, String)> {
+    #[cfg(feature = "cuda")]
+    return driver::probe();
+    #[cfg(not(feature = "cuda"))]
+    vec![("cuda", "not in this build: it needs the feature `cuda`".into())]
+}
+
 /// Runs `work`; a fault of the device in it is the error.
 ///
 /// # Errors
@@ -119,9 +131,44 @@ impl Cuda {
         Ok(Self { device, arena, tables: Arc::default(), compute })
     }
 
+    /// A backend on the first GPU.
+    ///
+    /// # Errors
+    /// If there is no GPU that it can run on, or no NVRTC: with the remedy.
+    pub fn new(compute: Dtype) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        return Self::with_device(Arc::new(driver::Driver::open()?), compute);
+        #[cfg(not(feature = "cuda"))]
+        Err(Error::Device(format!(
+            "this build cannot compute in {compute} on a GPU: build it with the feature `cuda`"
+        )))
+    }
+
     /// The type of activations.
     pub fn compute_dtype(&self) -> Dtype {
         self.compute
+    }
+
+    /// Fails before anything is uploaded if a base of so many elements does not fit.
+    ///
+    /// # Errors
+    /// With the numbers.
+    pub fn check_fits(&self, base_elements: usize) -> Result<()> {
+        let bytes = base_elements * self.compute.size_bytes();
+        let (total, free) = self.device.memory()?;
+        if bytes <= free {
+            return Ok(());
+        }
+        let mib = |bytes: usize| bytes.div_ceil(1 << 20);
+        Err(Error::Device(format!(
+            "the base takes {} MiB in {}, and {} has {} MiB free of {}: use --dtype bf16, a smaller base \
+             or --device cpu",
+            mib(bytes),
+            self.compute,
+            self.device.name(),
+            mib(free),
+            mib(total),
+        )))
     }
 
     /// The device.

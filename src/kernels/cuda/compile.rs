@@ -1,0 +1,340 @@
+//! The sources in `cuda/`, compiled for a device by NVRTC at run time, and kept on disk.
+//!
+//! ```text
+//! cuda/*.cu (inside the binary) ─ NVRTC ─> cubin ─> cache folder, by a hash of everything it depends on
+//! ```
+//!
+//! Neither the build nor the binary needs a CUDA toolkit: NVRTC is one library, looked for in the places
+//! that [`find`] lists. A cached file is named by a hash of all sources, the options and the architecture,
+//! so nothing stale is ever used, and a machine with a filled cache needs no NVRTC.
+
+use std::{
+    env,
+    ffi::{CStr, CString, c_char, c_int},
+    fs,
+    path::{Path, PathBuf},
+    ptr,
+    sync::OnceLock,
+};
+
+use cudarc::nvrtc::{result, sys};
+
+use crate::error::{Error, Result};
+
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../../../cuda/", $name)))),*]
+    };
+}
+
+/// Files that others include.
+const HEADERS: [(&str, &str); 6] =
+    sources!["bank.cuh", "common.cuh", "gemm.cuh", "mma.cuh", "philox.cuh", "thin.cuh"];
+
+/// Files with kernels.
+const MODULES: [(&str, &str); 12] = sources![
+    "adamw.cu",
+    "attention.cu",
+    "elementwise.cu",
+    "embed.cu",
+    "gated.cu",
+    "grad.cu",
+    "head.cu",
+    "linear.cu",
+    "mix.cu",
+    "norm.cu",
+    "route.cu",
+    "shrink.cu",
+];
+
+/// The modules' names: the files without `.cu`.
+pub fn modules() -> impl Iterator<Item = &'static str> {
+    MODULES.iter().map(|(name, _)| name.trim_end_matches(".cu"))
+}
+
+/// NVRTC, loaded.
+#[derive(Clone, Debug)]
+pub struct Nvrtc {
+    /// The file, or the name that the system's loader resolved.
+    pub library: String,
+    /// Major and minor.
+    pub version: (i32, i32),
+}
+
+/// NVRTC, from the first place that has it: `POLYTAPE_NVRTC` (a file), the loader's own search
+/// (`LD_LIBRARY_PATH` and the system's folders), a virtual environment with the wheel
+/// `nvidia-cuda-nvrtc`, `CUDA_HOME`, `/usr/local/cuda`.
+///
+/// # Errors
+/// Names the places and what to install.
+pub fn find() -> Result<Nvrtc> {
+    static FOUND: OnceLock<std::result::Result<Nvrtc, String>> = OnceLock::new();
+    FOUND.get_or_init(load).clone().map_err(Error::Device)
+}
+
+/// Files in a folder whose names start so, in order.
+fn files(dir: &Path, prefix: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let named = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with(prefix) && !name.contains(".alt.") && !name.ends_with(".a")
+    };
+    let mut files: Vec<_> = entries.filter(named).collect();
+    files.sort();
+    files
+}
+
+/// Folders beyond the loader's own that may have CUDA's libraries.
+fn folders() -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    if let Some(environment) = env::var_os("VIRTUAL_ENV").map(PathBuf::from) {
+        for python in files(&environment.join("lib"), "python3") {
+            let nvidia = python.join("site-packages/nvidia");
+            folders.extend([nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]);
+        }
+    }
+    folders.extend(env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("lib64")));
+    folders.push("/usr/local/cuda/lib64".into());
+    folders
+}
+
+/// Opens a library and keeps it open.
+fn open(library: &Path) -> std::result::Result<(), String> {
+    // SAFETY: CUDA's libraries have no initialisers with preconditions.
+    match unsafe { libloading::Library::new(library) } {
+        Ok(library) => {
+            std::mem::forget(library); // cudarc finds it by its name from now on.
+            Ok(())
+        }
+        Err(error) => {
+            use std::error::Error as _;
+            let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            Err(if why.contains(&*library.to_string_lossy()) {
+                why
+            } else {
+                format!("{}: {why}", library.display())
+            })
+        }
+    }
+}
+
+fn load() -> std::result::Result<Nvrtc, String> {
+    let mut tried = Vec::new();
+    let mut candidates = Vec::new();
+    if let Some(file) = env::var_os("POLYTAPE_NVRTC").filter(|file| !file.is_empty()) {
+        candidates.push(PathBuf::from(file));
+    } else {
+        candidates.extend(["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"].map(PathBuf::from));
+        for folder in folders() {
+            candidates.extend(files(&folder, "libnvrtc.so"));
+        }
+    }
+    for candidate in candidates {
+        // Its second library is looked for by name only: have it there before.
+        if let Some(folder) = candidate.parent().filter(|folder| folder.is_dir()) {
+            for builtins in files(folder, "libnvrtc-builtins.so") {
+                if let Err(error) = open(&builtins) {
+                    tried.push(error);
+                }
+            }
+        }
+        match open(&candidate) {
+            // SAFETY: Only looks whether a library of one of the names can be opened.
+            Ok(()) if unsafe { sys::is_culib_present() } => {
+                let (mut major, mut minor) = (0, 0);
+                // SAFETY: Two places to write to, which outlive the call.
+                unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
+                    .result()
+                    .map_err(|error| format!("{}: {error:?}", candidate.display()))?;
+                return Ok(Nvrtc {
+                    library: candidate.display().to_string(),
+                    version: (major, minor),
+                });
+            }
+            Ok(()) => tried.push(format!("{}: not an NVRTC of CUDA 12 or 13", candidate.display())),
+            Err(error) => tried.push(error),
+        }
+    }
+    Err(format!(
+        "NVRTC, which compiles the kernels, was not found ({}): install CUDA 12 or 13, or pip install \
+         nvidia-cuda-nvrtc and set POLYTAPE_NVRTC to its libnvrtc.so.13",
+        tried.join("; ")
+    ))
+}
+
+/// The architecture name of a compute capability: with the features of Hopper where it is that.
+pub fn architecture(major: i32, minor: i32) -> String {
+    if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") }
+}
+
+fn options(arch: &str, bf16: bool) -> [String; 3] {
+    [
+        format!("--gpu-architecture={arch}"),
+        format!("-DPOLYTAPE_BF16={}", u8::from(bf16)),
+        "--std=c++17".into(),
+    ]
+}
+
+/// FNV-1a.
+fn hash<'a>(parts: impl Iterator<Item = &'a str>) -> u64 {
+    let bytes = parts.flat_map(|part| part.bytes().chain([0]));
+    bytes.fold(0xCBF2_9CE4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01B3))
+}
+
+/// Where compiled kernels are kept: `POLYTAPE_CACHE`, else the user's cache folder.
+fn cache_dir() -> Option<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let user = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    set("POLYTAPE_CACHE").or_else(|| Some(user()?.join("polytape")))
+}
+
+/// Where a module's cubin is kept.
+fn cached(module: &str, arch: &str, bf16: bool) -> Option<PathBuf> {
+    let all = HEADERS.iter().chain(&MODULES).flat_map(|(name, text)| [*name, *text]);
+    let key = hash(all.chain(options(arch, bf16).iter().map(String::as_str)));
+    let dtype = if bf16 { "bf16" } else { "f32" };
+    Some(cache_dir()?.join(format!("{module}-{arch}-{dtype}-{key:016x}.cubin")))
+}
+
+/// Fails now if a kernel would have to be compiled later and cannot be.
+///
+/// # Errors
+/// As [`find`].
+pub fn check_ready(arch: &str) -> Result<()> {
+    let is_cached = |module, bf16| cached(module, arch, bf16).is_some_and(|file| file.exists());
+    if modules().all(|module| is_cached(module, false) && is_cached(module, true)) {
+        return Ok(());
+    }
+    find().map(|_| ())
+}
+
+/// A module's cubin for an architecture, from the cache or compiled now.
+///
+/// # Errors
+/// If NVRTC is not there or refuses the source: with its log.
+pub fn cubin(module: &str, arch: &str, bf16: bool) -> Result<Vec<u8>> {
+    let options = options(arch, bf16);
+    let file = cached(module, arch, bf16);
+    if let Some(Ok(cubin)) = file.as_ref().map(fs::read)
+        && cubin.starts_with(b"\x7FELF")
+    {
+        return Ok(cubin);
+    }
+    let cubin = compile_source(module, source(module)?, &options)?;
+    if let Some(file) = file
+        && let Err(error) = keep(&file, &cubin)
+    {
+        tracing::warn!("cannot keep compiled kernels as {}: {error}", file.display());
+    }
+    Ok(cubin)
+}
+
+/// Written beside and renamed, so that no one reads half a file.
+fn keep(file: &Path, cubin: &[u8]) -> std::io::Result<()> {
+    fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+    let own = file.with_extension(format!("{}.tmp", std::process::id()));
+    fs::write(&own, cubin)?;
+    fs::rename(own, file)
+}
+
+/// The text of a module's file.
+fn source(module: &str) -> Result<&'static str> {
+    let file = format!("{module}.cu");
+    let found = MODULES.iter().find(|(name, _)| *name == file);
+    found
+        .map(|(_, text)| *text)
+        .ok_or_else(|| Error::Device(format!("there are no kernels called {module}")))
+}
+
+/// Compiles a text that may include the headers of `cuda/`, without the cache.
+///
+/// # Errors
+/// As [`cubin`].
+pub fn compile_source(module: &str, text: &str, options: &[String]) -> Result<Vec<u8>> {
+    find()?;
+    let name = format!("{module}.cu");
+    let c_string = |text: &str| CString::new(text).expect("sources have no NUL");
+    let (source, name) = (c_string(text), c_string(&name));
+    let headers: Vec<_> = HEADERS.iter().map(|(_, text)| c_string(text)).collect();
+    let names: Vec<_> = HEADERS.iter().map(|(name, _)| c_string(name)).collect();
+    let pointers = |strings: &[CString]| -> Vec<*const c_char> {
+        strings.iter().map(|string| string.as_ptr()).collect()
+    };
+    let (headers_at, names_at) = (pointers(&headers), pointers(&names));
+    let mut program = ptr::null_mut();
+    // SAFETY: All strings end with NUL and outlive the call; the lists have the length given.
+    unsafe {
+        sys::nvrtcCreateProgram(
+            &mut program,
+            source.as_ptr(),
+            name.as_ptr(),
+            headers.len() as c_int,
+            headers_at.as_ptr(),
+            names_at.as_ptr(),
+        )
+    }
+    .result()
+    .map_err(|error| Error::Device(format!("NVRTC: {error:?}")))?;
+    // SAFETY: The program was just created and is destroyed below, once.
+    let compiled = unsafe { result::compile_program(program, options) };
+    let cubin = compiled.and_then(|()| {
+        let mut bytes = 0;
+        // SAFETY: The program is alive; `cubin` has as many bytes as it says.
+        unsafe {
+            sys::nvrtcGetCUBINSize(program, &mut bytes).result()?;
+            let mut cubin = vec![0_u8; bytes];
+            sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result()?;
+            Ok(cubin)
+        }
+    });
+    let cubin = cubin.map_err(|error| {
+        // SAFETY: The program is alive.
+        let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+        let log: Vec<u8> = log.iter().map(|&c| c as u8).chain([0]).collect();
+        let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
+        Error::Device(format!("NVRTC refuses cuda/{module}.cu ({error:?}):\n{log}"))
+    });
+    // SAFETY: The program is alive and not used afterwards.
+    if let Err(error) = unsafe { result::destroy_program(program) } {
+        tracing::warn!("NVRTC: {error:?}");
+    }
+    cubin
+}
+
+/// Compiles a module for an architecture, without the cache: for tests.
+///
+/// # Errors
+/// As [`cubin`].
+pub fn compile_for(module: &str, arch: &str, bf16: bool) -> Result<Vec<u8>> {
+    compile_source(module, source(module)?, &options(arch, bf16))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_in_the_folder_is_inside_the_binary() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+        let mut found: Vec<_> = fs::read_dir(dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        found.sort();
+        let mut inside: Vec<_> = HEADERS.iter().chain(&MODULES).map(|(name, _)| *name).collect();
+        inside.sort_unstable();
+        assert_eq!(found, inside);
+    }
+
+    #[test]
+    fn architectures_have_their_names() {
+        assert_eq!(architecture(8, 0), "sm_80");
+        assert_eq!(architecture(9, 0), "sm_90a");
+        assert_eq!(architecture(12, 0), "sm_120");
+    }
+
+    #[test]
+    fn keys_tell_texts_apart() {
+        assert_ne!(hash(["ab", "c"].into_iter()), hash(["a", "bc"].into_iter()));
+    }
+}

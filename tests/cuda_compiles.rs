@@ -1,0 +1,205 @@
+//! Every kernel through NVRTC, without a GPU: it compiles for sm_80 and sm_90a in both compute types,
+//! uses no local memory (so nothing is spilled), and its registers and shared memory fit a block of the
+//! size that it is launched with.
+//!
+//! Needs NVRTC (`pip install nvidia-cuda-nvrtc`, found as `compile::find` says); without it the tests
+//! say so and pass. `POLYTAPE_NVRTC_REQUIRED=1` makes its absence a failure.
+
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+
+use polytape::kernels::cuda::compile;
+
+const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
+/// Registers of a multiprocessor, and shared memory of a block that is not asked for at launch.
+const REGISTERS: u32 = 65536;
+const STATIC_SHARED_BYTES: u64 = 48 << 10;
+
+/// Whether NVRTC is there; says so if not.
+fn has_nvrtc() -> bool {
+    match compile::find() {
+        Ok(_) => true,
+        Err(error) => {
+            let required = std::env::var_os("POLYTAPE_NVRTC_REQUIRED").is_some_and(|v| v == "1");
+            assert!(!required, "{error}");
+            eprintln!("skipped: {error}");
+            false
+        }
+    }
+}
+
+/// What a kernel uses.
+#[derive(Debug, Default)]
+struct Usage {
+    registers: Option<u32>,
+    /// Local memory of a thread: arrays that are not in registers, and spills.
+    frame_bytes: Option<u32>,
+    shared_bytes: u64,
+    /// From `__launch_bounds__`.
+    max_threads: Option<u32>,
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(bytes[at..at + 2].try_into().unwrap())
+}
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+fn text_at(bytes: &[u8], at: usize) -> String {
+    let end = bytes[at..].iter().position(|&b| b == 0).unwrap();
+    String::from_utf8(bytes[at..at + end].to_vec()).unwrap()
+}
+
+/// The attributes of a `.nv.info` section: number and value, for those that have one.
+fn attributes(section: &[u8]) -> Vec<(u8, &[u8])> {
+    let (mut at, mut found) = (0, Vec::new());
+    while at < section.len() {
+        let (format, number) = (section[at], section[at + 1]);
+        let size = if format == 4 { usize::from(u16_at(section, at + 2)) } else { 0 };
+        found.push((number, &section[at + 4..at + 4 + size]));
+        at += 4 + size;
+    }
+    found
+}
+
+/// What each kernel of a cubin (an ELF file) uses.
+fn usage(cubin: &[u8]) -> BTreeMap<String, Usage> {
+    let (table, entry_bytes) = (u64_at(cubin, 40) as usize, usize::from(u16_at(cubin, 58)));
+    let (n, names) = (usize::from(u16_at(cubin, 60)), usize::from(u16_at(cubin, 62)));
+    let header = |i: usize| &cubin[table + i * entry_bytes..][..entry_bytes];
+    // Offset, size, linked section, entry size.
+    let place = |i: usize| (u64_at(header(i), 24) as usize, u64_at(header(i), 32) as usize);
+    let name = |i: usize| text_at(cubin, place(names).0 + u32_at(header(i), 0) as usize);
+    let is_nobits = |i: usize| u32_at(header(i), 4) == 8;
+    let content = |i: usize| &cubin[place(i).0..][..place(i).1];
+    let all: Vec<(usize, String)> = (0..n).map(|i| (i, name(i))).collect();
+
+    let mut kernels: BTreeMap<String, Usage> = BTreeMap::new();
+    for (_, section) in &all {
+        if let Some(kernel) = section.strip_prefix(".text.") {
+            kernels.insert(kernel.to_owned(), Usage::default());
+        }
+    }
+    let symbols = all.iter().find(|(_, section)| section == ".symtab").unwrap().0;
+    let strings = u32_at(header(symbols), 40) as usize;
+    let symbol = |i: u32| {
+        let at = place(symbols).0 + 24 * i as usize;
+        text_at(cubin, place(strings).0 + u32_at(cubin, at) as usize)
+    };
+    for (i, section) in &all {
+        if section == ".nv.info" {
+            for (number, value) in attributes(content(*i)) {
+                let by_symbol = matches!(number, 0x2F | 0x11);
+                let Some(kernel) = by_symbol.then(|| symbol(u32_at(value, 0))) else { continue };
+                let Some(usage) = kernels.get_mut(&kernel) else { continue };
+                let field =
+                    if number == 0x2F { &mut usage.registers } else { &mut usage.frame_bytes };
+                *field = Some(u32_at(value, 4));
+            }
+        } else if let Some(usage) =
+            section.strip_prefix(".nv.info.").and_then(|kernel| kernels.get_mut(kernel))
+        {
+            let bounds = attributes(content(*i)).into_iter().find(|(number, _)| *number == 0x05);
+            usage.max_threads = bounds.map(|(_, value)| u32_at(value, 0));
+        } else if let Some(usage) =
+            section.strip_prefix(".nv.shared.").and_then(|kernel| kernels.get_mut(kernel))
+        {
+            assert!(is_nobits(*i));
+            usage.shared_bytes = place(*i).1 as u64;
+        }
+    }
+    kernels
+}
+
+/// What is wrong with a kernel.
+fn problems(kernel: &str, usage: &Usage) -> Vec<String> {
+    let mut problems = Vec::new();
+    match usage.frame_bytes {
+        Some(0) => {}
+        Some(bytes) => problems.push(format!("{kernel} keeps {bytes} bytes in local memory")),
+        None => problems.push(format!("{kernel} does not say what it keeps in local memory")),
+    }
+    match (usage.registers, usage.max_threads) {
+        (Some(registers), Some(threads)) => {
+            // Handed out to warps in units of 8 a thread.
+            let block = registers.next_multiple_of(8) * threads.next_multiple_of(32);
+            if block > REGISTERS {
+                problems.push(format!("{kernel} needs {block} registers for {threads} threads"));
+            }
+        }
+        _ => problems.push(format!("{kernel} has no registers or no launch bounds")),
+    }
+    if usage.shared_bytes > STATIC_SHARED_BYTES {
+        problems.push(format!("{kernel} has {} bytes of shared memory", usage.shared_bytes));
+    }
+    problems
+}
+
+#[test]
+fn every_kernel_compiles_and_fits() {
+    if !has_nvrtc() {
+        return;
+    }
+    let (mut found, mut n) = (Vec::new(), 0);
+    for module in compile::modules() {
+        for arch in ARCHITECTURES {
+            for bf16 in [false, true] {
+                // Where a cache is named, it is filled: for a machine without NVRTC.
+                if std::env::var_os("POLYTAPE_CACHE").is_some() {
+                    compile::cubin(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
+                }
+                let cubin =
+                    compile::compile_for(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
+                let kernels = usage(&cubin);
+                assert!(!kernels.is_empty(), "{module} has kernels");
+                n += kernels.len();
+                for (kernel, usage) in &kernels {
+                    let problems = problems(kernel, usage);
+                    found.extend(problems.iter().map(|p| format!("{arch} bf16={bf16}: {p}")));
+                }
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+    println!("{n} kernels");
+}
+
+#[test]
+fn what_does_not_fit_is_seen() {
+    if !has_nvrtc() {
+        return;
+    }
+    let source = r#"
+        extern "C" __global__ void __launch_bounds__(64) local(float* x, int n) {
+            float kept[64];
+            for (int i = 0; i < 64; ++i) kept[i] = x[i * 7];
+            float sum = 0;
+            for (int i = 0; i < n; ++i) sum += kept[i * n % 64];
+            x[threadIdx.x] = sum;
+        }
+        extern "C" __global__ void __launch_bounds__(32) fine(float* x) {
+            __shared__ float y[10];
+            y[threadIdx.x % 10] = x[1];
+            __syncthreads();
+            x[0] = y[threadIdx.x % 7];
+        }
+        extern "C" __global__ void unbounded(float* x) { *x = 1; }
+    "#;
+    for arch in ARCHITECTURES {
+        let options = [format!("--gpu-architecture={arch}")];
+        let kernels = usage(&compile::compile_source("test", source, &options).unwrap());
+        assert_eq!(kernels.len(), 3);
+        assert_eq!(problems("fine", &kernels["fine"]), [""; 0]);
+        assert!(kernels["fine"].shared_bytes >= 40);
+        assert!(problems("local", &kernels["local"])[0].contains("256 bytes in local memory"));
+        assert!(problems("unbounded", &kernels["unbounded"])[0].contains("launch bounds"));
+    }
+    let error =
+        compile::compile_source("test", "int f() { return x; }", &[]).unwrap_err().to_string();
+    assert!(error.contains("identifier \"x\" is undefined"), "{error}");
+}
