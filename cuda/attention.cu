@@ -9,7 +9,9 @@
 // tiles [n] = (sequence, first query or key of 8). Grid: x = tiles, y = heads (of d_k, d_v: of keys).
 // Block: 8 warps, a warp a query (a key in the last kernel); the other side passes through shared
 // memory 32 rows at a time, a lane scoring one of them and then owning columns lane + 32 c of the
-// result. COLUMNS = ceil(head_dim / 32). Sums: dots in order, a tree over 32 scores, tiles in order.
+// result. COLUMNS = ceil(head_dim / 32), to a power of two. For bf16 `attention_tiles` is in the place of
+// `attention`. Sums: dots in order, a tree over 32 scores, tiles in order.
+#include "gemm.cuh"
 #include "philox.cuh"
 
 struct Span {
@@ -60,6 +62,7 @@ __device__ inline float keep(const Attention& args, const Span& span, u32 head, 
     return dropout_factor(args.dropout, span.query_start + i, col);
 }
 
+#if !POLYTAPE_BF16
 template <u32 COLUMNS>
 __device__ inline void attend(Item* o, float* lse, const Attention& args) {
     const u32 d = args.head_dim, pitch = d + 1, head = blockIdx.y, warp = threadIdx.x / WARP;
@@ -121,6 +124,7 @@ __device__ inline void attend(Item* o, float* lse, const Attention& args) {
             store(&o[token * q_size + head * d + lane() + WARP * c], seen == 0 ? 0.0f : out[c] / sum);
     if (lane() == 0) lse[token * args.n_heads + head] = seen == 0 ? -INFINITY : largest + logf(sum);
 }
+#endif
 
 template <u32 COLUMNS>
 __device__ inline void attend_backward_queries(Item* d_q, const Item* d_o, const float* lse,
@@ -260,23 +264,201 @@ attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_di
 }
 
 // One set of entry points for each number of columns a lane.
-#define ATTENTION_KERNELS(columns)                                                              \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
+#if !POLYTAPE_BF16
+#define ATTENTION_FORWARD(columns)                                                              \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_##columns(Item* o, float* lse, Attention args) {                                  \
         attend<columns>(o, lse, args);                                                          \
-    }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
+    }
+
+ATTENTION_FORWARD(1)
+ATTENTION_FORWARD(2)
+ATTENTION_FORWARD(4)
+ATTENTION_FORWARD(8)
+#endif
+
+#define ATTENTION_BACKWARD(columns)                                                             \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_backward_queries_##columns(Item* d_q, const Item* d_o, const float* lse,          \
                                          const float* inner, Attention args) {                  \
         attend_backward_queries<columns>(d_q, d_o, lse, inner, args);                           \
     }                                                                                           \
-    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                       \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_backward_keys_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse,  \
                                       const float* inner, Attention args) {                     \
         attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \
     }
 
-ATTENTION_KERNELS(1)
-ATTENTION_KERNELS(2)
-ATTENTION_KERNELS(4)
-ATTENTION_KERNELS(8)
+ATTENTION_BACKWARD(1)
+ATTENTION_BACKWARD(2)
+ATTENTION_BACKWARD(4)
+ATTENTION_BACKWARD(8)
+
+#if POLYTAPE_BF16
+
+// The forward on tensor cores: a block has 64 queries of a head, a warp 16 of them; keys and values pass through
+// shared memory 32 at a time. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros. A
+// probability is split in two bf16 halves for its product with v, so 2^-16 of it is lost.
+const u32 TILE_QUERIES = 64, TILE_KEYS = 32;
+
+// Where a chunk of 8 elements of a row of DEPTH lies: exchanged as in gemm.cuh.
+template <u32 DEPTH>
+__device__ inline u32 head_place(u32 row, u32 chunk) {
+    return row * DEPTH + (chunk ^ (DEPTH == 32 ? row / 2 % 4 : row % 8)) * 8;
+}
+
+template <u32 DEPTH>
+__device__ inline void bring_rows(Bf16* to, const Bf16* from, size_t row_size, u32 n, u32 max, u32 head_dim) {
+    const u32 chunks = DEPTH / 8;
+#pragma unroll 1
+    for (u32 at = threadIdx.x; at < max * chunks; at += blockDim.x) {
+        const u32 row = at / chunks, chunk = at % chunks, place = head_place<DEPTH>(row, chunk);
+        if (head_dim % 8 == 0) {
+            const bool valid = row < n && chunk * 8 < head_dim;
+            copy_async(to + place, from + (valid ? row * row_size + chunk * 8 : 0), valid);
+        } else {
+#pragma unroll 1
+            for (u32 i = 0; i < 8; ++i) {
+                const bool valid = row < n && chunk * 8 + i < head_dim;
+                to[place + i] = valid ? from[row * row_size + chunk * 8 + i] : Bf16{0};
+            }
+        }
+    }
+}
+
+__device__ inline u32 pair(Bf16 first, Bf16 second) { return first.bits | u32(second.bits) << 16; }
+
+// Sums and maxima of a row of a fragment: over the four lanes that have it.
+__device__ inline float row_sum(float value) {
+    value += __shfl_xor_sync(ALL_LANES, value, 1);
+    return value + __shfl_xor_sync(ALL_LANES, value, 2);
+}
+__device__ inline float row_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, 1));
+    return fmaxf(value, __shfl_xor_sync(ALL_LANES, value, 2));
+}
+
+template <u32 DEPTH>
+__device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) {
+    const u32 d = args.head_dim, head = blockIdx.y, l = lane(), own = threadIdx.x / WARP * 16;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, n_queries = min(TILE_QUERIES, span.n_queries - first);
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
+    DYNAMIC_SHARED(Bf16, queries);
+    Bf16 *keys = queries + TILE_QUERIES * DEPTH, *values = keys + TILE_KEYS * DEPTH;
+    bring_rows<DEPTH>(queries, args.q + (span.query_start + first) * q_size + head * d, q_size, n_queries,
+                      TILE_QUERIES, d);
+    // Of this thread's two rows: the query, what it sees, its largest score and sum so far.
+    u32 row[2], seen[2];
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        row[h] = first + own + l / 4 + h * 8;
+        seen[h] = row[h] < first + n_queries ? n_seen(args, span, row[h]) : 0;
+    }
+    float out[DEPTH / 8][4] = {};
+    const u32 most = n_seen(args, span, first + n_queries - 1);
+    for (u32 j0 = 0; j0 < most; j0 += TILE_KEYS) {
+        const size_t at = (span.key_start + j0) * kv_size + kv_col;
+        const u32 n_keys = min(TILE_KEYS, span.n_keys - j0);
+        __syncthreads();  // All are done with the tile before.
+        bring_rows<DEPTH>(keys, args.k + at, kv_size, n_keys, TILE_KEYS, d);
+        bring_rows<DEPTH>(values, args.v + at, kv_size, n_keys, TILE_KEYS, d);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        float scores[4][4] = {};
+#pragma unroll
+        for (u32 c = 0; c < DEPTH; c += 16) {
+            u32 left[4];
+            load_matrices(left, queries + head_place<DEPTH>(own + l % 16, c / 8 + l / 16));
+#pragma unroll
+            for (u32 j = 0; j < 2; ++j) {
+                u32 right[4];
+                load_matrices(right, keys + head_place<DEPTH>(j * 16 + l % 8 + l / 16 * 8, c / 8 + l / 8 % 2));
+                mma(scores[2 * j], left, right[0], right[1]);
+                mma(scores[2 * j + 1], left, right[2], right[3]);
+            }
+        }
+        float rescale[2];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            float larger = -INFINITY;
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
+                float& score = scores[e / 2][2 * h + e % 2];
+                if (j < seen[h]) {
+                    score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
+                    larger = fmaxf(larger, score);
+                }
+            }
+            larger = fmaxf(largest[h], row_max(larger));
+            float added = 0.0f;
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
+                float& score = scores[e / 2][2 * h + e % 2];
+                const float probability = j < seen[h] ? expf(score - larger) : 0.0f;
+                added += probability;
+                score = probability;
+                if (args.dropout.tokens && j < seen[h]) score *= keep(args, span, head, row[h], j);
+            }
+            // Nothing seen so far: nothing to rescale.
+            rescale[h] = j0 < seen[h] ? expf(largest[h] - larger) : 1.0f;
+            sum[h] = fmaf(sum[h], rescale[h], row_sum(added));
+            if (j0 < seen[h]) largest[h] = larger;
+        }
+#pragma unroll
+        for (u32 c = 0; c < DEPTH / 8; ++c)
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) out[c][e] *= rescale[e / 2];
+#pragma unroll
+        for (u32 j = 0; j < 2; ++j) {
+            u32 high[4], low[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const float a = scores[2 * j + i / 2][i % 2 * 2], b = scores[2 * j + i / 2][i % 2 * 2 + 1];
+                const Bf16 a_high = to_bf16(a), b_high = to_bf16(b);
+                high[i] = pair(a_high, b_high);
+                low[i] = pair(low_half(a, a_high), low_half(b, b_high));
+            }
+#pragma unroll
+            for (u32 c = 0; c < DEPTH; c += 16) {
+                u32 right[4];
+                load_matrices_transposed(right, values + head_place<DEPTH>(j * 16 + l % 16, c / 8 + l / 16));
+                mma(out[c / 8], high, right[0], right[1]);
+                mma(out[c / 8], low, right[0], right[1]);
+                mma(out[c / 8 + 1], high, right[2], right[3]);
+                mma(out[c / 8 + 1], low, right[2], right[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        if (row[h] >= first + n_queries) continue;
+        const size_t token = span.query_start + row[h];
+        if (l % 4 == 0)
+            lse[token * args.n_heads + head] = seen[h] == 0 ? -INFINITY : largest[h] + logf(sum[h]);
+#pragma unroll
+        for (u32 e = 0; e < DEPTH / 4; ++e) {
+            const u32 col = e / 2 * 8 + l % 4 * 2 + e % 2;
+            const float value = seen[h] == 0 ? 0.0f : out[e / 2][2 * h + e % 2] / sum[h];
+            if (col < d) store(&o[token * q_size + head * d + col], value);
+        }
+    }
+}
+
+#define ATTENTION_TILES(columns)                                                                     \
+    extern "C" __global__ void __launch_bounds__(2 * TILE_QUERIES)                                   \
+    attention_tiles_##columns(Item* o, float* lse, Attention args) {                                 \
+        attend_tiles<columns * WARP>(o, lse, args);                                                  \
+    }
+
+ATTENTION_TILES(1)
+ATTENTION_TILES(2)
+ATTENTION_TILES(4)
+ATTENTION_TILES(8)
+
+#endif

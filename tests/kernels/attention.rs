@@ -111,6 +111,10 @@ fn scores(op: &Attention, inputs: &Inputs, query: &Query) -> (Vec<f64>, Vec<f64>
 impl Op for Attention {
     const CUT: Cut = Cut::Sequence;
 
+    fn splits_operands(&self) -> bool {
+        true
+    }
+
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let ops::Attended { o, lse } = self.with(batch, inputs, |args| backend.attention(args));
         vec![Output::tokens(backend, "o", &o), Output::tokens(backend, "lse", &lse)]

@@ -9,12 +9,16 @@ use super::{
     tables::{DropoutArg, DropoutTable},
 };
 use crate::{
+    dtype::Dtype,
     kernels::{Backend, Precision, ops::*},
     tensor::Tensor,
 };
 
 /// Queries (or keys) of a block: a warp each.
 const WARPS: u32 = 8;
+/// Queries of a block of `attention_tiles`, which has two threads each, and keys in its shared memory.
+const TILE_QUERIES: u32 = 64;
+const TILE_KEYS: u32 = 32;
 const WARP: usize = 32;
 
 /// `Attention` of `cuda/attention.cu`.
@@ -50,8 +54,8 @@ struct Prepared {
 }
 
 impl Prepared {
-    /// Cut into tiles of these sequences' rows.
-    fn new(cuda: &Cuda, args: &Attention<'_, Cuda>, lens: &[usize]) -> Self {
+    /// Cut into tiles of `height` of these sequences' rows.
+    fn new(cuda: &Cuda, args: &Attention<'_, Cuda>, lens: &[usize], height: u32) -> Self {
         let &Attention { q, k, v, queries, keys, n_heads, n_kv_heads, head_dim, .. } = args;
         assert_eq!(queries.n(), keys.n(), "keys for each sequence");
         assert!(queries.end() <= q.rows && keys.end() <= k.rows, "spans lie in their tensors");
@@ -73,7 +77,7 @@ impl Prepared {
             }
         }
         let (q_cols, kv_cols) = (n_heads * head_dim, n_kv_heads * head_dim);
-        let (spans, (tiles, n_tiles)) = (cuda.spans(queries, keys), cuda.tiles(lens, WARPS));
+        let (spans, (tiles, n_tiles)) = (cuda.spans(queries, keys), cuda.tiles(lens, height));
         let dropout = cuda.dropout_arg(args.dropout, q.rows);
         let n_distances = args.bias.map_or(0, |bias| bias.table.cols);
         let arg = AttentionArg {
@@ -110,14 +114,22 @@ fn zeros_unless_covered(cuda: &Cuda, like: &Tensor<Cuda>, spans: &Spans) -> Tens
 }
 
 pub(super) fn attention(cuda: &Cuda, args: &Attention<'_, Cuda>) -> Attended<Cuda> {
-    let prepared = Prepared::new(cuda, args, &args.queries.lens);
+    let is_tiled = cuda.compute == Dtype::Bf16;
+    let height = if is_tiled { TILE_QUERIES } else { WARPS };
+    let prepared = Prepared::new(cuda, args, &args.queries.lens, height);
     let mut o = zeros_unless_covered(cuda, args.q, args.queries);
     let mut lse = cuda.alloc(args.q.rows, args.n_heads, Precision::Full);
-    let name = format!("attention_{}", prepared.columns);
+    let columns = prepared.columns;
+    let (name, shared_bytes, threads) = if is_tiled {
+        let rows = (TILE_QUERIES + 2 * TILE_KEYS) as usize;
+        (format!("attention_tiles_{columns}"), 2 * rows * columns * WARP, 2 * TILE_QUERIES)
+    } else {
+        let shared_bytes = prepared.shared_bytes(WARPS as usize + WARP);
+        (format!("attention_{columns}"), shared_bytes, WARPS * 32)
+    };
     let kernel = cuda.kernel("attention", &name).arg(o.address_mut()).arg(lse.address_mut());
-    let kernel =
-        kernel.arg(prepared.arg).shared_bytes(prepared.shared_bytes(WARPS as usize + WARP));
-    kernel.launch([prepared.n_tiles, args.n_heads, 1], WARPS * 32);
+    let kernel = kernel.arg(prepared.arg).shared_bytes(shared_bytes);
+    kernel.launch([prepared.n_tiles, args.n_heads, 1], threads);
     Attended { o, lse }
 }
 
@@ -135,7 +147,7 @@ pub(super) fn attention_backward(
     kernel.launch([(q.rows * n_heads).div_ceil(WARPS as usize), 1, 1], WARPS * 32);
 
     let mut d_q = zeros_unless_covered(cuda, q, queries);
-    let prepared = Prepared::new(cuda, forward, &queries.lens);
+    let prepared = Prepared::new(cuda, forward, &queries.lens, WARPS);
     let name = format!("attention_backward_queries_{}", prepared.columns);
     let shared_bytes = prepared.shared_bytes(2 * (WARPS as usize + WARP));
     let kernel = cuda.kernel("attention", &name).arg(d_q.address_mut()).arg(d_o).arg(lse);
@@ -143,7 +155,7 @@ pub(super) fn attention_backward(
     kernel.launch([prepared.n_tiles, n_heads, 1], WARPS * 32);
 
     let [mut d_k, mut d_v] = [0, 1].map(|_| zeros_unless_covered(cuda, k, keys));
-    let prepared = Prepared::new(cuda, forward, &keys.lens);
+    let prepared = Prepared::new(cuda, forward, &keys.lens, WARPS);
     let name = format!("attention_backward_keys_{}", prepared.columns);
     let kernel = cuda.kernel("attention", &name).arg(d_k.address_mut()).arg(d_v.address_mut());
     let kernel = kernel.arg(d_o).arg(lse).arg(inner.address()).arg(prepared.arg);
