@@ -160,14 +160,13 @@ impl Driver {
     }
 
     /// An error that an earlier launch may have caused.
-    fn late(&self, what: &'static str) -> impl FnOnce(DriverError) -> Error {
+    fn late(&self, what: &str, error: DriverError) -> Error {
         let recent: Vec<_> = self.state().recent.iter().cloned().collect();
-        let what = format!(
+        fault(format_args!(
             "{}: {what} failed after the kernels {} (POLYTAPE_CUDA_SYNC=1 tells which)",
             self.name,
             recent.join(", ")
-        );
-        fault(what)
+        ))(error)
     }
 
     fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction> {
@@ -279,15 +278,17 @@ unsafe impl Device for Driver {
             return self.write_staged(to, bytes);
         }
         // SAFETY: The caller's promise; the driver has copied pageable memory when it returns.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }.map_err(self.late("an upload"))
+        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }
+            .map_err(|error| self.late("an upload", error))
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
         self.enter()?;
         // SAFETY: The caller's promise; the stream is waited for before `bytes` is read.
         unsafe {
-            result::memcpy_dtoh_async(bytes, from, self.stream).map_err(self.late("a download"))?;
-            result::stream::synchronize(self.stream).map_err(self.late("a download"))
+            result::memcpy_dtoh_async(bytes, from, self.stream)
+                .map_err(|error| self.late("a download", error))?;
+            result::stream::synchronize(self.stream).map_err(|error| self.late("a download", error))
         }
     }
 
@@ -295,14 +296,14 @@ unsafe impl Device for Driver {
         self.enter()?;
         // SAFETY: The caller's promise.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(self.late("a copy"))
+            .map_err(|error| self.late("a copy", error))
     }
 
     unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<()> {
         self.enter()?;
         // SAFETY: The caller's promise.
         unsafe { result::memset_d8_async(to, byte, bytes, self.stream) }
-            .map_err(self.late("a fill"))
+            .map_err(|error| self.late("a fill", error))
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
