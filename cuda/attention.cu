@@ -5,7 +5,8 @@
 //   d_q_i = scale sum_j d_s_ij k_j,  d_k_j = scale sum_i d_s_ij q_i,  d_v_j = sum_i keep_ij p_ij d_o_i
 //   q, o, d_o, d_q [query tokens, n_heads * head_dim]   lse, inner [query tokens, n_heads]
 //   k, v, d_k, d_v [key rows, n_kv_heads * head_dim]
-// j runs over the keys that i sees: all of its sequence's, or with `causal` those up to position(i).
+// j runs over the keys that i sees: all of its sequence's, or with `causal` those up to position(i),
+// of these with a `window` (0: none) the last few.
 // tiles [n] = (sequence, first query or key of 8). Grid: x = tiles, y = heads (of d_k, d_v: of keys).
 // Block: 8 warps, a warp a query (a key in the last kernel); the other side passes through shared
 // memory 32 rows at a time, a lane scoring one of them and then owning columns lane + 32 c of the
@@ -26,6 +27,7 @@ struct Attention {
     Dropout dropout;
     u32 n_distances, zero, n_heads, n_kv_heads, head_dim, causal;
     float scale;
+    u32 window;
 };
 
 const u32 ATTENTION_WARPS = 8;
@@ -45,11 +47,17 @@ __device__ inline float dot(const float* a, const float* b, u32 n) {
     return sum;
 }
 
-// The keys that query i of a sequence sees: the first ones.
+// One past the last key that query i of a sequence sees.
 __device__ inline u32 n_seen(const Attention& args, const Span& span, u32 i) {
     if (!args.causal) return span.n_keys;
     const u32 end = i + span.n_keys + 1;
     return end > span.n_queries ? end - span.n_queries : 0;
+}
+
+// The first key that query i sees, which never moves back from one query to the next.
+__device__ inline u32 first_seen(const Attention& args, const Span& span, u32 i) {
+    const u32 end = n_seen(args, span, i);
+    return args.window != 0 && end > args.window ? end - args.window : 0;
 }
 
 __device__ inline float bias(const Attention& args, const Span& span, u32 head, u32 i, u32 j) {
@@ -76,34 +84,36 @@ __device__ inline void attend(Item* o, float* lse, const Attention& args) {
     load_rows(queries, args.q + (span.query_start + first) * q_size + head * d, q_size, n_queries,
               ATTENTION_WARPS, d);
     const bool active = warp < n_queries;
-    const u32 seen = active ? n_seen(args, span, i) : 0;
-    // What any query of the block sees: its last one sees the most.
+    const u32 seen = active ? n_seen(args, span, i) : 0, from = active ? first_seen(args, span, i) : 0;
+    // What any query of the block sees: its last one goes furthest, its first one begins first.
     const u32 most = n_seen(args, span, first + n_queries - 1);
+    const u32 start = first_seen(args, span, first) / WARP * WARP;
     float largest = -INFINITY, sum = 0.0f, out[COLUMNS] = {};
-    for (u32 j0 = 0; j0 < most; j0 += WARP) {
+    for (u32 j0 = start; j0 < most; j0 += WARP) {
         const size_t at = (span.key_start + j0) * kv_size + kv_col;
         const u32 n_keys = min(WARP, span.n_keys - j0);
         __syncthreads();
         load_rows(rows, args.k + at, kv_size, n_keys, WARP, d);
         __syncthreads();
         const u32 j = j0 + lane();
+        const bool meets = j0 < seen && j0 + WARP > from, sees = j >= from && j < seen;
         float probability = 0.0f, rescale = 1.0f;
-        if (j0 < seen) {
+        if (meets) {
             float score = -INFINITY;
-            if (j < seen)
+            if (sees)
                 score = fmaf(args.scale, dot(queries + warp * pitch, rows + lane() * pitch, d),
                              bias(args, span, head, i, j));
             const float larger = fmaxf(largest, warp_max(score));
-            if (j < seen) probability = expf(score - larger);
+            if (sees) probability = expf(score - larger);
             rescale = expf(largest - larger);
             sum = fmaf(sum, rescale, warp_sum(probability));
             largest = larger;
-            if (j < seen) probability *= keep(args, span, head, i, j);
+            if (sees) probability *= keep(args, span, head, i, j);
         }
         __syncthreads();
         load_rows(rows, args.v + at, kv_size, n_keys, WARP, d);
         __syncthreads();
-        if (j0 >= seen) continue;
+        if (!meets) continue;
         float added[COLUMNS] = {};
         const u32 n = min(WARP, seen - j0);
         for (u32 other = 0; other < n; ++other) {
@@ -143,20 +153,22 @@ __device__ inline void attend_backward_queries(Item* d_q, const Item* d_o, const
     load_rows(d_os, d_o + at_q, q_size, n_queries, ATTENTION_WARPS, d);
     const bool active = warp < n_queries;
     const u32 seen = active ? n_seen(args, span, i) : 0, most = n_seen(args, span, first + n_queries - 1);
+    const u32 from = active ? first_seen(args, span, i) : 0;
+    const u32 start = first_seen(args, span, first) / WARP * WARP;
     const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
     const float row_lse = active ? lse[at_row] : 0.0f, row_inner = active ? inner[at_row] : 0.0f;
     float out[COLUMNS] = {};
-    for (u32 j0 = 0; j0 < most; j0 += WARP) {
+    for (u32 j0 = start; j0 < most; j0 += WARP) {
         const size_t at = (span.key_start + j0) * kv_size + kv_col;
         const u32 n_keys = min(WARP, span.n_keys - j0);
         __syncthreads();
         load_rows(keys, args.k + at, kv_size, n_keys, WARP, d);
         load_rows(values, args.v + at, kv_size, n_keys, WARP, d);
         __syncthreads();
-        if (j0 >= seen) continue;
+        if (j0 >= seen || j0 + WARP <= from) continue;
         const u32 j = j0 + lane();
         float d_score = 0.0f;
-        if (j < seen) {
+        if (j >= from && j < seen) {
             const float score = fmaf(args.scale, dot(queries + warp * pitch, keys + lane() * pitch, d),
                                      bias(args, span, head, i, j));
             const float d_p =
@@ -212,7 +224,8 @@ __device__ inline void attend_backward_keys(Item* d_k, Item* d_v, const Item* d_
             __syncthreads();
             const u32 i = i0 + lane();
             float p = 0.0f, d_score = 0.0f;
-            if (active && lane() < n_queries && j < n_seen(args, span, i)) {
+            if (active && lane() < n_queries && j < n_seen(args, span, i) &&
+                j >= first_seen(args, span, i)) {
                 const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
                 const float score = fmaf(args.scale, dot(queries + lane() * pitch, keys + warp * pitch, d),
                                          bias(args, span, head, i, j));

@@ -156,6 +156,15 @@ impl<B: Backend> Tensor<B> {
         self.dtype
     }
 
+    /// The same elements as another matrix, `[rows, cols]`.
+    ///
+    /// # Panics
+    /// If the number of elements differs.
+    pub fn reshaped(self, rows: usize, cols: usize) -> Self {
+        assert_eq!(self.len(), rows * cols, "another shape has the same elements");
+        Self { rows, cols, ..self }
+    }
+
     /// The buffer for writing, if no one else holds it.
     pub(crate) fn buffer_mut(&mut self) -> Option<&mut B::Buffer> {
         Arc::get_mut(&mut self.buffer)

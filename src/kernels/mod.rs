@@ -7,7 +7,7 @@
 //! integers.
 //!
 //! ```text
-//! embed  norm  linear  shrink  attention  gated  dropout  head_loss      activations
+//! embed  norm  rope  linear  shrink  attention  gated  gather  dropout  head_loss   activations
 //! route  mix  lora_backward  unmix                                       the routed LoRA
 //! adamw  sum_of_squares                                                  the optimiser
 //! ```
@@ -66,9 +66,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// `y[t] = table[ids[t]]`.
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self>;
-    /// Root-mean-square norm: `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`.
+    /// Rotary position embedding: features of each head turned by an angle that grows with position.
+    fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self>;
+    /// Rows by index.
+    fn gather(&self, args: Gather<'_, Self>) -> Tensor<Self>;
+    /// Root-mean-square norm, or layer norm.
     fn norm(&self, args: Norm<'_, Self>) -> Normed<Self>;
-    /// `y` again, from the `rstd` that [`Backend::norm`] returned: the same bits.
+    /// `y` again, from the statistics that [`Backend::norm`] returned: the same bits.
     fn norm_again(&self, args: NormAgain<'_, Self>) -> Tensor<Self>;
     /// `d_x` of [`Backend::norm`].
     fn norm_backward(&self, args: NormBackward<'_, Self>) -> Tensor<Self>;

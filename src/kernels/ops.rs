@@ -106,12 +106,51 @@ pub struct Embed<'a, B: Backend> {
     pub ids: &'a [u32],
 }
 
-/// Arguments of [`Backend::norm`].
+/// Arguments of [`Backend::rope`]: the pair of features `i` and `i + head_dim / 2` of every head of
+/// token `t` is turned by the angle of position `positions[t]` and pair `i` (Hugging Face's
+/// `rotate_half`; the original Llama's neighbouring pairs are permuted when a checkpoint is converted).
+pub struct Rope<'a, B: Backend> {
+    /// `[tokens, n_heads * head_dim]`; reused for the result where nobody else holds it.
+    pub x: Tensor<B>,
+    /// The angles.
+    pub rotary: &'a Rotary<B>,
+    /// Where each token stands in its sequence, `[tokens]`, below the table's rows.
+    pub positions: &'a [u32],
+    /// Turns the other way: the backward.
+    pub inverse: bool,
+}
+
+/// Cosines and sines of the angles of every position.
+pub struct Rotary<B: Backend> {
+    /// `[positions, head_dim]`, full precision: first the cosines of all pairs, then the sines.
+    pub table: Tensor<B>,
+}
+
+impl<B: Backend> Clone for Rotary<B> {
+    fn clone(&self) -> Self {
+        Self { table: self.table.clone() }
+    }
+}
+
+/// Arguments of [`Backend::gather`]: `y[i] = x[rows[i]]`.
+pub struct Gather<'a, B: Backend> {
+    /// `[tokens, width]`.
+    pub x: &'a Tensor<B>,
+    /// Rows of `x`.
+    pub rows: &'a [usize],
+}
+
+/// Arguments of [`Backend::norm`]: with `c = x`, or `x - mean(x)` where it is centered,
+/// `y = c * rstd * weight + bias`, `rstd = 1 / sqrt(mean(c²) + eps)`.
 pub struct Norm<'a, B: Backend> {
     /// `[tokens, d]`.
     pub x: &'a Tensor<B>,
     /// `[1, d]`.
     pub weight: &'a B::Weight,
+    /// `[1, d]`.
+    pub bias: Option<&'a B::Weight>,
+    /// Whether the mean is subtracted first (layer norm) or not (root-mean-square norm).
+    pub centered: bool,
     /// Added to the mean square.
     pub eps: f32,
 }
@@ -120,6 +159,14 @@ pub struct Norm<'a, B: Backend> {
 pub struct Normed<B: Backend> {
     /// `[tokens, d]`.
     pub y: Tensor<B>,
+    /// The mean (0 where it is not centered) and `rstd` of each token.
+    pub stats: NormStats<B>,
+}
+
+/// What [`Backend::norm`] finds out about each token.
+pub struct NormStats<B: Backend> {
+    /// `[tokens, 1]`, full precision; none where it is not centered.
+    pub mean: Option<Tensor<B>>,
     /// `[tokens, 1]`, full precision.
     pub rstd: Tensor<B>,
 }
@@ -130,19 +177,22 @@ pub struct NormAgain<'a, B: Backend> {
     pub x: &'a Tensor<B>,
     /// `[1, d]`.
     pub weight: &'a B::Weight,
-    /// `[tokens, 1]`.
-    pub rstd: &'a Tensor<B>,
+    /// `[1, d]`.
+    pub bias: Option<&'a B::Weight>,
+    /// From the forward.
+    pub stats: &'a NormStats<B>,
 }
 
-/// Arguments of [`Backend::norm_backward`]:
-/// `d_x = d_residual + rstd * (d_y * weight - x * rstd² * mean(d_y * weight * x))`.
+/// Arguments of [`Backend::norm_backward`]: with `g = d_y * weight`,
+/// `d_x = d_residual + rstd * (g - mean(g) - c * rstd² * mean(g * c))`, without `mean(g)` where it is
+/// not centered.
 pub struct NormBackward<'a, B: Backend> {
     /// `[tokens, d]`.
     pub x: &'a Tensor<B>,
     /// `[1, d]`.
     pub weight: &'a B::Weight,
-    /// `[tokens, 1]`.
-    pub rstd: &'a Tensor<B>,
+    /// From the forward.
+    pub stats: &'a NormStats<B>,
     /// `[tokens, d]`.
     pub d_y: &'a Tensor<B>,
     /// The gradient that reaches `x` past the norm; reused for the result where nobody else holds it.
@@ -241,7 +291,8 @@ pub struct LinearBackwardTerm<'a, B: Backend> {
 /// `o_i = Σ_j dropout(softmax_j(scale * q_i·k_j + bias[head, j - i])) v_j`.
 ///
 /// Query `i` of a sequence stands at position `i + n_keys - n_queries` of its keys (so that decoding
-/// with a cache and training agree); `causal` lets it see keys up to that position.
+/// with a cache and training agree); `causal` lets it see keys up to that position, `window` of those
+/// only the last few.
 pub struct Attention<'a, B: Backend> {
     /// `[query tokens, n_heads * head_dim]`.
     pub q: &'a Tensor<B>,
@@ -263,6 +314,8 @@ pub struct Attention<'a, B: Backend> {
     pub scale: f32,
     /// Whether a query sees only keys up to its own position.
     pub causal: bool,
+    /// With `causal`: how many keys a query sees at most, its own included.
+    pub window: Option<usize>,
     /// Added to the scaled scores.
     pub bias: Option<&'a RelativeBias<B>>,
     /// On the probabilities; token = query token, column = `head * round_up(n_keys, 8) + key`.
@@ -303,7 +356,8 @@ pub struct AttentionBackward<'a, B: Backend> {
     pub d_o: &'a Tensor<B>,
 }
 
-/// Arguments of [`Backend::cache_write`]: `cache[rows[i]] = source[i]`.
+/// Arguments of [`Backend::cache_write`]: `cache[rows[i]] = source[i]`. Into zeros it is also the
+/// backward of [`Backend::gather`].
 pub struct CacheWrite<'a, B: Backend> {
     /// `[n_rows, width]`, held by nobody else.
     pub cache: &'a mut Tensor<B>,

@@ -348,6 +348,7 @@ impl<B: Backend> T5<B> {
             head_dim: self.config.d_kv,
             scale: 1.0,
             causal,
+            window: None,
             bias,
             dropout: None,
         }

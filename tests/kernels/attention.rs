@@ -16,6 +16,7 @@ pub struct Attention {
     pub head_dim: usize,
     pub scale: f32,
     pub causal: bool,
+    pub window: Option<usize>,
     /// The column of distance 0.
     pub bias: Option<usize>,
     pub dropout: Option<f32>,
@@ -44,6 +45,7 @@ impl Attention {
             head_dim: self.head_dim,
             scale: self.scale,
             causal: self.causal,
+            window: self.window,
             bias: bias.as_ref(),
             dropout: dropout.as_ref(),
         })
@@ -62,12 +64,14 @@ impl Attention {
                     let dropout_col = head * n_keys.next_multiple_of(8);
                     // The query stands at key `i + n_keys - n` of its sequence.
                     let bias_col = self.bias.map(|zero| zero + n - i - n_keys);
+                    let first_seen = self.window.map_or(0, |window| n_seen.saturating_sub(window));
                     visit(Query {
                         token,
                         head,
                         q_col,
                         kv_col,
                         first_key,
+                        first_seen,
                         n_seen,
                         dropout_col,
                         bias_col,
@@ -86,13 +90,15 @@ struct Query {
     q_col: usize,
     kv_col: usize,
     first_key: usize,
+    first_seen: usize,
+    /// One past the last key seen.
     n_seen: usize,
     dropout_col: usize,
     /// The bias table's column for key 0.
     bias_col: Option<usize>,
 }
 
-/// Per key that a query sees: its score and the score's error.
+/// Per key up to the last that a query sees: its score and the score's error.
 fn scores(op: &Attention, inputs: &Inputs, query: &Query) -> (Vec<f64>, Vec<f64>) {
     let [q, k] = [&inputs.tensors[0], &inputs.tensors[1]];
     let table = inputs.tensors.last().unwrap();
@@ -128,12 +134,12 @@ impl Op for Attention {
         self.for_each_query(batch, |query| {
             let (scores, errors) = scores(self, inputs, &query);
             let lse = expected[1].values[query.token * self.n_heads + query.head];
-            let error = errors.into_iter().fold(0.0, f64::max);
+            let error = errors.into_iter().skip(query.first_seen).fold(0.0, f64::max);
             let lse_error = error + 6.0 * U * (1.0 + lse.abs());
             bounds[1][query.token * self.n_heads + query.head] =
                 if query.n_seen == 0 { 0.0 } else { lse_error };
             for c in 0..self.head_dim {
-                let size: f64 = (0..query.n_seen)
+                let size: f64 = (query.first_seen..query.n_seen)
                     .map(|j| {
                         let kept = dropout.as_ref().map_or(1.0, |dropout| {
                             f64::from(dropout.factor(query.token, query.dropout_col + j))
@@ -157,6 +163,8 @@ fn parameters(random: &mut Gen, batch: &mut Batch, class: Class) -> (Attention, 
     // A key that is masked may be multiplied by its probability, 0, as PyTorch does: a NaN in it
     // may or may not show.
     let causal = random.coin() && class != Class::Special;
+    let widest = random.pick(&[3, 3, 30, 140]);
+    let window = (causal && random.coin()).then(|| 1 + random.below(widest));
     // Itself, a cache with room between, or other keys altogether.
     let past = |random: &mut Gen| random.below(20);
     let lens: Vec<_> = match random.below(3) {
@@ -171,7 +179,7 @@ fn parameters(random: &mut Gen, batch: &mut Batch, class: Class) -> (Attention, 
     let (scale, has_bias) = (random.pick(&[1.0, 0.3]), random.coin());
     let dropout = (class != Class::Special && random.below(3) == 0).then_some(0.2);
     let bias = has_bias.then_some(furthest);
-    let op = Attention { n_heads, n_kv_heads, head_dim, scale, causal, bias, dropout };
+    let op = Attention { n_heads, n_kv_heads, head_dim, scale, causal, window, bias, dropout };
     (op, vec![batch.keys.end() + gap, 2 * furthest + 1])
 }
 
@@ -248,7 +256,7 @@ impl Op for AttentionBackward {
             };
             let lse = lse.at(token, query.head);
             let (inner, inner_size) = dot(&|c| d_o.at(token, q_col + c) * o.at(token, q_col + c));
-            for j in 0..query.n_seen {
+            for j in query.first_seen..query.n_seen {
                 let key = query.first_key + j;
                 let kept = dropout
                     .as_ref()

@@ -223,38 +223,176 @@ fn embeddings() {
 }
 
 #[derive(Debug)]
+pub struct Rope {
+    pub inverse: bool,
+}
+
+impl Rope {
+    /// Table rows: positions come back after these many.
+    const POSITIONS: u32 = 50;
+}
+
+impl Op for Rope {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [x, table] = &inputs.t[..] else { unreachable!() };
+        let rotary = ops::Rotary { table: table.clone() };
+        let positions: Vec<u32> =
+            batch.token_keys.iter().map(|key| key.position % Self::POSITIONS).collect();
+        let run = |x| {
+            let (inverse, rotary, positions) = (self.inverse, &rotary, &positions);
+            let y = backend.rope(ops::Rope { x, rotary, positions, inverse });
+            Output::tokens(backend, "y", &y)
+        };
+        let owned = run(backend.copy(x)); // Held twice: the result must not be written into it.
+        vec![owned, run(x.clone())]
+    }
+
+    fn tolerance(&self, batch: &Batch, inputs: &Inputs, _: &[Output]) -> Vec<Vec<f64>> {
+        let [x, table] = &inputs.abs().tensors[..] else { unreachable!() };
+        let half = table.cols / 2;
+        let bound = |i: usize| {
+            let (t, col) = (i / x.cols, i % x.cols);
+            let position = (batch.token_keys[t].position % Self::POSITIONS) as usize;
+            let (pair, other) = match col % table.cols {
+                pair if pair < half => (pair, col + half),
+                second => (second - half, col - half),
+            };
+            let (cos, sin) = (table.at(position, pair), table.at(position, half + pair));
+            4.0 * U * (cos * x.at(t, col) + sin * x.at(t, other))
+        };
+        let bounds: Vec<_> = (0..x.values.len()).map(bound).collect();
+        vec![bounds.clone(), bounds]
+    }
+}
+
+pub fn rope(random: &mut Gen, class: Class, batch: Batch) -> Case<Rope> {
+    let (n_heads, head_dim) = (random.pick(&[1, 2, 5]), 2 * random.size(65));
+    let (n, n_positions) = (batch.n_tokens(), Rope::POSITIONS as usize);
+    let mut inputs = Inputs::default();
+    let width = n_heads * head_dim;
+    inputs.tokens(&batch, width, activations(random, class, n * width, &SPECIALS));
+    let table = random.values(class.finite(), n_positions * head_dim, true);
+    inputs.full(n_positions, head_dim, table);
+    Case { class, batch, inputs, op: Rope { inverse: random.coin() } }
+}
+
+#[test]
+fn ropes() {
+    check("rope", rope);
+}
+
+#[derive(Debug)]
+pub struct Gather {
+    /// By number, any size: rows of `x`.
+    rows: Vec<usize>,
+}
+
+impl Op for Gather {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let x = &inputs.t[0];
+        let rows: Vec<usize> = self.rows.iter().map(|row| row % x.rows().max(1)).collect();
+        let rows = if x.rows() == 0 { &[][..] } else { &rows };
+        vec![Output::whole(backend, "y", &backend.gather(ops::Gather { x, rows }))]
+    }
+
+    fn tolerance(&self, _: &Batch, _: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        expected.iter().map(|output| vec![0.0; output.values.len()]).collect()
+    }
+}
+
+#[test]
+fn gathered_rows() {
+    check("gather", |random, class, batch| {
+        let (d, n) = (random.size(257), batch.n_tokens());
+        let mut inputs = Inputs::default();
+        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+        let rows = (0..random.below(20)).map(|_| random.below(1 << 20)).collect();
+        Case { class, batch, inputs, op: Gather { rows } }
+    });
+}
+
+#[derive(Debug)]
 pub struct Norm {
     pub eps: f32,
+    pub centered: bool,
+    pub bias: bool,
 }
 
 impl Op for Norm {
     const CUT: Cut = Cut::Token;
 
     fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
-        let (x, weight) = (&inputs.t[0], &inputs.w[0]);
-        let ops::Normed { y, rstd } = backend.norm(ops::Norm { x, weight, eps: self.eps });
-        let again = backend.norm_again(ops::NormAgain { x, weight, rstd: &rstd });
+        let (x, weight, bias) = (&inputs.t[0], &inputs.w[0], self.bias.then(|| &inputs.w[1]));
+        let (centered, eps) = (self.centered, self.eps);
+        let ops::Normed { y, stats } = backend.norm(ops::Norm { x, weight, bias, centered, eps });
+        let again = backend.norm_again(ops::NormAgain { x, weight, bias, stats: &stats });
         let bits = |tensor: &Tensor<B>| -> Vec<u64> {
             let values = backend.download(tensor).into_iter();
             values.map(|v| if v.is_nan() { u64::MAX } else { v.to_bits() }).collect()
         };
         assert_eq!(bits(&y), bits(&again), "norm_again gives the bits of norm");
-        vec![Output::tokens(backend, "y", &y), Output::tokens(backend, "rstd", &rstd)]
+        let mut outputs =
+            vec![Output::tokens(backend, "y", &y), Output::tokens(backend, "rstd", &stats.rstd)];
+        outputs.extend(stats.mean.map(|mean| Output::tokens(backend, "mean", &mean)));
+        outputs
     }
 
-    fn tolerance(&self, _: &Batch, _: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
-        // The squares are positive: their sum, and so rstd, has a small relative error.
-        let relative = |output: &Output| output.values.iter().map(|v| 8.0 * U * v.abs()).collect();
-        expected.iter().map(relative).collect()
+    fn tolerance(&self, _: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        if !self.centered {
+            // The squares are positive: their sum, and so rstd, has a small relative error.
+            let relative =
+                |output: &Output| output.values.iter().map(|v| 8.0 * U * v.abs()).collect();
+            return expected.iter().map(relative).collect();
+        }
+        // The mean has an error of its terms' size; the distances from it inherit that, and rstd
+        // what they give the mean square.
+        let x = &inputs.tensors[0];
+        let (weight, n) = (inputs.weights[0].to_f32(), x.cols as f64);
+        let bias = self.bias.then(|| inputs.weights[1].to_f32());
+        let mut bounds: Vec<Vec<f64>> = expected.iter().map(|_| Vec::new()).collect();
+        for t in 0..x.rows {
+            let row = |c: usize| x.at(t, c);
+            let (rstd, mean) = (expected[1].values[t], expected[2].values[t]);
+            let mean_error = 4.0 * U * (0..x.cols).map(|c| row(c).abs()).sum::<f64>() / n;
+            let distance = |c: usize| (row(c) - mean).abs();
+            let error = |c: usize| mean_error + U * distance(c);
+            let square_error =
+                (0..x.cols).map(|c| 2.0 * distance(c) * error(c) + error(c).powi(2)).sum::<f64>()
+                    / n;
+            let square = (0..x.cols).map(|c| distance(c).powi(2)).sum::<f64>() / n;
+            // d rstd = rstd³ / 2 d square, as long as that is small; else the whole of it.
+            let shift = square_error + 6.0 * U * square;
+            let least = (square - shift).max(0.0) + f64::from(self.eps);
+            let rstd_error = (1.0 / least.sqrt() - rstd).max(0.0) + 8.0 * U * rstd;
+            bounds[1].push(rstd_error);
+            bounds[2].push(mean_error);
+            for c in 0..x.cols {
+                let scaled = distance(c) * rstd_error + error(c) * (rstd + rstd_error);
+                let w = f64::from(weight[c]).abs();
+                let b = bias.as_ref().map_or(0.0, |bias| f64::from(bias[c]).abs());
+                bounds[0].push(w * (scaled + 4.0 * U * distance(c) * rstd) + 2.0 * U * b);
+            }
+        }
+        bounds
     }
 }
 
 pub fn norm(random: &mut Gen, class: Class, batch: Batch) -> Case<Norm> {
     let (class, d, n) = (class.inexact(), random.size(257), batch.n_tokens());
+    let centered = random.coin();
+    // The limits at infinity of a distance from an infinite mean are not defined.
+    let class = if centered { class.finite() } else { class };
     let mut inputs = Inputs::default();
     inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
     inputs.weights.push(random.weight(class, 1, d));
-    Case { class, batch, inputs, op: Norm { eps: random.pick(&[1e-6, 1e-5, 0.1]) } }
+    inputs.weights.push(random.weight(class, 1, d));
+    let (eps, bias) = (random.pick(&[1e-6, 1e-5, 0.1]), random.coin());
+    let op = Norm { eps, centered, bias: centered && bias };
+    Case { class, batch, inputs, op }
 }
 
 #[test]
@@ -265,17 +403,19 @@ fn norms() {
 #[derive(Debug)]
 pub struct NormBackward {
     residual: bool,
+    centered: bool,
 }
 
 impl Op for NormBackward {
     const CUT: Cut = Cut::Token;
 
     fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
-        let [x, d_y, rstd, residual] = &inputs.t[..] else { unreachable!() };
-        let weight = &inputs.w[0];
+        let [x, d_y, rstd, mean, residual] = &inputs.t[..] else { unreachable!() };
+        let (weight, mean) = (&inputs.w[0], self.centered.then(|| mean.clone()));
+        let stats = &ops::NormStats { mean, rstd: rstd.clone() };
         let run = |d_residual| {
-            let d_x = backend.norm_backward(ops::NormBackward { x, weight, rstd, d_y, d_residual });
-            Output::tokens(backend, "d_x", &d_x)
+            let args = ops::NormBackward { x, weight, stats, d_y, d_residual };
+            Output::tokens(backend, "d_x", &backend.norm_backward(args))
         };
         let owned = run(self.residual.then(|| backend.copy(residual)));
         let shared = run(self.residual.then(|| residual.clone()));
@@ -283,15 +423,20 @@ impl Op for NormBackward {
     }
 
     fn tolerance(&self, batch: &Batch, inputs: &Inputs, _: &[Output]) -> Vec<Vec<f64>> {
-        let [x, d_y, rstd, residual] = &inputs.abs().tensors[..] else { unreachable!() };
+        let [x, d_y, rstd, mean, residual] = &inputs.abs().tensors[..] else { unreachable!() };
         let weight = inputs.abs().weights[0].to_f32();
         let d = x.cols;
         let bound = |t: usize, c: usize| {
             let through = |c: usize| d_y.at(t, c) * f64::from(weight[c]);
-            let mean = (0..d).map(|c| through(c) * x.at(t, c)).sum::<f64>() / d as f64;
+            let center = if self.centered { mean.at(t, 0) } else { 0.0 };
+            let distance = |c: usize| x.at(t, c) + center;
+            let product = (0..d).map(|c| through(c) * distance(c)).sum::<f64>() / d as f64;
+            let mean_g = (0..d).map(through).sum::<f64>() / d as f64;
+            let mean_g = if self.centered { mean_g } else { 0.0 };
             let rstd = rstd.at(t, 0);
             let past = if self.residual { residual.at(t, c) } else { 0.0 };
-            10.0 * U * (past + rstd * (through(c) + x.at(t, c) * rstd * rstd * mean))
+            let inner = through(c) + mean_g + distance(c) * rstd * rstd * product;
+            10.0 * U * (past + rstd * inner)
         };
         let bounds: Vec<_> = (0..batch.n_tokens() * d).map(|i| bound(i / d, i % d)).collect();
         vec![bounds.clone(), bounds]
@@ -305,9 +450,11 @@ pub fn norm_backward(random: &mut Gen, class: Class, batch: Batch) -> Case<NormB
     inputs.tokens(&batch, d, random.values(class, n * d, false));
     let rstd = (0..n).map(|_| 0.25 + random.unit()).collect();
     inputs.tokens_full(&batch, 1, rstd);
+    inputs.tokens_full(&batch, 1, random.values(class.finite(), n, false));
     inputs.tokens(&batch, d, random.values(class, n * d, false));
     inputs.weights.push(random.weight(class.finite(), 1, d));
-    Case { class, batch, inputs, op: NormBackward { residual: random.coin() } }
+    let op = NormBackward { residual: random.coin(), centered: random.coin() };
+    Case { class, batch, inputs, op }
 }
 
 #[test]

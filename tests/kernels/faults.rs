@@ -11,7 +11,7 @@ use polytape::{
 use crate::{
     attention::attention,
     common::{Batch, Case, Class, Gen, Inputs, Op, Output, answer, case, compare, round},
-    dense::{adamw, dropout, gated, head_loss, linear, linear_backward, norm, norm_backward},
+    dense::{adamw, dropout, gated, head_loss, linear, linear_backward, norm, norm_backward, rope},
     lora::{Noise, lora_backward, mix, route, shrink, shrink_stacked, unmix},
 };
 
@@ -139,7 +139,13 @@ fn faults_of_attention_are_caught() {
     assert_caught("a lost key", attention, |case| {
         case.batch.keys.lens.iter_mut().for_each(|len| *len -= usize::from(*len > 1));
     });
-    assert_caught("no mask", attention, |case| case.op.causal = false);
+    assert_caught("no mask", attention, |case| {
+        (case.op.causal, case.op.window) = (false, None);
+    });
+    assert_caught("no window", attention, |case| case.op.window = None);
+    assert_caught("a window too wide", attention, |case| {
+        case.op.window = case.op.window.map(|window| window + 1);
+    });
     assert_caught("a shifted bias", attention, |case| {
         case.op.bias = case.op.bias.map(|zero| zero - 1);
     });
@@ -153,6 +159,11 @@ fn faults_of_attention_are_caught() {
 #[test]
 fn faults_of_pointwise_operations_are_caught() {
     assert_caught("a lost product", norm, |case| drop_last_column(case, 0));
+    assert_caught("a turn the other way", rope, |case| case.op.inverse ^= true);
+    assert_caught("the next position", rope, |case| {
+        case.batch.token_keys.iter_mut().for_each(|key| key.position += 1);
+    });
+    assert_caught("no bias", norm, |case| case.op.bias = false);
     assert_caught("another epsilon", norm, |case| case.op.eps *= 0.5);
     assert_caught("a lost product", norm_backward, |case| drop_last_column(case, 1));
     assert_caught("a wrong sign", norm_backward, |case| negate(case, 1));

@@ -15,11 +15,13 @@
 //!
 //! A single query (decoding) reads K and V where they lie.
 //!
-//! Keys that no query of a tile sees are not touched; those that only some of them see have the
-//! probability 0 in the others.
+//! Keys that no query of a tile sees (later ones, or earlier ones than a window) are not touched, but
+//! for whole blocks' sake; those that only some of them see have the probability 0 in the others.
 
 // Loops over the register tile are by index: iterators over arrays keep it out of the registers.
 #![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -105,6 +107,9 @@ fn check(args: &Attention<'_, Cpu>) {
     assert_eq!(*queries, Spans::packed(&queries.lens), "queries are packed in order");
     assert_eq!(queries.end(), q.rows);
     assert!(keys.end() <= k.rows);
+    if let Some(window) = args.window {
+        assert!(args.causal && window > 0, "a window ends at the query and has it");
+    }
     if let Some(bias) = args.bias {
         assert_eq!(bias.table.rows, n_heads);
     }
@@ -218,7 +223,7 @@ impl<'a, T: Element> Pair<'a, T> {
         &matrix[(row * self.args.n_kv_heads + self.kv_head) * self.head_dim..][..self.head_dim]
     }
 
-    /// How many keys query `i` sees.
+    /// One past the last key that query `i` sees.
     #[inline(always)]
     fn limit(&self, i: usize) -> usize {
         match self.args.causal {
@@ -227,7 +232,13 @@ impl<'a, T: Element> Pair<'a, T> {
         }
     }
 
-    /// The score biases of the keys that query `i` sees.
+    /// The first key that query `i` sees. It never moves back from one query to the next.
+    #[inline(always)]
+    fn first(&self, i: usize) -> usize {
+        self.args.window.map_or(0, |window| self.limit(i).saturating_sub(window))
+    }
+
+    /// The score biases of the keys up to the last that query `i` sees.
     #[inline(always)]
     fn bias(&self, head: usize, i: usize) -> Option<&'a [f32]> {
         let limit = self.limit(i);
@@ -513,6 +524,12 @@ fn first_lanes<S: Simd>(s: S, n: usize, v: S::V, fill: f32) -> S::V {
     s.select_lt(s.load(&LANE), s.splat(n as f32), v, s.splat(fill))
 }
 
+/// `fill` in the first `n` lanes, `v` in the others.
+#[inline(always)]
+fn without_lanes<S: Simd>(s: S, n: usize, v: S::V, fill: f32) -> S::V {
+    s.select_lt(s.load(&LANE), s.splat(n as f32), s.splat(fill), v)
+}
+
 /// Vector `i` of scaled scores with their bias.
 #[inline(always)]
 fn score<S: Simd>(s: S, x: S::V, scale: f32, bias: Option<&[f32]>, i: usize) -> S::V {
@@ -561,17 +578,19 @@ impl<T: ElementMut> Forward<'_, T> {
             let head = pair.head(g);
             let n = MR.min(n_queries - first);
             let limit = pair.limit(first + n - 1);
+            let start = pair.first(first) / BLOCK;
             pack_tile::<T, MR>(|i| pair.of_query(pair.q, head, i), first, n_queries, tile);
-            for (p, panel) in k.chunks_exact(head_dim).take(limit.div_ceil(width)).enumerate() {
+            let per_block = BLOCK / width;
+            let panels = k.chunks_exact(head_dim).take(limit.div_ceil(width)).enumerate();
+            for (p, panel) in panels.skip(start * per_block) {
                 let acc = product(s, tile, panel, zeros::<S, MR, NV>(s));
-                let per_block = BLOCK / width;
                 store_block(s, acc, &mut strip[p / per_block], p % per_block);
             }
             let mut sums = [1.0; MR];
             for (m, sum) in sums.iter_mut().enumerate() {
                 if m < n {
                     let lse;
-                    (*sum, lse) = softmax(s, &pair, head, first + m, strip, m, limit);
+                    (*sum, lse) = softmax(s, &pair, head, first + m, strip, m, start..limit);
                     self.lse[(first + m) * group + g][0] = lse;
                 } else {
                     clear(strip, m, limit);
@@ -579,7 +598,8 @@ impl<T: ElementMut> Forward<'_, T> {
             }
             for c in 0..head_dim.div_ceil(width) {
                 let mut rows = [[[0.0; LANES]; NV]; MR];
-                for (block, panel) in strip.iter().zip(v[c * n_keys..][..limit].chunks(BLOCK)) {
+                let blocks = strip.iter().zip(v[c * n_keys..][..limit].chunks(BLOCK));
+                for (block, panel) in blocks.skip(start) {
                     // Through memory once a block: carried along, the tile stays there for good.
                     let acc = product_of_rows(s, block, panel, load_rows(s, &rows));
                     store_rows(s, acc, &mut rows);
@@ -608,7 +628,8 @@ fn clear<const MR: usize>(strip: &mut [[[f32; BLOCK]; MR]], m: usize, limit: usi
 }
 
 /// Turns row `m` of a strip of scores, that of query `i`, into unnormalised probabilities after
-/// dropout, zero beyond what the query sees. Gives their sum before dropout and `lse`.
+/// dropout, zero beyond what the query sees. `tile` is what the tile's queries see together: first
+/// block and last key. Gives the sum before dropout and `lse`.
 #[inline(always)]
 fn softmax<S: Simd, T: Element, const MR: usize>(
     s: S,
@@ -617,17 +638,17 @@ fn softmax<S: Simd, T: Element, const MR: usize>(
     i: usize,
     strip: &mut [[[f32; BLOCK]; MR]],
     m: usize,
-    tile_limit: usize,
+    tile: Range<usize>,
 ) -> (f32, f32) {
     const VECTORS: usize = BLOCK / LANES;
-    let limit = pair.limit(i);
+    let (from, limit) = (pair.first(i), pair.limit(i));
     if limit == 0 {
-        clear(strip, m, tile_limit);
+        clear(strip, m, tile.end);
         return (1.0, f32::NEG_INFINITY);
     }
     let bias = pair.bias(head, i);
     let mut most = s.splat(f32::NEG_INFINITY);
-    for (b, block) in strip.iter_mut().enumerate().take(limit.div_ceil(BLOCK)) {
+    for (b, block) in strip.iter_mut().enumerate().take(limit.div_ceil(BLOCK)).skip(tile.start) {
         for (j, x) in block[m].as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
             let vector = b * VECTORS + j;
             let left = limit.saturating_sub(vector * LANES);
@@ -638,13 +659,16 @@ fn softmax<S: Simd, T: Element, const MR: usize>(
             if left < LANES {
                 v = first_lanes(s, left, v, f32::NEG_INFINITY);
             }
+            if from > vector * LANES {
+                v = without_lanes(s, from - vector * LANES, v, f32::NEG_INFINITY);
+            }
             most = s.max(most, v);
             s.store(v, x);
         }
     }
     let most = s.max_lane(most);
     let mut sums = s.splat(0.0);
-    for (b, block) in strip.iter_mut().enumerate().take(tile_limit.div_ceil(BLOCK)) {
+    for (b, block) in strip.iter_mut().enumerate().take(tile.end.div_ceil(BLOCK)).skip(tile.start) {
         let row = &mut block[m];
         let seen = limit.saturating_sub(b * BLOCK).min(BLOCK);
         let n_vectors = seen.div_ceil(LANES);
@@ -681,7 +705,7 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
     fn eval<S: Simd>(self, s: S) {
         const COLUMNS: usize = 4;
         let Self { pair, mut o, mut lse, mut scratch } = self;
-        let limit = pair.limit(0);
+        let (from, limit) = (pair.first(0) / LANES * LANES, pair.limit(0));
         let n_vectors = pair.head_dim.div_ceil(LANES);
         let q = carve(&mut scratch, n_vectors * LANES).as_chunks_mut::<LANES>().0;
         let scores = carve(&mut scratch, limit.next_multiple_of(LANES));
@@ -691,7 +715,7 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
             for (i, q) in q.iter_mut().enumerate() {
                 s.store(load::<S, T>(s, row, i), q);
             }
-            for (j, score) in scores.iter_mut().enumerate().take(limit) {
+            for (j, score) in scores.iter_mut().enumerate().take(limit).skip(from) {
                 let (row, tail) = pair.of_key(pair.k, j).as_chunks::<LANES>();
                 let mut sum = s.splat(0.0);
                 for (q, k) in q.iter().zip(row) {
@@ -709,7 +733,7 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
                 let start = first * LANES;
                 let end = pair.head_dim.min(start + COLUMNS * LANES);
                 let mut sums = [s.splat(0.0); COLUMNS];
-                for (j, &p) in scores.iter().enumerate().take(limit) {
+                for (j, &p) in scores.iter().enumerate().take(limit).skip(from) {
                     let p = s.splat(p);
                     let (row, tail) = pair.of_key(pair.v, j)[start..end].as_chunks::<LANES>();
                     for (sum, v) in sums.iter_mut().zip(row) {
@@ -743,17 +767,20 @@ fn softmax_of_one<S: Simd, T: Element>(
     }
     scores[limit..].fill(0.0);
     let bias = pair.bias(head, 0);
-    let vectors = scores.as_chunks_mut::<LANES>().0;
+    let (from, vectors) = (pair.first(0), scores.as_chunks_mut::<LANES>().0);
     let mut most = s.splat(f32::NEG_INFINITY);
-    for (i, x) in vectors.iter_mut().enumerate() {
+    for (i, x) in vectors.iter_mut().enumerate().skip(from / LANES) {
         let v = score(s, s.load(x), pair.args.scale, bias, i);
-        let v = first_lanes(s, limit - i * LANES, v, f32::NEG_INFINITY);
+        let mut v = first_lanes(s, limit - i * LANES, v, f32::NEG_INFINITY);
+        if from > i * LANES {
+            v = without_lanes(s, from - i * LANES, v, f32::NEG_INFINITY);
+        }
         most = s.max(most, v);
         s.store(v, x);
     }
     let most = s.max_lane(most);
     let mut sums = s.splat(0.0);
-    for x in &mut *vectors {
+    for x in vectors.iter_mut().skip(from / LANES) {
         let p = exp(s, s.sub(s.load(x), s.splat(most)));
         sums = s.add(sums, p);
         s.store(p, x);
@@ -849,7 +876,8 @@ impl<T: ElementMut> Backward<'_, T> {
                 let in_block = BLOCK.min(n_queries - first_query);
                 d_q.fill([[0.0; LANES]; NV]);
                 let limit = pair.limit(first_query + in_block - 1);
-                for first_key in (0..limit).step_by(BLOCK) {
+                let start = pair.first(first_query) / BLOCK * BLOCK;
+                for first_key in (start..limit).step_by(BLOCK) {
                     let seen = BLOCK.min(limit - first_key);
                     // Scores, and gradients of the probabilities after dropout.
                     let rows =
@@ -958,6 +986,7 @@ fn score_gradients<S: Simd, T: Element>(
 ) {
     let Query { head, i, lse, dot } = query;
     let seen = pair.limit(i).saturating_sub(first_key).min(n);
+    let unseen = pair.first(i).saturating_sub(first_key);
     let bias = pair.bias(head, i).map(|bias| bias.get(first_key..).unwrap_or_default());
     let kept = pair.factors(head, i, first_key, seen);
     let (lse, dot) = (s.splat(lse), s.splat(dot));
@@ -975,6 +1004,10 @@ fn score_gradients<S: Simd, T: Element>(
         if left < LANES {
             value = first_lanes(s, left, value, 0.0);
             gradient = first_lanes(s, left, gradient, 0.0);
+        }
+        if unseen > j * LANES {
+            value = without_lanes(s, unseen - j * LANES, value, 0.0);
+            gradient = without_lanes(s, unseen - j * LANES, gradient, 0.0);
         }
         s.store(value, p);
         s.store(gradient, d_s);
@@ -1018,14 +1051,24 @@ mod tests {
         n_kv_heads: usize,
         head_dim: usize,
         causal: bool,
+        window: Option<usize>,
         bias: bool,
         dropout: f32,
     }
 
     impl Case {
         fn plain(lens: &[(usize, usize)], head_dim: usize) -> Self {
-            let (lens, causal, bias) = (lens.to_vec(), false, false);
-            Self { lens, gap: 0, n_heads: 2, n_kv_heads: 2, head_dim, causal, bias, dropout: 0.0 }
+            Self {
+                lens: lens.to_vec(),
+                gap: 0,
+                n_heads: 2,
+                n_kv_heads: 2,
+                head_dim,
+                causal: false,
+                window: None,
+                bias: false,
+                dropout: 0.0,
+            }
         }
     }
 
@@ -1105,6 +1148,7 @@ mod tests {
                 head_dim: self.case.head_dim,
                 scale: self.scale,
                 causal: self.case.causal,
+                window: self.case.window,
                 bias: self.bias.as_ref(),
                 dropout: self.dropout.as_ref(),
             }
@@ -1112,7 +1156,7 @@ mod tests {
 
         /// Calls `see` for each (query token, head, query's place, key rows with score and factor).
         fn each_query(&self, mut see: impl FnMut(usize, usize, &[(usize, f64, f64)])) {
-            let Case { n_heads, n_kv_heads, head_dim, causal, .. } = self.case;
+            let Case { n_heads, n_kv_heads, head_dim, causal, window, .. } = self.case;
             let [q, k, ..] = &self.values;
             for (sequence, &(n_queries, n_keys)) in self.case.lens.iter().enumerate() {
                 for (i, head) in (0..n_queries).flat_map(|i| (0..n_heads).map(move |h| (i, h))) {
@@ -1120,7 +1164,8 @@ mod tests {
                     let position = (i + n_keys) as isize - n_queries as isize;
                     let mut keys = Vec::new();
                     for j in 0..n_keys {
-                        if causal && j as isize > position {
+                        let past = position - j as isize;
+                        if causal && (past < 0 || window.is_some_and(|w| past >= w as isize)) {
                             continue;
                         }
                         let row = self.keys.starts[sequence] + j;
@@ -1252,6 +1297,7 @@ mod tests {
                 let cases = [
                     plain.clone(),
                     Case { causal: true, n_heads: 4, gap: 3, ..plain.clone() },
+                    Case { causal: true, window: Some(1 + 13 * i), ..plain.clone() },
                     Case { bias: true, n_heads: 3, n_kv_heads: 1, dropout: 0.3, ..plain.clone() },
                     Case { bias: true, causal: true, gap: 2, dropout: 0.1, ..plain },
                 ];

@@ -1,4 +1,4 @@
-//! Rows by index: embedding, and writing into a cache.
+//! Rows by index: embedding, gathering, and writing into a cache.
 
 use rayon::prelude::*;
 
@@ -13,15 +13,15 @@ use crate::{dtype::Dtype, tensor::Tensor};
 pub(super) fn embed(cpu: &Cpu, args: Embed<'_, Cpu>) -> Tensor<Cpu> {
     let mut y = cpu.alloc(args.ids.len(), args.table.cols(), Precision::Activation);
     with_element!(y.dtype, T => match args.table.dtype() {
-        Dtype::F32 => gather::<F32Bytes, T>(cpu, &args, &mut y),
-        Dtype::Bf16 => gather::<Bf16Bytes, T>(cpu, &args, &mut y),
-        Dtype::F16 => gather::<F16Bytes, T>(cpu, &args, &mut y),
+        Dtype::F32 => look_up::<F32Bytes, T>(cpu, &args, &mut y),
+        Dtype::Bf16 => look_up::<Bf16Bytes, T>(cpu, &args, &mut y),
+        Dtype::F16 => look_up::<F16Bytes, T>(cpu, &args, &mut y),
         Dtype::F64 => unreachable!("files have f32, bf16 or f16"),
     });
     y
 }
 
-fn gather<F: Element, T: ElementMut>(cpu: &Cpu, args: &Embed<'_, Cpu>, y: &mut Tensor<Cpu>) {
+fn look_up<F: Element, T: ElementMut>(cpu: &Cpu, args: &Embed<'_, Cpu>, y: &mut Tensor<Cpu>) {
     let width = y.cols;
     if y.is_empty() {
         return;
@@ -55,6 +55,21 @@ impl<F: Element, T: ElementMut> SimdOp for Convert<'_, F, T> {
         }
         T::store_part(s, F::load_part(s, from_tail), to_tail);
     }
+}
+
+pub(super) fn gather(cpu: &Cpu, args: Gather<'_, Cpu>) -> Tensor<Cpu> {
+    let Gather { x, rows } = args;
+    let width = x.cols * x.dtype.size_bytes();
+    let mut y = cpu.pool.take(rows.len() * width);
+    if width > 0 {
+        let bytes = y.bytes_mut();
+        bytes
+            .par_chunks_mut(width)
+            .with_min_len((GRAIN / width).max(1))
+            .zip(rows)
+            .for_each(|(y, &row)| y.copy_from_slice(&x.buffer.bytes()[row * width..][..width]));
+    }
+    Tensor::new(y, x.dtype, rows.len(), x.cols)
 }
 
 pub(super) fn cache_write(args: CacheWrite<'_, Cpu>) {

@@ -21,6 +21,7 @@ mod linear;
 mod math;
 mod mix;
 mod norm;
+mod rope;
 mod route;
 mod shrink;
 #[cfg(test)]
@@ -262,6 +263,12 @@ impl Backend for Cpu {
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         self.scope(|| embed::embed(self, args))
+    }
+    fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
+        self.scope(|| rope::rope(self, args))
+    }
+    fn gather(&self, args: Gather<'_, Self>) -> Tensor<Self> {
+        self.scope(|| embed::gather(self, args))
     }
     fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
         self.scope(|| norm::norm(self, args))

@@ -1,11 +1,13 @@
-//! Root-mean-square norm, forward and backward.
+//! Root-mean-square norm and layer norm, forward and backward.
 //!
 //! ```text
-//! y   = x * rstd * weight                     rstd = 1 / sqrt(mean(x²) + eps)
-//! d_x = d_residual + rstd * (d_y * weight - x * rstd² * mean(d_y * weight * x))
+//! c   = x, or x - mean(x) where it is centered (layer norm)
+//! y   = c * rstd * weight + bias              rstd = 1 / sqrt(mean(c²) + eps)
+//! d_x = d_residual + rstd * (g - mean(g) - c * rstd² * mean(g * c))        g = d_y * weight
 //! ```
 //!
-//! A row is read twice, the second time from the cache. Sums go over 64 lanes (four vectors).
+//! Where it is not centered `mean(x)` and `mean(g)` are 0. A row is read twice (three times where it is
+//! centered), from the cache after the first. Sums go over 64 lanes (four vectors).
 
 use rayon::prelude::*;
 
@@ -19,38 +21,50 @@ use super::{
 use crate::tensor::Tensor;
 
 pub(super) fn norm(cpu: &Cpu, args: Norm<'_, Cpu>) -> Normed<Cpu> {
-    let Norm { x, weight, eps } = args;
+    let Norm { x, weight, bias, centered, eps } = args;
     let mut rstd = cpu.alloc(x.rows, 1, Precision::Full);
+    let mut mean = centered.then(|| cpu.alloc(x.rows, 1, Precision::Full));
     with_element!(x.dtype, T => {
         let rows = rows_of_a_task(x.cols);
-        rstd.f32s_mut().par_chunks_mut(rows).zip(x.items::<T>().par_chunks(rows * x.cols)).for_each(
-            |(rstd, x)| cpu.isa.run(Rstd::<T> { x, eps, rstd }),
-        );
+        let chunks = rstd.f32s_mut().par_chunks_mut(rows);
+        let chunks = chunks.zip(x.items::<T>().par_chunks(rows * x.cols));
+        match &mut mean {
+            Some(mean) => chunks.zip(mean.f32s_mut().par_chunks_mut(rows)).for_each(
+                |((rstd, x), mean)| cpu.isa.run(Moments::<T> { x, eps, mean, rstd }),
+            ),
+            None => chunks.for_each(|(rstd, x)| cpu.isa.run(Rstd::<T> { x, eps, rstd })),
+        }
     });
-    let y = norm_again(cpu, NormAgain { x, weight, rstd: &rstd });
-    Normed { y, rstd }
+    let stats = NormStats { mean, rstd };
+    let y = norm_again(cpu, NormAgain { x, weight, bias, stats: &stats });
+    Normed { y, stats }
 }
 
 pub(super) fn norm_again(cpu: &Cpu, args: NormAgain<'_, Cpu>) -> Tensor<Cpu> {
-    let NormAgain { x, weight, rstd } = args;
-    let weight = weight.to_f32();
-    assert_eq!((x.cols, x.rows), (weight.len(), rstd.len()));
+    let NormAgain { x, weight, bias, stats } = args;
+    let (weight, bias) = (weight.to_f32(), bias.map(|bias| bias.to_f32()));
+    assert_eq!((x.cols, x.rows), (weight.len(), stats.rstd.len()));
+    assert!(bias.as_ref().is_none_or(|bias| bias.len() == x.cols));
     let mut y = cpu.alloc(x.rows, x.cols, Precision::Activation);
     with_element!(x.dtype, T => {
         let rows = rows_of_a_task(x.cols);
         let size = rows * x.cols;
         (y.items_mut::<T>().par_chunks_mut(size), x.items::<T>().par_chunks(size))
             .into_par_iter()
-            .zip(rstd.f32s().par_chunks(rows))
-            .for_each(|((y, x), rstd)| cpu.isa.run(Apply::<T> { x, weight: &weight, rstd, y }));
+            .enumerate()
+            .for_each(|(task, (y, x))| {
+                let (weight, bias) = (&weight[..], bias.as_deref());
+                let stats = RowStats::new(stats, task * rows);
+                cpu.isa.run(Apply::<T> { x, weight, bias, stats, y });
+            });
     });
     y
 }
 
 pub(super) fn norm_backward(cpu: &Cpu, args: NormBackward<'_, Cpu>) -> Tensor<Cpu> {
-    let NormBackward { x, weight, rstd, d_y, d_residual } = args;
+    let NormBackward { x, weight, stats, d_y, d_residual } = args;
     let weight = weight.to_f32();
-    assert_eq!((x.cols, x.rows), (weight.len(), rstd.len()));
+    assert_eq!((x.cols, x.rows), (weight.len(), stats.rstd.len()));
     assert_eq!((d_y.rows, d_y.cols), (x.rows, x.cols));
     let residual = d_residual.is_some();
     let mut d_x = match d_residual {
@@ -63,12 +77,34 @@ pub(super) fn norm_backward(cpu: &Cpu, args: NormBackward<'_, Cpu>) -> Tensor<Cp
         let size = rows * x.cols;
         (d_x.items_mut::<T>().par_chunks_mut(size), x.items::<T>().par_chunks(size))
             .into_par_iter()
-            .zip((d_y.items::<T>().par_chunks(size), rstd.f32s().par_chunks(rows)))
-            .for_each(|((d_x, x), (d_y, rstd))| {
-                cpu.isa.run(Backward::<T> { x, weight: &weight, rstd, d_y, residual, d_x });
+            .zip(d_y.items::<T>().par_chunks(size))
+            .enumerate()
+            .for_each(|(task, ((d_x, x), d_y))| {
+                let stats = RowStats::new(stats, task * rows);
+                cpu.isa.run(Backward::<T> { x, weight: &weight, stats, d_y, residual, d_x });
             });
     });
     d_x
+}
+
+/// The statistics from some row on.
+#[derive(Clone, Copy)]
+struct RowStats<'a> {
+    mean: Option<&'a [f32]>,
+    rstd: &'a [f32],
+}
+
+impl<'a> RowStats<'a> {
+    fn new(stats: &'a NormStats<Cpu>, first: usize) -> Self {
+        let mean = stats.mean.as_ref().map(|mean| &mean.f32s()[first..]);
+        Self { mean, rstd: &stats.rstd.f32s()[first..] }
+    }
+
+    /// Mean (0 where it is not centered) and `rstd` of a row.
+    #[inline(always)]
+    fn of(&self, row: usize) -> (f32, f32) {
+        (self.mean.map_or(0.0, |mean| mean[row]), self.rstd[row])
+    }
 }
 
 fn rows_of_a_task(cols: usize) -> usize {
@@ -104,11 +140,56 @@ impl<T: ElementMut> SimdOp for Rstd<'_, T> {
     }
 }
 
+/// Mean and `rstd` of each row.
+struct Moments<'a, T: ElementMut> {
+    x: &'a [T::Item],
+    eps: f32,
+    mean: &'a mut [f32],
+    rstd: &'a mut [f32],
+}
+
+impl<T: ElementMut> SimdOp for Moments<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let width = self.x.len() / self.rstd.len();
+        let rows = self.rstd.iter_mut().zip(self.mean).zip(self.x.chunks_exact(width));
+        for ((rstd, mean), x) in rows {
+            let (x, tail) = x.as_chunks::<LANES>();
+            let mut sums = [s.splat(0.0); 4];
+            for four in x.chunks(4) {
+                for (sum, x) in sums.iter_mut().zip(four) {
+                    *sum = s.add(*sum, T::load(s, x));
+                }
+            }
+            sums[3] = s.add(sums[3], T::load_part(s, tail));
+            *mean = total(s, sums) / width as f32;
+
+            let center = s.splat(*mean);
+            let mut sums = [s.splat(0.0); 4];
+            for four in x.chunks(4) {
+                for (sum, x) in sums.iter_mut().zip(four) {
+                    let c = s.sub(T::load(s, x), center);
+                    *sum = s.fma(c, c, *sum);
+                }
+            }
+            let mut c = [0.0; LANES]; // Not the distance of what is not there from the mean.
+            for (c, &x) in c.iter_mut().zip(tail) {
+                *c = T::get(x) - *mean;
+            }
+            let c = s.load(&c);
+            sums[3] = s.fma(c, c, sums[3]);
+            *rstd = 1.0 / (total(s, sums) / width as f32 + self.eps).sqrt();
+        }
+    }
+}
+
 /// `y` of each row.
 struct Apply<'a, T: ElementMut> {
     x: &'a [T::Item],
     weight: &'a [f32],
-    rstd: &'a [f32],
+    bias: Option<&'a [f32]>,
+    stats: RowStats<'a>,
     y: &'a mut [T::Item],
 }
 
@@ -119,15 +200,31 @@ impl<T: ElementMut> SimdOp for Apply<'_, T> {
         let width = self.weight.len();
         let (weight, weight_tail) = self.weight.as_chunks::<LANES>();
         let rows = self.x.chunks_exact(width).zip(self.y.chunks_exact_mut(width));
-        for ((x, y), &rstd) in rows.zip(self.rstd) {
-            let rstd = s.splat(rstd);
+        for (row, (x, y)) in rows.enumerate() {
+            let (mean, rstd) = self.stats.of(row);
+            let (mean, rstd) = (s.splat(mean), s.splat(rstd));
             let (x, x_tail) = x.as_chunks::<LANES>();
             let (y, y_tail) = y.as_chunks_mut::<LANES>();
-            for ((x, y), w) in x.iter().zip(y).zip(weight) {
-                T::store(s, s.mul(s.mul(T::load(s, x), rstd), s.load(w)), y);
+            let tail = s.mul(s.sub(T::load_part(s, x_tail), mean), rstd);
+            let tail_weight = s.load_part(weight_tail, 0.0);
+            match self.bias {
+                None => {
+                    for ((x, y), w) in x.iter().zip(y).zip(weight) {
+                        let c = s.sub(T::load(s, x), mean);
+                        T::store(s, s.mul(s.mul(c, rstd), s.load(w)), y);
+                    }
+                    T::store_part(s, s.mul(tail, tail_weight), y_tail);
+                }
+                Some(bias) => {
+                    let (bias, bias_tail) = bias.as_chunks::<LANES>();
+                    for (((x, y), w), b) in x.iter().zip(y).zip(weight).zip(bias) {
+                        let c = s.sub(T::load(s, x), mean);
+                        T::store(s, s.fma(s.mul(c, rstd), s.load(w), s.load(b)), y);
+                    }
+                    let bias = s.load_part(bias_tail, 0.0);
+                    T::store_part(s, s.fma(tail, tail_weight, bias), y_tail);
+                }
             }
-            let x = s.mul(T::load_part(s, x_tail), rstd);
-            T::store_part(s, s.mul(x, s.load_part(weight_tail, 0.0)), y_tail);
         }
     }
 }
@@ -136,7 +233,7 @@ impl<T: ElementMut> SimdOp for Apply<'_, T> {
 struct Backward<'a, T: ElementMut> {
     x: &'a [T::Item],
     weight: &'a [f32],
-    rstd: &'a [f32],
+    stats: RowStats<'a>,
     d_y: &'a [T::Item],
     residual: bool,
     d_x: &'a mut [T::Item],
@@ -149,30 +246,37 @@ impl<T: ElementMut> SimdOp for Backward<'_, T> {
         let width = self.weight.len();
         let (weight, weight_tail) = self.weight.as_chunks::<LANES>();
         let weight_tail = s.load_part(weight_tail, 0.0);
+        let centered = self.stats.mean.is_some();
         let inputs = self.x.chunks_exact(width).zip(self.d_y.chunks_exact(width));
-        for (((x, d_y), d_x), &rstd) in inputs.zip(self.d_x.chunks_exact_mut(width)).zip(self.rstd)
-        {
+        for (row, ((x, d_y), d_x)) in inputs.zip(self.d_x.chunks_exact_mut(width)).enumerate() {
+            let (mean, rstd) = self.stats.of(row);
+            let mean = s.splat(mean);
             let (x, x_tail) = x.as_chunks::<LANES>();
             let (d_y, d_y_tail) = d_y.as_chunks::<LANES>();
-            let (x_tail, d_y_tail) = (T::load_part(s, x_tail), T::load_part(s, d_y_tail));
-            let mut sums = [s.splat(0.0); 4];
+            let c_tail = s.sub(T::load_part(s, x_tail), mean);
+            let g_tail = s.mul(T::load_part(s, d_y_tail), weight_tail);
+            let (mut sums, mut sums_g) = ([s.splat(0.0); 4], [s.splat(0.0); 4]);
             for ((x, d_y), w) in x.chunks(4).zip(d_y.chunks(4)).zip(weight.chunks(4)) {
-                for (((sum, x), d_y), w) in sums.iter_mut().zip(x).zip(d_y).zip(w) {
-                    *sum = s.fma(s.mul(T::load(s, d_y), s.load(w)), T::load(s, x), *sum);
+                for (i, ((x, d_y), w)) in x.iter().zip(d_y).zip(w).enumerate() {
+                    let g = s.mul(T::load(s, d_y), s.load(w));
+                    sums[i] = s.fma(g, s.sub(T::load(s, x), mean), sums[i]);
+                    sums_g[i] = s.add(g, sums_g[i]);
                 }
             }
-            sums[3] = s.fma(s.mul(d_y_tail, weight_tail), x_tail, sums[3]);
+            sums[3] = s.fma(g_tail, c_tail, sums[3]);
+            sums_g[3] = s.add(g_tail, sums_g[3]);
             let minus_c = s.splat(-(rstd * rstd * (total(s, sums) / width as f32)));
-            let rstd = s.splat(rstd);
+            let mean_g = if centered { total(s, sums_g) / width as f32 } else { 0.0 };
+            let (mean_g, rstd) = (s.splat(mean_g), s.splat(rstd));
 
             let (d_x, d_x_tail) = d_x.as_chunks_mut::<LANES>();
             for (((x, d_y), w), d_x) in x.iter().zip(d_y).zip(weight).zip(d_x) {
-                let inner = s.mul(T::load(s, d_y), s.load(w));
-                let inner = s.fma(T::load(s, x), minus_c, inner);
+                let g = s.mul(T::load(s, d_y), s.load(w));
+                let inner = s.fma(s.sub(T::load(s, x), mean), minus_c, s.sub(g, mean_g));
                 let base = if self.residual { T::load(s, d_x) } else { s.splat(0.0) };
                 T::store(s, s.fma(rstd, inner, base), d_x);
             }
-            let inner = s.fma(x_tail, minus_c, s.mul(d_y_tail, weight_tail));
+            let inner = s.fma(c_tail, minus_c, s.sub(g_tail, mean_g));
             let base = if self.residual { T::load_part(s, d_x_tail) } else { s.splat(0.0) };
             T::store_part(s, s.fma(rstd, inner, base), d_x_tail);
         }
@@ -194,6 +298,10 @@ mod tests {
 
     const EPS: f32 = 1e-6;
 
+    fn rms<'a>(x: &'a Tensor<Cpu>, weight: &'a Frozen) -> Norm<'a, Cpu> {
+        Norm { x, weight, bias: None, centered: false, eps: EPS }
+    }
+
     fn weight(random: &mut Random, d: usize) -> (Frozen, Vec<f64>) {
         let values: Vec<f32> = random.reals(d).iter().map(|&v| v as f32 + 1.0).collect();
         let wide = values.iter().map(|&v| f64::from(v)).collect();
@@ -208,15 +316,16 @@ mod tests {
                     let mut random = Random::new((d * 8 + tokens) as u64);
                     let (x, x_values) = activation(cpu, &mut random, tokens, d);
                     let (w, w_values) = weight(&mut random, d);
-                    let Normed { y, rstd } = cpu.norm(Norm { x: &x, weight: &w, eps: EPS });
-                    let again = cpu.norm_again(NormAgain { x: &x, weight: &w, rstd: &rstd });
+                    let Normed { y, stats } = cpu.norm(rms(&x, &w));
+                    let args = NormAgain { x: &x, weight: &w, bias: None, stats: &stats };
+                    let again = cpu.norm_again(args);
                     assert_eq!(bits(&cpu.download(&y)), bits(&cpu.download(&again)));
                     let (d_y, d_y_values) = activation(cpu, &mut random, tokens, d);
                     let (d_residual, d_residual_values) = activation(cpu, &mut random, tokens, d);
                     let shared = d_residual.clone();
                     let backward = |d_residual| {
-                        let (x, weight, rstd, d_y) = (&x, &w, &rstd, &d_y);
-                        cpu.norm_backward(NormBackward { x, weight, rstd, d_y, d_residual })
+                        let (x, weight, stats, d_y) = (&x, &w, &stats, &d_y);
+                        cpu.norm_backward(NormBackward { x, weight, stats, d_y, d_residual })
                     };
                     let d_x = backward(None);
                     let d_x_residual = backward(Some(d_residual));
@@ -255,15 +364,15 @@ mod tests {
             let mut random = Random::new(3);
             let (x, x_values) = activation(cpu, &mut random, 300, 129);
             let (w, _) = weight(&mut random, 129);
-            let Normed { y, rstd } = cpu.norm(Norm { x: &x, weight: &w, eps: EPS });
+            let Normed { y, stats } = cpu.norm(rms(&x, &w));
             let mut all = cpu.download(&y);
             let row = cpu.upload(&x_values[129 * 77..129 * 78], 1, 129, Precision::Activation);
-            let alone = cpu.norm(Norm { x: &row, weight: &w, eps: EPS });
+            let alone = cpu.norm(rms(&row, &w));
             assert_eq!(bits(&cpu.download(&alone.y)), bits(&all[129 * 77..129 * 78]));
             let d_x = cpu.norm_backward(NormBackward {
                 x: &x,
                 weight: &w,
-                rstd: &rstd,
+                stats: &stats,
                 d_y: &y,
                 d_residual: None,
             });

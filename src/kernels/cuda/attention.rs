@@ -39,7 +39,8 @@ struct AttentionArg {
     head_dim: u32,
     causal: u32,
     scale: f32,
-    padding: u32,
+    /// 0: none.
+    window: u32,
 }
 
 /// The argument with what it points to.
@@ -67,6 +68,9 @@ impl Prepared {
             5..=8 => 8,
             _ => panic!("heads of {head_dim} are wider than 256"),
         };
+        if let Some(window) = args.window {
+            assert!(args.causal && window > 0, "a window ends at the query and has it");
+        }
         if let Some(bias) = args.bias {
             let lens = queries.lens.iter().zip(&keys.lens);
             for (&n_queries, &n_keys) in lens.filter(|&(&q, &k)| q > 0 && k > 0) {
@@ -95,7 +99,7 @@ impl Prepared {
             head_dim: narrow(head_dim),
             causal: u32::from(args.causal),
             scale: args.scale,
-            padding: 0,
+            window: narrow(args.window.unwrap_or(0)),
         };
         Self { arg, n_tiles, columns, _spans: spans, _tiles: tiles, _dropout: dropout }
     }

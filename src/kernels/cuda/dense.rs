@@ -68,25 +68,65 @@ pub(super) fn cache_write(cuda: &Cuda, args: CacheWrite<'_, Cuda>) {
     kernel.arg(rows_buffer.address()).count(d).launch([rows.len(), 1, 1], 128);
 }
 
+pub(super) fn rope(cuda: &Cuda, args: Rope<'_, Cuda>) -> Tensor<Cuda> {
+    let Rope { x, rotary, positions, inverse } = args;
+    let (rows, width) = (x.rows, x.cols);
+    let Tensor { rows: n_positions, cols: head_dim, .. } = rotary.table;
+    assert!(head_dim > 0 && head_dim % 2 == 0 && width % head_dim == 0, "heads of whole pairs");
+    assert_eq!(positions.len(), rows, "a position for each token");
+    assert!(positions.iter().all(|&p| (p as usize) < n_positions), "an angle for each position");
+    let from = x.activation(cuda, rows, width);
+    let x = Some(x);
+    let y = cuda.reuse_or_alloc(&x, rows, width);
+    let positions = cuda.buffer_of(positions);
+    let kernel = cuda.kernel("rope", "rope").arg(y.address()).arg(from);
+    let kernel = kernel.arg(rotary.table.full(n_positions, head_dim)).arg(positions.address());
+    let kernel = kernel.count(width).count(head_dim).arg(if inverse { -1.0_f32 } else { 1.0 });
+    kernel.launch([rows, (width / 2).div_ceil(128), 1], 128);
+    y
+}
+
+pub(super) fn gather(cuda: &Cuda, args: Gather<'_, Cuda>) -> Tensor<Cuda> {
+    let Gather { x, rows } = args;
+    assert!(rows.iter().all(|&row| row < x.rows), "rows are in the matrix");
+    let mut y = cuda.alloc(rows.len(), x.cols, Precision::Activation);
+    let from = x.activation(cuda, x.rows, x.cols);
+    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    // An embedding's table is rows, too.
+    let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(from);
+    kernel.arg(rows_buffer.address()).count(x.cols).launch([rows.len(), 1, 1], 128);
+    y
+}
+
 const NORM_THREADS: u32 = 256;
 
 pub(super) fn norm(cuda: &Cuda, args: Norm<'_, Cuda>) -> Normed<Cuda> {
-    let Norm { x, weight, eps } = args;
+    let Norm { x, weight, bias, centered, eps } = args;
     let (rows, d) = (x.rows, x.cols);
     let mut y = cuda.alloc(rows, d, Precision::Activation);
     let mut rstd = cuda.alloc(rows, 1, Precision::Full);
-    let kernel = cuda.kernel("norm", "rms_norm").arg(y.address_mut()).arg(rstd.address_mut());
+    let mut mean = centered.then(|| cuda.alloc(rows, 1, Precision::Full));
+    let kernel = cuda.kernel("norm", "norm_rows").arg(y.address_mut()).arg(rstd.address_mut());
+    let kernel = kernel.arg(mean.as_mut().map_or(0, Tensor::address_mut));
     let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
+    let kernel = kernel.arg(bias.map_or(0, |bias| bias.vector(d)));
     kernel.arg(eps).count(d).launch([rows, 1, 1], NORM_THREADS);
-    Normed { y, rstd }
+    Normed { y, stats: NormStats { mean, rstd } }
+}
+
+/// The address of the means, where there are any.
+fn means(stats: &NormStats<Cuda>, rows: usize) -> u64 {
+    stats.mean.as_ref().map_or(0, |mean| mean.full(rows, 1))
 }
 
 pub(super) fn norm_again(cuda: &Cuda, args: NormAgain<'_, Cuda>) -> Tensor<Cuda> {
-    let NormAgain { x, weight, rstd } = args;
+    let NormAgain { x, weight, bias, stats } = args;
     let (rows, d) = (x.rows, x.cols);
     let mut y = cuda.alloc(rows, d, Precision::Activation);
-    let kernel = cuda.kernel("norm", "norm_again").arg(y.address_mut()).arg(rstd.full(rows, 1));
+    let kernel = cuda.kernel("norm", "norm_again").arg(y.address_mut());
+    let kernel = kernel.arg(stats.rstd.full(rows, 1)).arg(means(stats, rows));
     let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
+    let kernel = kernel.arg(bias.map_or(0, |bias| bias.vector(d)));
     kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
     y
 }
@@ -97,13 +137,14 @@ fn residual(cuda: &Cuda, residual: Option<&Tensor<Cuda>>, rows: usize, cols: usi
 }
 
 pub(super) fn norm_backward(cuda: &Cuda, args: NormBackward<'_, Cuda>) -> Tensor<Cuda> {
-    let NormBackward { x, weight, rstd, d_y, d_residual } = args;
+    let NormBackward { x, weight, stats, d_y, d_residual } = args;
     let (rows, d) = (x.rows, x.cols);
     let d_x = cuda.reuse_or_alloc(&d_residual, rows, d);
     let kernel = cuda.kernel("norm", "norm_backward").arg(d_x.address());
     let kernel = kernel.arg(residual(cuda, d_residual.as_ref(), rows, d));
     let kernel = kernel.arg(d_y.activation(cuda, rows, d)).arg(x.activation(cuda, rows, d));
-    let kernel = kernel.arg(weight.vector(d)).arg(rstd.full(rows, 1));
+    let kernel = kernel.arg(weight.vector(d)).arg(stats.rstd.full(rows, 1));
+    let kernel = kernel.arg(means(stats, rows));
     kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
     d_x
 }

@@ -390,6 +390,12 @@ impl Backend for Cuda {
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         dense::embed(self, args)
     }
+    fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
+        dense::rope(self, args)
+    }
+    fn gather(&self, args: Gather<'_, Self>) -> Tensor<Self> {
+        dense::gather(self, args)
+    }
     fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
         dense::norm(self, args)
     }

@@ -17,7 +17,10 @@ struct Query<'a> {
     kv_col: usize,
     /// The row in `k` and `v` of the sequence's first key.
     first_key: usize,
-    /// `scale * q·k_j + bias` of every key `j` that the query sees: the first ones.
+    /// The first key that the query sees.
+    first_seen: usize,
+    /// `scale * q·k_j + bias` of every key `j` that the query sees, from `first_seen` on; counted
+    /// from it, as `j` is everywhere below.
     scores: Vec<f64>,
     /// The column of key 0 in dropout's count.
     dropout_col: usize,
@@ -25,9 +28,14 @@ struct Query<'a> {
 }
 
 impl Query<'_> {
+    /// The row of key `j` in `k` and `v`.
+    fn key(&self, j: usize) -> usize {
+        self.first_key + self.first_seen + j
+    }
+
     /// What dropout multiplies the probability of key `j` with.
     fn kept(&self, j: usize) -> f64 {
-        kept(self.args.dropout, self.token, self.dropout_col + j)
+        kept(self.args.dropout, self.token, self.dropout_col + self.first_seen + j)
     }
 }
 
@@ -57,9 +65,13 @@ fn queries<'a>(args: &'a Attention<'a, Oracle>) -> impl Iterator<Item = Query<'a
                 });
                 f64::from(args.scale) * product + bias
             };
-            let scores = (0..n_seen).map(score).collect();
+            let first_seen = match args.window {
+                Some(window) if args.causal => n_seen.saturating_sub(window),
+                _ => 0,
+            };
+            let scores = (first_seen..n_seen).map(score).collect();
             let dropout_col = head * n_keys.next_multiple_of(8);
-            Query { token, head, q_col, kv_col, first_key, scores, dropout_col, args }
+            Query { token, head, q_col, kv_col, first_key, first_seen, scores, dropout_col, args }
         })
 }
 
@@ -74,7 +86,7 @@ pub(super) fn attention(args: &Attention<'_, Oracle>) -> Attended<Oracle> {
             o.values_mut()[query.token * args.q.cols + query.q_col + c] =
                 sum(query.scores.len(), |j| {
                     let probability = (query.scores[j] - query_lse).exp();
-                    query.kept(j) * probability * args.v.at(query.first_key + j, query.kv_col + c)
+                    query.kept(j) * probability * args.v.at(query.key(j), query.kv_col + c)
                 });
         }
     }
@@ -94,7 +106,7 @@ pub(super) fn attention_backward(args: AttentionBackward<'_, Oracle>) -> [Tensor
         let (token, q_col, kv_col) = (query.token, query.q_col, query.kv_col);
         let inner = sum(head_dim, |c| d_o.at(token, q_col + c) * o.at(token, q_col + c));
         for (j, score) in query.scores.iter().enumerate() {
-            let key = query.first_key + j;
+            let key = query.key(j);
             let p = (score - lse.at(token, query.head)).exp();
             let d_p =
                 query.kept(j) * sum(head_dim, |c| d_o.at(token, q_col + c) * v.at(key, kv_col + c));

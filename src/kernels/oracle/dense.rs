@@ -9,34 +9,73 @@ pub(super) fn embed(args: Embed<'_, Oracle>) -> Tensor<Oracle> {
     Tensor::from_fn(ids.len(), table.cols, |t, c| table.at(ids[t] as usize, c))
 }
 
-/// `y = x * rstd * weight`, `rstd = 1 / sqrt(mean(x²) + eps)`.
+/// With `c, s` the cosine and sine of the token's position and the pair: `y_i = c x_i - s x_(i + d/2)`
+/// and `y_(i + d/2) = c x_(i + d/2) + s x_i`; `-s` for the inverse.
+pub(super) fn rope(args: Rope<'_, Oracle>) -> Tensor<Oracle> {
+    let Rope { x, rotary, positions, inverse } = args;
+    let head_dim = rotary.table.cols;
+    let half = head_dim / 2;
+    assert_eq!((positions.len(), x.cols % head_dim), (x.rows, 0));
+    Tensor::from_fn(x.rows, x.cols, |t, col| {
+        let (pair, first) = (col % head_dim % half, col % head_dim < half);
+        let cos = rotary.table.at(positions[t] as usize, pair);
+        let sin = rotary.table.at(positions[t] as usize, half + pair);
+        let sin = if inverse { -sin } else { sin };
+        if first {
+            cos * x.at(t, col) - sin * x.at(t, col + half)
+        } else {
+            cos * x.at(t, col) + sin * x.at(t, col - half)
+        }
+    })
+}
+
+/// What a norm scales: `x`, or its distance from the mean.
+fn centered(x: &Tensor<Oracle>, stats: &NormStats<Oracle>, t: usize, c: usize) -> f64 {
+    x.at(t, c) - stats.mean.as_ref().map_or(0.0, |mean| mean.at(t, 0))
+}
+
+/// With `c = x` or `x - mean(x)`: `y = c * rstd * weight + bias`, `rstd = 1 / sqrt(mean(c²) + eps)`.
 pub(super) fn norm(args: Norm<'_, Oracle>) -> Normed<Oracle> {
-    let Norm { x, weight, eps } = args;
-    let rstd = Tensor::from_fn(x.rows, 1, |t, _| {
-        let mean = sum(x.cols, |c| x.at(t, c) * x.at(t, c)) / x.cols as f64;
-        1.0 / (mean + f64::from(eps)).sqrt()
+    let Norm { x, weight, bias, eps, .. } = args;
+    let n = x.cols as f64;
+    let mean =
+        args.centered.then(|| Tensor::from_fn(x.rows, 1, |t, _| sum(x.cols, |c| x.at(t, c)) / n));
+    let mut stats = NormStats { mean, rstd: Tensor::from_fn(x.rows, 1, |_, _| 1.0) };
+    stats.rstd = Tensor::from_fn(x.rows, 1, |t, _| {
+        let square = sum(x.cols, |c| centered(x, &stats, t, c).powi(2)) / n;
+        1.0 / (square + f64::from(eps)).sqrt()
     });
-    Normed { y: norm_again(NormAgain { x, weight, rstd: &rstd }), rstd }
+    Normed { y: norm_again(NormAgain { x, weight, bias, stats: &stats }), stats }
 }
 
-/// `y = x * rstd * weight`.
+/// `y = c * rstd * weight + bias`.
 pub(super) fn norm_again(args: NormAgain<'_, Oracle>) -> Tensor<Oracle> {
-    let NormAgain { x, weight, rstd } = args;
-    rstd.assert_shape(x.rows, 1);
+    let NormAgain { x, weight, bias, stats } = args;
+    stats.rstd.assert_shape(x.rows, 1);
     assert_eq!((weight.rows, weight.cols), (1, x.cols));
-    Tensor::from_fn(x.rows, x.cols, |t, c| x.at(t, c) * rstd.at(t, 0) * weight.at(0, c))
+    Tensor::from_fn(x.rows, x.cols, |t, c| {
+        let bias = bias.map_or(0.0, |bias| bias.at(0, c));
+        centered(x, stats, t, c) * stats.rstd.at(t, 0) * weight.at(0, c) + bias
+    })
 }
 
-/// `d_x = d_residual + rstd * (d_y * weight - x * rstd² * mean(d_y * weight * x))`.
+/// With `g = d_y * weight`: `d_x = d_residual + rstd * (g - mean(g) - c * rstd² * mean(g * c))`,
+/// without `mean(g)` where the forward did not center.
 pub(super) fn norm_backward(args: NormBackward<'_, Oracle>) -> Tensor<Oracle> {
-    let NormBackward { x, weight, rstd, d_y, d_residual } = args;
+    let NormBackward { x, weight, stats, d_y, d_residual } = args;
     d_y.assert_shape(x.rows, x.cols);
-    let mean = Tensor::from_fn(x.rows, 1, |t, _| {
-        sum(x.cols, |c| d_y.at(t, c) * weight.at(0, c) * x.at(t, c)) / x.cols as f64
-    });
+    let n = x.cols as f64;
+    let g = |t: usize, c: usize| d_y.at(t, c) * weight.at(0, c);
+    let mean_g = |t: usize| match stats.mean {
+        Some(_) => sum(x.cols, |c| g(t, c)) / n,
+        None => 0.0,
+    };
+    let product = |t: usize| sum(x.cols, |c| g(t, c) * centered(x, stats, t, c)) / n;
+    let means = Tensor::<Oracle>::from_fn(x.rows, 2, |t, i| [mean_g(t), product(t)][i]);
     Tensor::from_fn(x.rows, x.cols, |t, c| {
-        let rstd = rstd.at(t, 0);
-        let through = d_y.at(t, c) * weight.at(0, c) - x.at(t, c) * rstd * rstd * mean.at(t, 0);
+        let rstd = stats.rstd.at(t, 0);
+        let along = centered(x, stats, t, c) * rstd * rstd * means.at(t, 1);
+        let through = g(t, c) - means.at(t, 0) - along;
         d_residual.as_ref().map_or(0.0, |d| d.at(t, c)) + rstd * through
     })
 }

@@ -107,6 +107,12 @@ impl Backend for Oracle {
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         dense::embed(args)
     }
+    fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
+        dense::rope(args)
+    }
+    fn gather(&self, args: Gather<'_, Self>) -> Tensor<Self> {
+        Tensor::from_fn(args.rows.len(), args.x.cols, |i, c| args.x.at(args.rows[i], c))
+    }
     fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
         dense::norm(args)
     }

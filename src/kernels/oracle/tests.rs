@@ -480,16 +480,72 @@ fn a_routed_row_that_is_all_off_has_no_weight() {
 #[test]
 fn gradients_of_norm() {
     let (x, d_y, residual) = (random(1, 15), tensor(&random(2, 15), 3, 5), random(3, 15));
-    let (weight, eps) = (weight(&random(4, 5), 1, 5), 0.125);
-    let norm = |x: &[f64]| Oracle.norm(Norm { x: &tensor(x, 3, 5), weight: &weight, eps });
-    let Normed { y, rstd } = norm(&x);
-    let (x_tensor, d_residual) = (tensor(&x, 3, 5), Some(tensor(&residual, 3, 5)));
-    let again = Oracle.norm_again(NormAgain { x: &x_tensor, weight: &weight, rstd: &rstd });
-    assert_eq!(y.buffer, again.buffer);
-    let args = NormBackward { x: &x_tensor, weight: &weight, rstd: &rstd, d_y: &d_y, d_residual };
-    let d_x = Oracle.norm_backward(args);
-    assert_gradient("norm", &x, &d_x.buffer, |x| {
-        dot(&norm(x).y.buffer, &d_y.buffer) + dot(x, &residual)
+    let (weight, bias, eps) = (weight(&random(4, 5), 1, 5), weight(&random(5, 5), 1, 5), 0.125);
+    for (centered, bias) in [(false, None), (true, None), (true, Some(&bias))] {
+        let norm = |x: &[f64]| {
+            Oracle.norm(Norm { x: &tensor(x, 3, 5), weight: &weight, bias, centered, eps })
+        };
+        let Normed { y, stats } = norm(&x);
+        let (x_tensor, d_residual) = (tensor(&x, 3, 5), Some(tensor(&residual, 3, 5)));
+        let (x_tensor, weight, stats) = (&x_tensor, &weight, &stats);
+        let again = Oracle.norm_again(NormAgain { x: x_tensor, weight, bias, stats });
+        assert_eq!(y.buffer, again.buffer);
+        let args = NormBackward { x: x_tensor, weight, stats, d_y: &d_y, d_residual };
+        let d_x = Oracle.norm_backward(args);
+        assert_gradient("norm", &x, &d_x.buffer, |x| {
+            dot(&norm(x).y.buffer, &d_y.buffer) + dot(x, &residual)
+        });
+    }
+}
+
+#[test]
+fn gradients_of_rope() {
+    let angles = random(1, 5 * 3);
+    let table: Vec<f64> = (0..5 * 6)
+        .map(|i| match (i / 6, i % 6) {
+            (position, pair) if pair < 3 => (9.0 * angles[position * 3 + pair]).cos(),
+            (position, pair) => (9.0 * angles[position * 3 + pair - 3]).sin(),
+        })
+        .collect();
+    let rotary = Rotary { table: tensor(&table, 5, 6) };
+    let (x, d_y, positions) = (random(2, 4 * 12), random(3, 4 * 12), [4, 0, 1, 4]);
+    let turned = |x: &[f64], inverse| {
+        let x = tensor(x, 4, 12);
+        Oracle.rope(Rope { x, rotary: &rotary, positions: &positions, inverse }).buffer.to_vec()
+    };
+    assert_gradient("rope", &x, &turned(&d_y, true), |x| dot(&turned(x, false), &d_y));
+    assert_near("rope and back", &turned(&turned(&x, false), true), &x, 1e-14);
+}
+
+/// The score of a query and a key depends on the distance between them alone.
+#[test]
+fn rope_turns_by_position() {
+    let frequencies = [1.0, 0.1];
+    let table: Vec<f64> = (0..9)
+        .flat_map(|position| {
+            let angle = frequencies.map(|f| f * f64::from(position));
+            angle.map(f64::cos).into_iter().chain(angle.map(f64::sin))
+        })
+        .collect();
+    let rotary = Rotary { table: tensor(&table, 9, 4) };
+    let at = |what, position| {
+        let x = tensor(&random(what, 4), 1, 4);
+        let args = Rope { x, rotary: &rotary, positions: &[position], inverse: false };
+        Oracle.rope(args).buffer.to_vec()
+    };
+    let score = dot(&at(1, 5), &at(2, 3));
+    assert!((dot(&at(1, 8), &at(2, 6)) - score).abs() < 1e-14);
+    assert!((dot(&at(1, 8), &at(2, 5)) - score).abs() > 1e-3);
+    assert_eq!(at(1, 0), random(1, 4));
+}
+
+#[test]
+fn gradients_of_gather() {
+    let (x, d_y, rows) = (random(1, 5 * 3), tensor(&random(2, 2 * 3), 2, 3), [4, 1]);
+    let mut d_x = Oracle.zeros(5, 3, Precision::Activation);
+    Oracle.cache_write(CacheWrite { cache: &mut d_x, source: &d_y, rows: &rows });
+    assert_gradient("gather", &x, &d_x.buffer, |x| {
+        dot(&Oracle.gather(Gather { x: &tensor(x, 5, 3), rows: &rows }).buffer, &d_y.buffer)
     });
 }
 
@@ -538,7 +594,7 @@ fn gradients_of_attention() {
     let queries = Spans::packed(&[3, 0, 1, 2]);
     let keys = Spans { starts: vec![1, 5, 7, 12], lens: vec![4, 2, 5, 1] };
     for n_kv_heads in [4, 2, 1] {
-        for variant in 0..8 {
+        for variant in 0..10 {
             let (n_q, n_kv) = (6 * 4 * head_dim, 14 * n_kv_heads * head_dim);
             let (q, k, v) = (random(2, n_q), random(3, n_kv), random(4, n_kv));
             let d_o = tensor(&random(5, n_q), 6, 4 * head_dim);
@@ -559,9 +615,10 @@ fn gradients_of_attention() {
                     n_kv_heads,
                     head_dim,
                     scale: 0.5,
-                    causal: variant & 1 != 0,
+                    causal: variant & 1 != 0 || variant >= 8,
+                    window: (variant >= 8).then_some(2),
                     bias: (variant & 2 != 0).then_some(&bias),
-                    dropout: (variant & 4 != 0).then_some(&dropout),
+                    dropout: (variant & 4 != 0 || variant == 9).then_some(&dropout),
                 });
             };
             let loss = |q: &[f64], k: &[f64], v: &[f64]| {
@@ -605,6 +662,7 @@ fn one_query_at_a_time_with_a_cache_is_the_whole_sequence() {
             head_dim: 2,
             scale: 1.0,
             causal: true,
+            window: Some(3),
             bias: Some(&bias),
             dropout: None,
         });

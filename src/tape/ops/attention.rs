@@ -26,6 +26,8 @@ pub struct AttentionSpec<B: Backend> {
     pub scale: f32,
     /// Whether a query sees only keys up to its own position.
     pub causal: bool,
+    /// With `causal`: how many keys a query sees at most, its own included.
+    pub window: Option<usize>,
     /// Added to the scores.
     pub bias: Option<RelativeBias<B>>,
     /// On the probabilities.
@@ -65,6 +67,7 @@ impl<B: Backend> AttentionNode<B> {
             head_dim: self.spec.head_dim,
             scale: self.spec.scale,
             causal: self.spec.causal,
+            window: self.spec.window,
             bias: self.spec.bias.as_ref(),
             dropout: self.spec.dropout.as_ref(),
         }

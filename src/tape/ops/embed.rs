@@ -10,4 +10,15 @@ impl<B: Backend> Tape<'_, B> {
     pub fn embed(&mut self, table: &B::Weight, ids: &[u32]) -> Var<B> {
         Var::constant(self.backend.embed(Embed { table, ids }))
     }
+
+    /// `x[t] = table[ids[t]] + positions[places[t]]`: ids with learned positions.
+    pub fn embed_at(
+        &mut self,
+        (table, ids): (&B::Weight, &[u32]),
+        (positions, places): (&B::Weight, &[u32]),
+    ) -> Var<B> {
+        let x = self.backend.embed(Embed { table, ids });
+        let at = self.backend.embed(Embed { table: positions, ids: places });
+        Var::constant(self.backend.add(x, &at))
+    }
 }

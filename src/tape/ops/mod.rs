@@ -4,9 +4,12 @@ mod attention;
 mod dropout;
 mod embed;
 mod gated;
+mod gather;
 pub(crate) mod head;
 mod linear;
 mod norm;
+mod rope;
 
 pub use attention::{AttentionSpec, KeyValue};
 pub use linear::{FrozenLinear, LinearSpec};
+pub use norm::LayerNorm;
