@@ -30,7 +30,7 @@
 //!
 //! Reading order: [`formats`] (untrusted bytes become checked views), [`tensor`], [`kernels`] (the seam:
 //! about thirty operations, each defined by a plain f64 oracle), [`tape`] (reverse mode over them),
-//! [`model`] (T5 as calls on the tape, and the adapter), [`train`], [`generate`].
+//! [`model`] (architectures as calls on the tape, and the adapter), [`train`], [`generate`].
 //!
 //! What holds everywhere: a batch is ragged, no kernel sees padding; the same inputs give the same bits
 //! for any number of threads; in inference a row's bits do not depend on its neighbours; a frozen

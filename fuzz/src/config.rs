@@ -8,7 +8,10 @@ use std::path::Path;
 
 use polytape::{
     formats::{
-        config::{MAX_FEATURES, MAX_FEED_FORWARD, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, ModelConfig},
+        config::{
+            BartConfig, DecoderConfig, MAX_FEATURES, MAX_FEED_FORWARD, MAX_HEADS, MAX_LAYERS,
+            MAX_VOCAB, ModelConfig,
+        },
         poly_config::{MAX_LOGITS, PolyConfig},
     },
     model::{Module, ModuleKind, targets},
@@ -29,7 +32,12 @@ pub fn check(data: &[u8]) {
 }
 
 fn check_model(config: &ModelConfig) {
-    let ModelConfig::T5(config) = config else { return };
+    let config = match config {
+        ModelConfig::T5(config) => config,
+        ModelConfig::Decoder(config) => return check_decoder(config),
+        ModelConfig::Bart(config) => return check_bart(config),
+        _ => return,
+    };
     for (size, max) in [
         (config.vocab_size, MAX_VOCAB),
         (config.d_model, MAX_FEATURES),
@@ -53,6 +61,54 @@ fn check_model(config: &ModelConfig) {
     assert!(n.is_some(), "{config:?}");
     assert!((0.0..1.0).contains(&config.dropout_rate), "{config:?}");
     assert!(config.layer_norm_epsilon > 0.0 && config.layer_norm_epsilon < 1.0, "{config:?}");
+}
+
+fn check_bart(config: &BartConfig) {
+    for stack in [config.encoder, config.decoder] {
+        for (size, max) in [
+            (stack.n_layers, MAX_LAYERS),
+            (stack.n_heads, MAX_HEADS),
+            (stack.d_ff, MAX_FEED_FORWARD),
+        ] {
+            assert!((1..=max).contains(&size), "{config:?}");
+        }
+        assert_eq!(config.d_model % stack.n_heads, 0, "{config:?}");
+    }
+    assert!((1..=MAX_FEATURES).contains(&config.d_model), "{config:?}");
+    let ids = config.eos_token_ids.iter().copied().chain(config.pad_token_id);
+    for id in ids.chain([config.decoder_start_token_id]) {
+        assert!((id as usize) < config.vocab_size, "{config:?}");
+    }
+    assert!((0.0..1.0).contains(&config.dropout), "{config:?}");
+}
+
+fn check_decoder(config: &DecoderConfig) {
+    for (size, max) in [
+        (config.vocab_size, MAX_VOCAB),
+        (config.d_model, MAX_FEATURES),
+        (config.head_dim, MAX_FEATURES),
+        (config.d_ff, MAX_FEED_FORWARD),
+        (config.n_layers, MAX_LAYERS),
+        (config.n_heads, MAX_HEADS),
+    ] {
+        assert!((1..=max).contains(&size), "{config:?}");
+    }
+    assert_eq!((config.n_heads % config.n_kv_heads, config.head_dim % 2), (0, 0), "{config:?}");
+    assert_eq!(config.windows.len(), config.n_layers, "{config:?}");
+    assert!(config.windows.iter().all(|window| window.is_none_or(|w| w > 0)), "{config:?}");
+    for id in config.eos_token_ids.iter().chain(&config.pad_token_id) {
+        assert!((*id as usize) < config.vocab_size, "{config:?}");
+    }
+    assert!(
+        config.rope.theta > 1.0 && (0.0..1.0).contains(&config.attention_dropout),
+        "{config:?}"
+    );
+    assert!(config.norm_eps > 0.0 && config.norm_eps < 1.0, "{config:?}");
+    let (inner, kv) = (config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim);
+    let layer = 2 * (inner + kv) * config.d_model + 3 * config.d_ff * config.d_model;
+    let layers = config.n_layers.checked_mul(layer);
+    let n = layers.and_then(|n| n.checked_add(2 * config.vocab_size * config.d_model));
+    assert!(n.is_some(), "{config:?}");
 }
 
 fn check_adapter(config: &PolyConfig) {

@@ -1,6 +1,7 @@
 //! `bench`: how long a training step, an evaluation or a generation takes, on random rows.
 //!
-//! Row i has task i mod n_tasks; ids are random and lengths full. `train` is forward, backward and
+//! Row i has task i mod n_tasks; ids are random and lengths full; a causal model is trained on all of
+//! `--src` and has no `--tgt`. `train` is forward, backward and
 //! AdamW step; with `--adapter none` it is forward, and backward through the activations down to both
 //! embeddings: the floor that an adapter is compared with.
 
@@ -18,7 +19,7 @@ use crate::{
         Backend, Precision,
         philox::{Key, Purpose},
     },
-    model::{Adapter, Batch, Example, Model, routed_lora::parse_targets, t5::Sides},
+    model::{Adapter, Batch, Example, Layout, Model, network::Sides, routed_lora::parse_targets},
     process::Memory,
     tape::{Gradients, Tape},
     train::{Schedule, TrainConfig, Trainer},
@@ -39,7 +40,7 @@ pub(super) struct Bench {
     /// Source tokens of a row.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
     src: u32,
-    /// Label tokens of a row.
+    /// Label tokens of a row; ignored by causal models.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     tgt: u32,
     /// Tokens to generate.
@@ -60,9 +61,9 @@ pub(super) struct Bench {
     /// Tasks.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     n_tasks: u32,
-    /// Names, a regular expression, or all-linear.
-    #[arg(long, default_value = "q,v")]
-    target_modules: String,
+    /// Names, a regular expression, or all-linear [default: the architecture's].
+    #[arg(long)]
+    target_modules: Option<String>,
     /// Whether activations are computed again instead of kept.
     #[arg(long, default_value = "off")]
     checkpointing: OnOff,
@@ -112,7 +113,10 @@ impl Bench {
         };
         let row_tokens = match self.what {
             What::Generate => self.new,
-            What::Train | What::Eval => self.src + self.tgt,
+            What::Train | What::Eval => match model.layout() {
+                Layout::EncoderDecoder { .. } => self.src + self.tgt,
+                Layout::Causal => self.src,
+            },
         };
         let (median, min) = timer.summary();
         let backend = model.backend();
@@ -137,7 +141,8 @@ impl Bench {
             "n_skills": self.n_skills,
             "n_splits": self.n_splits,
             "n_tasks": self.n_tasks,
-            "target_modules": self.target_modules,
+            "target_modules":
+                self.target_modules.clone().unwrap_or_else(|| model.default_targets().join(",")),
             "checkpointing": self.checkpointing.is_on(),
             "dropout": self.dropout,
             "steps": self.steps,
@@ -150,7 +155,7 @@ impl Bench {
             n_tasks: self.n_tasks as usize,
             n_skills: self.n_skills,
             n_splits: self.n_splits,
-            target_modules: Some(parse_targets(&self.target_modules)),
+            target_modules: self.target_modules.as_deref().map(parse_targets),
             ..PolyConfig::default()
         };
         Adapter::new(model, &config, self.common.seed)
@@ -170,10 +175,14 @@ impl Bench {
                 .collect()
         };
         (0..self.batch)
-            .map(|i| Example {
-                input: ids(self.src),
-                labels: ids(self.tgt),
-                task: i % self.n_tasks,
+            .map(|i| {
+                // All of a causal row is predicted: from one id on.
+                let (n_input, n_labels) = match (model.layout(), self.what) {
+                    (Layout::Causal, What::Train | What::Eval) => (1, self.src),
+                    (Layout::Causal, What::Generate) => (self.src, 0),
+                    (Layout::EncoderDecoder { .. }, _) => (self.src, self.tgt),
+                };
+                Example { input: ids(n_input), labels: ids(n_labels), task: i % self.n_tasks }
             })
             .collect()
     }
@@ -207,8 +216,7 @@ impl Bench {
     /// The frozen base: forward, and backward to both embeddings.
     fn floor<B: Backend>(&self, model: &Model<B>, examples: &[&Example], timer: &mut Timer) -> f64 {
         let backend = model.backend();
-        let start = model.generation().decoder_start_token_id;
-        let batch = Batch::new(examples.iter().copied(), start, 0);
+        let batch = Batch::new(examples.iter().copied(), model.layout(), 0);
         let n_labels = batch.labels.len();
         let dropout = (self.dropout, Key::new(self.common.seed, Purpose::Dropout, 1));
         let mut sides = Sides::new(&batch, &batch.own_rows(), Some(dropout));

@@ -78,10 +78,15 @@ impl Limits {
         tasks: Option<&TaskNames>,
         targets: Targets,
     ) -> Result<Dataset> {
+        let eos_token_ids = &model.generation().eos_token_ids;
+        let end = tokenizer.map(Tokenizer::end_token).transpose()?.flatten();
         let encoding = Encoding {
             tokenizer: tokenizer.map(|t| t as &dyn Encode),
             vocab_size: model.vocab_size(),
-            eos_token_ids: &model.generation().eos_token_ids,
+            layout: model.layout(),
+            max_positions: model.config().max_positions(),
+            eos_token_ids,
+            end: end.or(eos_token_ids.first().copied()),
             max_source_length: self.max_source_length.map(|n| n as usize),
             max_target_length: self.max_target_length.unwrap_or(128) as usize,
             overlong: match self.overlong {

@@ -15,9 +15,12 @@ use crate::{
 pub(super) struct Init {
     #[command(flatten)]
     pub(super) common: Common,
-    /// The shape, for example flan-t5-base.
+    /// The shape, for example flan-t5-base or llama-1b.
     #[arg(long)]
     preset: String,
+    /// A head of its own for a decoder-only preset that shares the embedding.
+    #[arg(long)]
+    untied: bool,
     /// Where the folder goes.
     #[arg(long)]
     output_dir: PathBuf,
@@ -26,7 +29,10 @@ pub(super) struct Init {
 impl Init {
     pub(super) fn run(&self) -> Result<()> {
         self.common.cpu_only("init")?;
-        let preset = Preset::named(&self.preset)?;
+        let mut preset = Preset::named(&self.preset)?;
+        if self.untied {
+            preset = preset.untied()?;
+        }
         if self.output_dir.join("model.safetensors").exists() {
             return Err(Error::Usage(format!(
                 "{} already holds a model: remove it first",

@@ -15,12 +15,19 @@ use crate::{
 /// A configuration's fields, taken one by one.
 pub(crate) struct Fields {
     path: PathBuf,
+    /// In front of a field's name in messages.
+    prefix: String,
     left: Map<String, Value>,
 }
 
 impl Fields {
     pub(crate) fn new(left: Map<String, Value>, path: &Path) -> Self {
-        Self { path: path.to_path_buf(), left }
+        Self { path: path.to_path_buf(), prefix: String::new(), left }
+    }
+
+    /// The fields of an object that is itself the field `key`.
+    pub(crate) fn within(left: Map<String, Value>, path: &Path, key: &str) -> Self {
+        Self { path: path.to_path_buf(), prefix: format!("{key}."), left }
     }
 
     /// Where they came from.
@@ -34,7 +41,7 @@ impl Fields {
     }
 
     pub(crate) fn error(&self, key: &str, detail: impl std::fmt::Display) -> Error {
-        Error::file(&self.path, format!("field {key}: {detail}"))
+        Error::file(&self.path, format!("field {}{key}: {detail}", self.prefix))
     }
 
     pub(crate) fn wrong_type(&self, key: &str, expected: &str, found: &Value) -> Error {
@@ -85,6 +92,31 @@ impl Fields {
                 None => Err(self.wrong_type(key, "a number", &value)),
             },
         }
+    }
+
+    /// A finite number, if it is there.
+    pub(crate) fn number(&mut self, key: &str) -> Result<Option<f64>> {
+        match self.take_value(key) {
+            None => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number)),
+                None => Err(self.wrong_type(key, "a number", &value)),
+            },
+        }
+    }
+
+    /// A number above 0 that must be there.
+    pub(crate) fn positive(&mut self, key: &str) -> Result<f64> {
+        match self.number(key)? {
+            Some(number) if number > 0.0 => Ok(number),
+            Some(number) => Err(self.error(key, format!("expected above 0, found {number}"))),
+            None => Err(self.error(key, "missing")),
+        }
+    }
+
+    /// Whether a field is there and null.
+    pub(crate) fn is_null(&self, key: &str) -> bool {
+        self.left.get(key).is_some_and(Value::is_null)
     }
 
     pub(crate) fn boolean(&mut self, key: &str) -> Result<Option<bool>> {

@@ -12,15 +12,18 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::{
     error::{Error, Result},
-    formats::json::{excerpt, read_capped},
+    formats::json::{MAX_CONFIG_BYTES, UniqueObject, excerpt, read_capped, read_json},
 };
 
 /// The most bytes of `tokenizer.json`.
 pub const MAX_FILE_BYTES: u64 = 64 << 20;
 
 const FILE_NAME: &str = "tokenizer.json";
+const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
 /// What a folder without it may have: the SentencePiece models that the slow tokenizers read.
 const SLOW_FILES: [&str; 2] = ["spiece.model", "tokenizer.model"];
 
@@ -68,11 +71,11 @@ impl Tokenizer {
         Ok(Self { path, inner })
     }
 
-    /// The ids of a text, with what the file's post-processor adds.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+    /// The ids of a text; with `special` also what the file's post-processor adds.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self
             .inner
-            .encode_fast(text, true)
+            .encode_fast(text, special)
             .map_err(|error| self.error(format!("cannot encode {}: {error}", excerpt(text))))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -83,6 +86,27 @@ impl Tokenizer {
         self.inner
             .decode(ids, skip_special)
             .map_err(|error| self.error(format!("cannot decode {} ids: {error}", ids.len())))
+    }
+
+    /// The end token that `tokenizer_config.json` names, if there is one: what Hugging Face's trainers
+    /// put after a text.
+    pub fn end_token(&self) -> Result<Option<u32>> {
+        let path = self.path.with_file_name(CONFIG_FILE_NAME);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let config = read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0;
+        // A string, or an object with how it is matched in text.
+        let token = match config.get("eos_token") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::String(token)) => Some(token.as_str()),
+            Some(token) => token.get("content").and_then(Value::as_str),
+        };
+        let id = token.and_then(|token| self.inner.token_to_id(token));
+        match id {
+            Some(id) => Ok(Some(id)),
+            None => Err(Error::file(&path, "field eos_token: not a token of tokenizer.json")),
+        }
     }
 
     /// The vocabulary's entry of one id, as it stands in the file.
@@ -120,7 +144,7 @@ mod tests {
         for sample in reference["samples"].as_array().unwrap() {
             let text = sample["text"].as_str().unwrap();
             let ids: Vec<u32> = serde_json::from_value(sample["ids"].clone()).unwrap();
-            assert_eq!(tokenizer.encode(text).unwrap(), ids, "{text:?}");
+            assert_eq!(tokenizer.encode(text, true).unwrap(), ids, "{text:?}");
             if !text.contains('<') {
                 assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
             }

@@ -10,10 +10,7 @@ use crate::{
         Backend,
         ops::{Order, Segments},
     },
-    model::{
-        Example,
-        t5::{DecodeStep, Sides},
-    },
+    model::{Example, cache::Step, network::Sides},
 };
 
 /// How tokens are generated.
@@ -33,7 +30,8 @@ impl Default for GenerateOptions {
 
 impl<B: Backend> Engine<'_, B> {
     /// The most probable continuation of each example, token by token: new tokens only, with the end
-    /// token where one came. `on_token` sees each token as it is made: the example's index and the id.
+    /// token where one came; an output ends where the model's positions end. `on_token` sees each
+    /// token as it is made: the example's index and the id.
     pub fn generate(
         &self,
         examples: &[&Example],
@@ -66,23 +64,30 @@ impl<B: Backend> Engine<'_, B> {
         let generation = self.model.generation();
         let (batch, rows) = self.batch(examples);
         let sides = Sides::new(&batch, &rows, None);
-        let mut tape = self.tape(Order::Panel);
-        let (encoded, _) = network.encode(&mut tape, &batch.source, &sides.source);
-        let encoded = (&encoded, &sides.source);
-        let mut decoding = network.start_decoding(&mut tape, encoded);
-
+        let mut prefill = self.tape(Order::Panel);
+        let mut decoding = network.start(&mut prefill, &batch, &sides);
         let order = if self.capacity <= DOT_ROWS { Order::Dot } else { Order::Panel };
-        let mut tape = self.tape(order);
+        let mut decode = self.tape(order);
+
+        let max_positions = self.model.config().max_positions().unwrap_or(usize::MAX);
         let mut active: Vec<usize> = (0..examples.len()).collect();
-        let mut ids = vec![generation.decoder_start_token_id; examples.len()];
-        for position in 0..options.max_new_tokens {
+        // The first step brings what comes before the first new token.
+        let (mut ids, mut lens, mut tape) = match generation.decoder_start_token_id {
+            Some(start) => (vec![start; active.len()], vec![1; active.len()], &mut decode),
+            None => {
+                // Not the batch's target: in an evaluation the labels are in it.
+                let inputs = || examples.iter().map(|example| &example.input);
+                let ids = inputs().flatten().copied().collect();
+                (ids, inputs().map(Vec::len).collect(), &mut prefill)
+            }
+        };
+        for n_new in 0..options.max_new_tokens {
             let of_row: Vec<usize> = active.iter().map(|&i| rows.of_example[i]).collect();
-            let segments =
-                &Arc::new(Segments::new(&vec![1; active.len()], &of_row, rows.tasks.len()));
-            let step = DecodeStep { ids: &ids, active: &active, position, segments };
-            let logits = network.decode_step(&mut tape, &mut decoding, &step);
+            let segments = &Arc::new(Segments::new(&lens, &of_row, rows.tasks.len()));
+            let step = Step { ids: &ids, slots: &active, lens: &lens, segments };
+            let logits = network.next_logits(tape, &mut decoding, &step);
             let forbidden: &[u32] =
-                if position < options.min_new_tokens { &generation.eos_token_ids } else { &[] };
+                if n_new < options.min_new_tokens { &generation.eos_token_ids } else { &[] };
             let next = self.model.backend().argmax(&logits, forbidden);
             for (&row, &id) in active.iter().zip(&next) {
                 outputs[row].push(id);
@@ -91,12 +96,18 @@ impl<B: Backend> Engine<'_, B> {
             (active, ids) = active
                 .iter()
                 .zip(next)
-                .filter(|(_, id)| !generation.eos_token_ids.contains(id))
+                .filter(|&(&row, ref id)| {
+                    // A token at the last position is said, but there is no room to go on from it.
+                    let full = decoding.len(row) >= max_positions;
+                    !full && !generation.eos_token_ids.contains(id)
+                })
                 .map(|(&row, id)| (row, id))
                 .unzip();
             if active.is_empty() {
                 break;
             }
+            lens = vec![1; active.len()];
+            tape = &mut decode;
         }
         outputs
     }

@@ -16,7 +16,7 @@ use crate::{
         ops::{Noise, Order},
         planner::Mode,
     },
-    model::{Adapter, Batch, Example, Model, batch::RoutingRows, t5::Sides},
+    model::{Adapter, Batch, Example, Model, batch::RoutingRows, network::Sides},
     tape::{Adapted, Mixture, Tape},
 };
 
@@ -82,7 +82,7 @@ impl<'m, B: Backend> Engine<'m, B> {
                 let sides = Sides::new(&batch, &rows, None);
                 let mut tape = self.tape(Order::Panel);
                 let nll = self.model.network().loss(&mut tape, &batch, &sides, 0.0);
-                let spans = &batch.target_spans;
+                let spans = &batch.label_spans;
                 all.extend(
                     spans.starts.iter().zip(&spans.lens).map(|(&s, &n)| nll[s..s + n].to_vec()),
                 );
@@ -92,8 +92,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     fn batch(&self, examples: &[&Example]) -> (Batch, RoutingRows) {
-        let start = self.model.decoder_start();
-        let batch = Batch::new(examples.iter().copied(), start, 0);
+        let batch = Batch::new(examples.iter().copied(), self.model.layout(), 0);
         let rows = match &self.adapter {
             Some(attached) => RoutingRows {
                 tasks: attached.tasks.clone(),

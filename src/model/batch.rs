@@ -5,10 +5,15 @@
 //! source     5 6 1 7 1          spans 0..3, 3..5
 //! labels     9 1 8 3 1          spans 0..2, 2..5
 //! target in  0 9 0 8 3          (labels shifted right behind the start id)
+//!
+//! causal     5 6 1 9 7 1 8 3    spans 0..4, 4..8: the input, then the labels but the last
+//! read       _ _ * * _ * * *    label_rows: the tokens that a label follows
 //! ```
 //!
 //! No kernel ever sees a padding token, so short examples cost what they are, and what an example
-//! computes does not depend on who shares its batch.
+//! computes does not depend on who shares its batch. So every batch is packed: examples of different
+//! tasks lie in one row of tokens, each attends to itself alone ([`Spans`]), stands at its own
+//! positions from 0, and uses its own task's mixture ([`Segments`]).
 
 use std::sync::Arc;
 
@@ -17,27 +22,43 @@ use crate::kernels::ops::{Segments, Spans, TokenKey};
 /// One example as ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Example {
-    /// What the encoder sees.
+    /// What the encoder sees; for a causal model the prompt, at least one id.
     pub input: Vec<u32>,
-    /// What the decoder should say, with the end id; empty in generation.
+    /// What should be said, with the end id; empty in generation.
     pub labels: Vec<u32>,
     /// The task, below the adapter's `n_tasks`; unused without an adapter.
     pub task: u32,
 }
 
+/// How examples become a decoder's tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// The encoder sees the input, the decoder the labels behind a start id.
+    EncoderDecoder {
+        /// The id that the decoder begins with.
+        start: u32,
+    },
+    /// There is only a decoder: the labels follow the input.
+    Causal,
+}
+
 /// Examples that are computed together.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// Ids for the encoder, `[source tokens]`.
+    /// Ids for the encoder, `[source tokens]`; none for a causal model.
     pub source: Vec<u32>,
     /// Ids for the decoder, `[target tokens]`.
     pub target: Vec<u32>,
-    /// What each target token should be followed by, `[target tokens]`.
+    /// What should be said, `[labels]`.
     pub labels: Vec<u32>,
+    /// The target token that each label follows, `[labels]`; none: label i follows target token i.
+    pub label_rows: Option<Vec<usize>>,
     /// Each example's source tokens.
     pub source_spans: Arc<Spans>,
     /// Each example's target tokens.
     pub target_spans: Arc<Spans>,
+    /// Each example's labels.
+    pub label_spans: Arc<Spans>,
     /// Each example's task.
     pub tasks: Vec<u32>,
     /// Each example's number within the optimiser step: what its random numbers are counted by.
@@ -45,32 +66,56 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Packs examples. `start` is the id that the decoder begins with, `first` the number of the
-    /// first example within the optimiser step.
+    /// Packs examples. `first` is the number of the first one within the optimiser step.
+    ///
+    /// # Panics
+    /// If an example of a causal model has no input.
     pub fn new<'e>(
         examples: impl IntoIterator<Item = &'e Example>,
-        start: u32,
+        layout: Layout,
         first: usize,
     ) -> Self {
         let examples: Vec<_> = examples.into_iter().collect();
-        let lens = |of: fn(&Example) -> usize| -> Arc<Spans> {
+        let spans = |of: &dyn Fn(&Example) -> usize| -> Arc<Spans> {
             Arc::new(Spans::packed(&examples.iter().map(|e| of(e)).collect::<Vec<_>>()))
         };
-        let target = examples.iter().flat_map(|e| {
-            (!e.labels.is_empty())
-                .then_some(start)
-                .into_iter()
-                .chain(e.labels.iter().rev().skip(1).rev().copied())
-        });
-        Self {
-            source: examples.iter().flat_map(|e| e.input.iter().copied()).collect(),
-            target: target.collect(),
+        let mut batch = Self {
+            source: Vec::new(),
+            target: Vec::new(),
             labels: examples.iter().flat_map(|e| e.labels.iter().copied()).collect(),
-            source_spans: lens(|e| e.input.len()),
-            target_spans: lens(|e| e.labels.len()),
+            label_rows: None,
+            source_spans: spans(&|_| 0),
+            target_spans: Arc::default(),
+            label_spans: spans(&|e| e.labels.len()),
             tasks: examples.iter().map(|e| e.task).collect(),
             numbers: (first..first + examples.len()).map(|n| n as u32).collect(),
+        };
+        // What is read to say the labels: they themselves but the last.
+        let said = |e: &Example| e.labels.len().saturating_sub(1);
+        match layout {
+            Layout::EncoderDecoder { start } => {
+                for example in &examples {
+                    batch.source.extend(&example.input);
+                    batch.target.extend((!example.labels.is_empty()).then_some(start));
+                    batch.target.extend(&example.labels[..said(example)]);
+                }
+                batch.source_spans = spans(&|e| e.input.len());
+                batch.target_spans = Arc::clone(&batch.label_spans);
+            }
+            Layout::Causal => {
+                let mut rows = Vec::with_capacity(batch.labels.len());
+                for example in &examples {
+                    assert!(!example.input.is_empty(), "a causal model begins with its input");
+                    batch.target.extend(&example.input);
+                    let first = batch.target.len() - 1;
+                    rows.extend(first..first + example.labels.len());
+                    batch.target.extend(&example.labels[..said(example)]);
+                }
+                batch.label_rows = Some(rows);
+                batch.target_spans = spans(&|e| e.input.len() + said(e));
+            }
         }
+        batch
     }
 
     /// The number of examples.
@@ -147,7 +192,7 @@ mod tests {
             Example { input: vec![7, 1], labels: vec![8, 3, 1], task: 0 },
             Example { input: vec![4], labels: vec![], task: 2 },
         ];
-        let batch = Batch::new(&examples, 0, 10);
+        let batch = Batch::new(&examples, Layout::EncoderDecoder { start: 0 }, 10);
         assert_eq!(batch.source, [5, 6, 1, 7, 1, 4]);
         assert_eq!(batch.target, [0, 9, 0, 8, 3]);
         assert_eq!(batch.labels, [9, 1, 8, 3, 1]);
@@ -156,5 +201,21 @@ mod tests {
         let rows = batch.rows_by_task();
         assert_eq!((rows.tasks, rows.of_example), (vec![2, 0], vec![0, 1, 0]));
         assert_eq!(batch.source_keys()[4], TokenKey { example: 11, position: 1 });
+    }
+
+    #[test]
+    fn labels_follow_the_input_of_a_causal_model() {
+        let examples = [
+            Example { input: vec![5, 6, 1], labels: vec![9, 1], task: 2 },
+            Example { input: vec![7], labels: vec![8], task: 0 },
+            Example { input: vec![4, 3], labels: vec![], task: 2 },
+        ];
+        let batch = Batch::new(&examples, Layout::Causal, 0);
+        assert_eq!(batch.target, [5, 6, 1, 9, 7, 4, 3]);
+        assert_eq!(batch.target_spans.lens, [4, 1, 2]);
+        assert_eq!(batch.labels, [9, 1, 8]);
+        assert_eq!(batch.label_rows.as_deref(), Some(&[2, 3, 4][..]));
+        assert_eq!((batch.source.len(), &batch.source_spans.lens[..]), (0, &[0, 0, 0][..]));
+        assert_eq!(batch.label_spans.lens, [2, 1, 0]);
     }
 }

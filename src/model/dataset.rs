@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::Example;
+use super::{Example, Layout};
 use crate::{
     error::{Error, Result},
     formats::{
@@ -12,13 +12,13 @@ use crate::{
     },
 };
 
-/// Turns text into ids, with the special tokens that belong to them.
+/// Turns text into ids.
 pub trait Encode {
-    /// The ids of a text.
+    /// The ids of a text; with `special` also what the tokenizer's post-processor adds.
     ///
     /// # Errors
     /// If the tokenizer cannot encode it.
-    fn encode(&self, text: &str) -> Result<Vec<u32>>;
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>>;
 }
 
 /// What happens to rows over the length limits.
@@ -38,8 +38,14 @@ pub struct Encoding<'a> {
     pub tokenizer: Option<&'a dyn Encode>,
     /// Ids must be below.
     pub vocab_size: usize,
+    /// How examples become tokens.
+    pub layout: Layout,
+    /// The most tokens of a sequence that the model has positions for; none: any number.
+    pub max_positions: Option<usize>,
     /// The ids that end a text.
     pub eos_token_ids: &'a [u32],
+    /// The id that follows a causal target that is text; an encoder-decoder's tokenizer appends it.
+    pub end: Option<u32>,
     /// The most source tokens; none: 512 for text, no limit for ids.
     pub max_source_length: Option<usize>,
     /// The most label tokens.
@@ -92,11 +98,12 @@ impl Dataset {
             let source_limit = encoding
                 .max_source_length
                 .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
-            let (input, input_cut) =
-                encoding.sequence(&row.input, source_limit).map_err(|e| e.into_error(fail))?;
+            let (input, input_cut) = encoding
+                .sequence(&row.input, source_limit, false)
+                .map_err(|e| e.into_error(fail))?;
             let (labels, labels_cut) = match row.target.as_ref().filter(|_| encoding.targets) {
                 Some(target) => encoding
-                    .sequence(target, Some(encoding.max_target_length))
+                    .sequence(target, Some(encoding.max_target_length), true)
                     .map_err(|e| e.into_error(fail))?,
                 None => (Vec::new(), None),
             };
@@ -114,6 +121,7 @@ impl Dataset {
                     }
                 }
             }
+            encoding.check_positions(input.len(), labels.len()).map_err(fail)?;
             dataset.examples.push(Example { input, labels, task });
             dataset.rows.push(row);
         }
@@ -157,11 +165,12 @@ impl Encoding<'_> {
         &self,
         sequence: &Sequence,
         limit: Option<usize>,
+        is_target: bool,
     ) -> Result<(Vec<u32>, Option<(usize, usize)>), Fault> {
         let (mut ids, is_text) = match (sequence, self.tokenizer) {
             (Sequence::Ids(ids), _) => (ids.clone(), false),
             (Sequence::Text(text), Some(tokenizer)) => {
-                (tokenizer.encode(text).map_err(Fault::Other)?, true)
+                (self.text(tokenizer, text, is_target)?, true)
             }
             (Sequence::Text(_), None) => {
                 return Err(Fault::Detail(
@@ -176,6 +185,11 @@ impl Encoding<'_> {
             )));
         }
         let n = ids.len();
+        if n == 0 {
+            return Err(Fault::Detail(
+                "the text has no tokens; the model needs at least one".into(),
+            ));
+        }
         let Some(limit) = limit.filter(|&limit| n > limit) else { return Ok((ids, None)) };
         let end = ids.last().copied().filter(|id| is_text && self.eos_token_ids.contains(id));
         ids.truncate(limit);
@@ -184,12 +198,50 @@ impl Encoding<'_> {
         }
         Ok((ids, Some((n, limit))))
     }
+
+    /// The ids of a text: with what the tokenizer adds for an encoder-decoder; a causal model's input
+    /// has what comes before a text and its target what comes after, once each.
+    fn text(&self, tokenizer: &dyn Encode, text: &str, is_target: bool) -> Result<Vec<u32>, Fault> {
+        let special = self.layout != Layout::Causal || !is_target;
+        let mut ids = tokenizer.encode(text, special).map_err(Fault::Other)?;
+        if self.layout != Layout::Causal {
+            return Ok(ids);
+        }
+        if !is_target {
+            while ids.last().is_some_and(|last| self.eos_token_ids.contains(last)) {
+                ids.pop();
+            }
+            return Ok(ids);
+        }
+        let Some(end) = self.end else {
+            return Err(Fault::Detail(
+                "the model folder names no end token for text (eos_token_id); give input_ids and label_ids".into(),
+            ));
+        };
+        ids.push(end);
+        Ok(ids)
+    }
+
+    /// Whether the model has positions for a row.
+    fn check_positions(&self, n_input: usize, n_labels: usize) -> Result<(), String> {
+        let longest = match self.layout {
+            Layout::EncoderDecoder { .. } => n_input.max(n_labels),
+            Layout::Causal => n_input + n_labels,
+        };
+        match self.max_positions {
+            Some(max) if longest > max => Err(format!(
+                "the row has {longest} tokens, but the model has positions for {max}; \
+                --max-source-length and --max-target-length cut rows"
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 #[cfg(feature = "cli")]
 impl Encode for crate::formats::tokenizer::Tokenizer {
-    fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode(text)
+    fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        self.encode(text, special)
     }
 }
 
@@ -199,19 +251,26 @@ mod tests {
 
     struct Bytes;
     impl Encode for Bytes {
-        fn encode(&self, text: &str) -> Result<Vec<u32>> {
-            Ok(text.bytes().map(u32::from).chain([1]).collect())
+        fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+            Ok(text.bytes().map(u32::from).chain(special.then_some(1)).collect())
         }
     }
 
     fn encode(lines: &str, max: usize, overlong: Overlong) -> Result<Dataset> {
+        encode_as(Layout::EncoderDecoder { start: 0 }, lines, max, overlong)
+    }
+
+    fn encode_as(layout: Layout, lines: &str, max: usize, overlong: Overlong) -> Result<Dataset> {
         let path = Path::new("rows.jsonl");
         let rows: Result<Vec<Row>> =
             RowReader::new(lines.as_bytes(), path, Targets::Required).collect();
         let encoding = Encoding {
             tokenizer: Some(&Bytes),
             vocab_size: 256,
+            layout,
+            max_positions: (layout == Layout::Causal).then_some(9),
             eos_token_ids: &[1],
+            end: Some(1),
             max_source_length: Some(max),
             max_target_length: max,
             overlong,
@@ -235,6 +294,22 @@ mod tests {
         assert_eq!(encode(ROWS, 4, Overlong::Skip).unwrap().n_skipped, 2);
         let error = encode(ROWS, 4, Overlong::Error).unwrap_err().to_string();
         assert_eq!(error, "rows.jsonl:1: the row has 7 tokens where 4 are allowed");
+    }
+
+    #[test]
+    fn causal_text_ends_once() {
+        let dataset = encode_as(Layout::Causal, ROWS, 8, Overlong::Error).unwrap();
+        let Example { input, labels, .. } = &dataset.examples[0];
+        assert_eq!((&input[..], &labels[..]), (&b"abcdef".map(u32::from)[..], &[97, 1][..]));
+        let Example { input, labels, .. } = &dataset.examples[1];
+        assert_eq!((input.len(), &labels[..]), (6, &[5][..])); // Nothing is added to ids.
+        let text = r#"{"task_id": 0, "input": "ab", "target": "cdef"}"#;
+        let dataset = encode_as(Layout::Causal, text, 3, Overlong::Truncate).unwrap();
+        assert_eq!(dataset.examples[0].labels, [99, 100, 1]);
+        let long = r#"{"task_id": 0, "input": "abcdef", "target": "cdef"}"#;
+        let error = encode_as(Layout::Causal, long, 99, Overlong::Skip).unwrap_err().to_string();
+        let expected = "rows.jsonl:1: the row has 11 tokens, but the model has positions for 9";
+        assert!(error.starts_with(expected), "{error}");
     }
 
     #[test]

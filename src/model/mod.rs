@@ -8,9 +8,14 @@
 //! A [`Model`] knows its modules by Hugging Face's names, so that an adapter's `target_modules` mean
 //! what they mean in PEFT.
 
+pub mod bart;
 pub mod batch;
+pub mod cache;
 pub mod dataset;
+pub mod decoder;
+pub mod network;
 pub mod presets;
+mod rope;
 pub mod routed_lora;
 pub mod routing;
 pub mod t5;
@@ -21,7 +26,10 @@ use std::{
     sync::Arc,
 };
 
-pub use batch::{Batch, Example};
+pub use bart::Bart;
+pub use batch::{Batch, Example, Layout};
+pub use decoder::Decoder;
+pub use network::Network;
 pub use routed_lora::Adapter;
 pub use t5::T5;
 
@@ -80,7 +88,7 @@ pub struct Model<B: Backend = Cpu> {
     dir: PathBuf,
     config: ModelConfig,
     generation: GenerationConfig,
-    network: T5<B>,
+    network: Box<dyn Network<B>>,
     modules: Vec<Module>,
     tensors: Vec<TensorUse>,
     files: Vec<Arc<MappedFile>>,
@@ -124,9 +132,19 @@ impl<B: Backend> Model<B> {
     }
 
     fn build(backend: B, config: ModelConfig, mut checkpoint: Checkpoint) -> Result<Self> {
-        let ModelConfig::T5(t5) = &config;
-        let mut modules = t5::modules(t5);
-        let network = T5::load(&backend, t5.clone(), &mut checkpoint)?;
+        let (network, mut modules): (Box<dyn Network<B>>, _) = match &config {
+            ModelConfig::T5(t5) => {
+                (Box::new(T5::load(&backend, t5.clone(), &mut checkpoint)?), t5::modules(t5))
+            }
+            ModelConfig::Decoder(decoder) => {
+                let network = Decoder::load(&backend, decoder.clone(), &mut checkpoint)?;
+                (Box::new(network), decoder::modules(decoder))
+            }
+            ModelConfig::Bart(bart) => (
+                Box::new(Bart::load(&backend, bart.clone(), &mut checkpoint)?),
+                bart::modules(bart),
+            ),
+        };
         let dir = checkpoint.dir().to_path_buf();
         let generation = GenerationConfig::open(&dir, &config)?;
         let files = checkpoint.mapped_files();
@@ -156,8 +174,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// The layers.
-    pub fn network(&self) -> &T5<B> {
-        &self.network
+    pub fn network(&self) -> &dyn Network<B> {
+        self.network.as_ref()
     }
 
     /// Every module, in Hugging Face's order.
@@ -172,21 +190,29 @@ impl<B: Backend> Model<B> {
 
     /// Rows of the embedding: ids must be below.
     pub fn vocab_size(&self) -> usize {
-        let ModelConfig::T5(config) = &self.config;
-        config.vocab_size
+        self.config.vocab_size()
     }
 
     /// The dropout that the base was trained with.
     pub fn dropout_rate(&self) -> f32 {
-        let ModelConfig::T5(config) = &self.config;
-        config.dropout_rate
+        self.config.dropout_rate()
     }
 
-    /// The id that labels are shifted behind in training and evaluation (generation may start with
-    /// another: [`Model::generation`]).
-    pub fn decoder_start(&self) -> u32 {
-        let ModelConfig::T5(config) = &self.config;
-        config.decoder_start_token_id
+    /// How examples become tokens in training and evaluation (generation may start with another id:
+    /// [`Model::generation`]).
+    pub fn layout(&self) -> Layout {
+        match self.config.decoder_start() {
+            Some(start) => Layout::EncoderDecoder { start },
+            None => Layout::Causal,
+        }
+    }
+
+    /// What PEFT calls the model's task.
+    pub fn task_type(&self) -> &'static str {
+        match self.layout() {
+            Layout::EncoderDecoder { .. } => "SEQ_2_SEQ_LM",
+            Layout::Causal => "CAUSAL_LM",
+        }
     }
 
     /// A fingerprint of the weights: of each file its length and its first and last 64 KiB. Reading

@@ -12,11 +12,22 @@ use crate::{
     kernels::philox::{Key, Purpose, unit},
 };
 
-/// A T5 of a known shape.
+/// A model of a known shape.
 #[derive(Clone, Copy, Debug)]
 pub struct Preset {
     /// Its name on the command line.
     pub name: &'static str,
+    shape: Shape,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Shape {
+    T5(T5Shape),
+    Decoder(DecoderShape),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct T5Shape {
     n_layers: usize,
     d_model: usize,
     d_ff: usize,
@@ -25,28 +36,84 @@ pub struct Preset {
     gated: bool,
 }
 
-const HEAD_DIM: usize = 64;
-const VOCAB: usize = 32128;
-
-/// All presets.
-pub const PRESETS: [Preset; 6] = [
-    preset("flan-t5-small", 8, 512, 1024, 6, true),
-    preset("flan-t5-base", 12, 768, 2048, 12, true),
-    preset("flan-t5-large", 24, 1024, 2816, 16, true),
-    preset("flan-t5-xl", 24, 2048, 5120, 32, true),
-    preset("t5-small", 6, 512, 2048, 8, false),
-    preset("t5-base", 12, 768, 3072, 12, false),
-];
-
-const fn preset(
-    name: &'static str,
+#[derive(Clone, Copy, Debug)]
+struct DecoderShape {
+    model_type: &'static str,
     n_layers: usize,
     d_model: usize,
     d_ff: usize,
     n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+    theta: f64,
+    tied: bool,
+}
+
+const HEAD_DIM: usize = 64;
+const VOCAB: usize = 32128;
+
+/// All presets.
+pub const PRESETS: [Preset; 9] = [
+    t5("flan-t5-small", [8, 512, 1024, 6], true),
+    t5("flan-t5-base", [12, 768, 2048, 12], true),
+    t5("flan-t5-large", [24, 1024, 2816, 16], true),
+    t5("flan-t5-xl", [24, 2048, 5120, 32], true),
+    t5("t5-small", [6, 512, 2048, 8], false),
+    t5("t5-base", [12, 768, 3072, 12], false),
+    Preset {
+        name: "llama-1b",
+        shape: Shape::Decoder(DecoderShape {
+            model_type: "llama",
+            n_layers: 16,
+            d_model: 2048,
+            d_ff: 8192,
+            n_heads: 32,
+            n_kv_heads: 8,
+            head_dim: 64,
+            vocab_size: 128_256,
+            theta: 5e5,
+            tied: true,
+        }),
+    },
+    Preset {
+        name: "llama-8b",
+        shape: Shape::Decoder(DecoderShape {
+            model_type: "llama",
+            n_layers: 32,
+            d_model: 4096,
+            d_ff: 14_336,
+            n_heads: 32,
+            n_kv_heads: 8,
+            head_dim: 128,
+            vocab_size: 128_256,
+            theta: 5e5,
+            tied: false,
+        }),
+    },
+    Preset {
+        name: "qwen3-0.6b",
+        shape: Shape::Decoder(DecoderShape {
+            model_type: "qwen3",
+            n_layers: 28,
+            d_model: 1024,
+            d_ff: 3072,
+            n_heads: 16,
+            n_kv_heads: 8,
+            head_dim: 128,
+            vocab_size: 151_936,
+            theta: 1e6,
+            tied: true,
+        }),
+    },
+];
+
+const fn t5(
+    name: &'static str,
+    [n_layers, d_model, d_ff, n_heads]: [usize; 4],
     gated: bool,
 ) -> Preset {
-    Preset { name, n_layers, d_model, d_ff, n_heads, gated }
+    Preset { name, shape: Shape::T5(T5Shape { n_layers, d_model, d_ff, n_heads, gated }) }
 }
 
 impl Preset {
@@ -61,14 +128,39 @@ impl Preset {
         })
     }
 
-    /// Writes a model folder with Gaussian weights of the spread that Hugging Face initialises T5
-    /// with; norms are 1. The same seed gives the same bytes.
+    /// The same shape with a head of its own.
+    ///
+    /// # Errors
+    /// If its family has no such choice.
+    pub fn untied(self) -> Result<Self> {
+        match self.shape {
+            Shape::Decoder(shape) => {
+                Ok(Self { shape: Shape::Decoder(DecoderShape { tied: false, ..shape }), ..self })
+            }
+            Shape::T5(_) => {
+                let name = self.name;
+                Err(Error::Usage(format!("--untied is for decoder-only presets, not {name}")))
+            }
+        }
+    }
+
+    /// Writes a model folder with Gaussian weights of the spread that Hugging Face initialises the
+    /// family with; norms are 1. The same seed gives the same bytes.
     ///
     /// # Errors
     /// If the folder cannot be written.
     pub fn write(&self, dir: &Path, dtype: Dtype, seed: u64) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-        let tensors = self.tensors();
+        let (tensors, mut config) = match self.shape {
+            Shape::T5(shape) => (shape.tensors(), shape.config()),
+            Shape::Decoder(shape) => (shape.tensors(), shape.config()),
+        };
+        let saved_as = match dtype {
+            Dtype::Bf16 => "bfloat16",
+            Dtype::F16 => "float16",
+            Dtype::F32 | Dtype::F64 => "float32",
+        };
+        config["torch_dtype"] = json!(saved_as);
         let specs = tensors
             .iter()
             .map(|tensor| TensorSpec {
@@ -86,16 +178,12 @@ impl Preset {
             }
             Ok(())
         })?;
-        let config = self.config(dtype);
         write_atomically(&dir.join("config.json"), |file| writeln!(file, "{config:#}"))
     }
+}
 
-    fn config(&self, dtype: Dtype) -> serde_json::Value {
-        let dtype = match dtype {
-            Dtype::Bf16 => "bfloat16",
-            Dtype::F16 => "float16",
-            Dtype::F32 | Dtype::F64 => "float32",
-        };
+impl T5Shape {
+    fn config(&self) -> serde_json::Value {
         let feed_forward_proj = if self.gated { "gated-gelu" } else { "relu" };
         json!({
             "architectures": ["T5ForConditionalGeneration"],
@@ -117,14 +205,13 @@ impl Preset {
             "relative_attention_max_distance": 128,
             "relative_attention_num_buckets": 32,
             "tie_word_embeddings": !self.gated,
-            "torch_dtype": dtype,
             "use_cache": true,
             "vocab_size": VOCAB,
         })
     }
 
     fn tensors(&self) -> Vec<RandomTensor> {
-        let Self { n_layers, d_model, d_ff, n_heads, gated, .. } = *self;
+        let Self { n_layers, d_model, d_ff, n_heads, gated } = *self;
         let inner = n_heads * HEAD_DIM;
         let spread = |n: usize| (n as f32).powf(-0.5);
         let mut all = Vec::new();
@@ -169,6 +256,81 @@ impl Preset {
                 push(format!("{last}.layer_norm.weight"), &[d_model], None);
             }
             push(format!("{stack}.final_layer_norm.weight"), &[d_model], None);
+        }
+        all
+    }
+}
+
+/// transformers' `initializer_range`.
+const DECODER_STD: f32 = 0.02;
+
+impl DecoderShape {
+    fn config(&self) -> serde_json::Value {
+        let architecture = match self.model_type {
+            "qwen3" => "Qwen3ForCausalLM",
+            _ => "LlamaForCausalLM",
+        };
+        let mut config = json!({
+            "architectures": [architecture],
+            "attention_bias": false,
+            "attention_dropout": 0.0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.d_model,
+            "initializer_range": DECODER_STD,
+            "intermediate_size": self.d_ff,
+            "max_position_embeddings": 40_960,
+            "model_type": self.model_type,
+            "num_attention_heads": self.n_heads,
+            "num_hidden_layers": self.n_layers,
+            "num_key_value_heads": self.n_kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": self.theta,
+            "tie_word_embeddings": self.tied,
+            "use_cache": true,
+            "vocab_size": self.vocab_size,
+        });
+        if self.model_type == "llama" {
+            config["max_position_embeddings"] = json!(8192);
+            config["rms_norm_eps"] = json!(1e-5);
+            config["mlp_bias"] = json!(false);
+        }
+        config
+    }
+
+    fn tensors(&self) -> Vec<RandomTensor> {
+        let Self { d_model, d_ff, n_heads, n_kv_heads, head_dim, vocab_size, .. } = *self;
+        let (inner, kv) = (n_heads * head_dim, n_kv_heads * head_dim);
+        let mut all = Vec::new();
+        let mut push = |name: String, shape: &[usize]| {
+            let std = (shape.len() > 1).then_some(DECODER_STD);
+            all.push(RandomTensor { name: name + ".weight", shape: shape.to_vec(), std });
+        };
+        push("model.embed_tokens".into(), &[vocab_size, d_model]);
+        for i in 0..self.n_layers {
+            for (name, shape) in [
+                ("self_attn.q_proj", &[inner, d_model][..]),
+                ("self_attn.k_proj", &[kv, d_model]),
+                ("self_attn.v_proj", &[kv, d_model]),
+                ("self_attn.o_proj", &[d_model, inner]),
+                ("mlp.gate_proj", &[d_ff, d_model]),
+                ("mlp.up_proj", &[d_ff, d_model]),
+                ("mlp.down_proj", &[d_model, d_ff]),
+                ("input_layernorm", &[d_model]),
+                ("post_attention_layernorm", &[d_model]),
+            ] {
+                push(format!("model.layers.{i}.{name}"), shape);
+            }
+            if self.model_type == "qwen3" {
+                push(format!("model.layers.{i}.self_attn.q_norm"), &[head_dim]);
+                push(format!("model.layers.{i}.self_attn.k_norm"), &[head_dim]);
+            }
+        }
+        push("model.norm".into(), &[d_model]);
+        if !self.tied {
+            push("lm_head".into(), &[vocab_size, d_model]);
         }
         all
     }

@@ -460,7 +460,7 @@ impl<B: Backend> Model<B> {
 
     /// PEFT's default targets of this architecture.
     pub fn default_targets(&self) -> &'static [&'static str] {
-        &["q", "v"]
+        self.config().default_targets()
     }
 }
 

@@ -17,17 +17,18 @@ use crate::{
     formats::{checkpoint::Checkpoint, config::T5Config},
     kernels::{
         Backend, Precision,
-        ops::{Activation, CacheWrite, Dropout, Key, RelativeBias, Segments, Spans, TokenKey},
+        ops::{Activation, RelativeBias},
     },
     model::{
         Module, ModuleKind,
-        batch::{Batch, RoutingRows},
+        batch::Batch,
+        cache::{Cache, Decoding, Step},
+        network::{Head, Network, Side, Sides},
     },
     tape::{
         Tape, Var,
-        ops::{AttentionSpec, FrozenLinear, KeyValue, LinearSpec, head::HeadSpec},
+        ops::{AttentionSpec, FrozenLinear, KeyValue, LinearSpec},
     },
-    tensor::Tensor,
 };
 
 /// A T5 encoder-decoder.
@@ -37,8 +38,7 @@ pub struct T5<B: Backend> {
     shared: B::Weight,
     encoder: Stack<B>,
     decoder: Stack<B>,
-    head: FrozenLinear<B>,
-    head_scale: f32,
+    head: Head<B>,
 }
 
 struct Stack<B: Backend> {
@@ -70,69 +70,6 @@ struct FeedForward<B: Backend> {
     down: FrozenLinear<B>,
 }
 
-/// The dropouts of a pass over one stack.
-#[derive(Clone, Debug)]
-pub struct DropoutPlan {
-    /// Probability of dropping.
-    pub p: f32,
-    /// Seed, purpose and step.
-    pub key: Key,
-    /// The stack's tokens.
-    pub tokens: Arc<[TokenKey]>,
-}
-
-/// What a pass over one stack is about, beside its ids.
-#[derive(Clone, Debug)]
-pub struct Side {
-    /// Each example's tokens.
-    pub spans: Arc<Spans>,
-    /// Which routing row they belong to.
-    pub segments: Arc<Segments>,
-    /// Where the base drops.
-    pub dropout: Option<DropoutPlan>,
-    /// Whether blocks keep their activations for the backward (else they run again).
-    pub keep: bool,
-    /// Whether the gradient of the embedding is wanted (a frozen base's floor in `bench`).
-    pub watch: bool,
-}
-
-impl Side {
-    fn dropout(&self, site: u32) -> Option<Dropout> {
-        let DropoutPlan { p, key, tokens } = self.dropout.clone()?;
-        Some(Dropout { p, key, site, tokens })
-    }
-}
-
-/// Both sides of a pass over a batch.
-#[derive(Clone, Debug)]
-pub struct Sides {
-    /// The encoder's.
-    pub source: Side,
-    /// The decoder's.
-    pub target: Side,
-}
-
-impl Sides {
-    /// A pass over `batch` whose examples use the mixtures of `rows`; `dropout` is probability and key.
-    pub fn new(batch: &Batch, rows: &RoutingRows, dropout: Option<(f32, Key)>) -> Self {
-        let side = |spans: &Arc<Spans>, tokens: Arc<[TokenKey]>| Side {
-            spans: Arc::clone(spans),
-            segments: rows.segments(spans),
-            dropout: dropout.filter(|&(p, _)| p > 0.0).map(|(p, key)| DropoutPlan {
-                p,
-                key,
-                tokens,
-            }),
-            keep: true,
-            watch: false,
-        };
-        Self {
-            source: side(&batch.source_spans, batch.source_keys()),
-            target: side(&batch.target_spans, batch.target_keys()),
-        }
-    }
-}
-
 /// Sites of a block's dropouts, from its own first one.
 mod site {
     pub(super) const PROBABILITIES: u32 = 0;
@@ -159,76 +96,8 @@ impl<B: Backend> T5<B> {
         let encoder = loader.stack("encoder", config.num_layers)?;
         let decoder = loader.stack("decoder", config.num_decoder_layers)?;
         let head = loader.head(&shared)?;
-        let head_scale =
-            if config.scales_head() { (config.d_model as f32).powf(-0.5) } else { 1.0 };
         let activation = config.activation;
-        Ok(Self { config, activation, shared, encoder, decoder, head, head_scale })
-    }
-
-    /// The configuration.
-    pub fn config(&self) -> &T5Config {
-        &self.config
-    }
-
-    /// The head, `[vocabulary, d_model]`.
-    pub fn head(&self) -> &FrozenLinear<B> {
-        &self.head
-    }
-
-    /// What the logits are multiplied by.
-    pub fn head_scale(&self) -> f32 {
-        self.head_scale
-    }
-
-    /// The nll of every label token under teacher forcing, recorded for the gradient of `d_nll` times
-    /// their sum.
-    pub fn loss<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        batch: &Batch,
-        sides: &Sides,
-        d_nll: f32,
-    ) -> Vec<f64> {
-        let (encoded, _) = self.encode(tape, &batch.source, &sides.source);
-        let encoded = (&encoded, &sides.source);
-        let (hidden, _) = self.decode(tape, &batch.target, &sides.target, encoded);
-        let (weight, labels, scale) = (&self.head.weight, &batch.labels[..], self.head_scale);
-        tape.head_loss(&hidden, HeadSpec { weight, labels, scale, d_nll })
-    }
-
-    /// The logits of every target token, `[target tokens, vocabulary]` in full precision. For looking
-    /// at; losses and generation never form them.
-    pub fn logits<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Vec<f64> {
-        let (encoded, _) = self.encode(tape, &batch.source, &sides.source);
-        let encoded = (&encoded, &sides.source);
-        let (hidden, _) = self.decode(tape, &batch.target, &sides.target, encoded);
-        let spec = LinearSpec { residual: None, dropout: None, full_precision: true };
-        let logits = tape.linear(&hidden, &self.head, &sides.target.segments, spec);
-        let scale = f64::from(self.head_scale);
-        tape.backend().download(logits.tensor()).into_iter().map(|l| l * scale).collect()
-    }
-
-    /// The encoder's output, `[source tokens, d_model]`, and the watched embedding where that was
-    /// asked for.
-    pub fn encode<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        ids: &[u32],
-        side: &Side,
-    ) -> (Var<B>, Option<usize>) {
-        self.run(tape, &self.encoder, ids, side, None)
-    }
-
-    /// The decoder's output under teacher forcing, `[target tokens, d_model]`, from the encoder's
-    /// output and its spans and segments.
-    pub fn decode<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        ids: &[u32],
-        side: &Side,
-        encoded: (&Var<B>, &Side),
-    ) -> (Var<B>, Option<usize>) {
-        self.run(tape, &self.decoder, ids, side, Some(encoded))
+        Ok(Self { config, activation, shared, encoder, decoder, head })
     }
 
     fn run<'m>(
@@ -238,12 +107,11 @@ impl<B: Backend> T5<B> {
         ids: &[u32],
         side: &Side,
         encoded: Option<(&Var<B>, &Side)>,
-    ) -> (Var<B>, Option<usize>) {
+    ) -> Var<B> {
         let mut x = tape.embed(&self.shared, ids);
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
-        let watched = x.id();
         x = tape.dropout(x, side.dropout(stack.site + site::EMBEDDING));
         let longest = side.spans.lens.iter().copied().max().unwrap_or(0);
         let bias = stack.bias.table(tape.backend(), longest);
@@ -264,7 +132,7 @@ impl<B: Backend> T5<B> {
         }
         let y = tape.norm(&x, &stack.last_norm, self.config.layer_norm_epsilon);
         drop(x);
-        (tape.dropout(y, side.dropout(stack.site + site::LAST_NORM)), watched)
+        tape.dropout(y, side.dropout(stack.site + site::LAST_NORM))
     }
 
     fn block<'m>(
@@ -353,158 +221,68 @@ impl<B: Backend> T5<B> {
             dropout: None,
         }
     }
+}
 
-    /// Room for decoding, which grows as it is used, and the encoder's output as keys and values of
-    /// every block.
-    pub fn start_decoding<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        encoded: (&Var<B>, &Side),
-    ) -> Decoding<B> {
-        let backend = tape.backend();
-        let (output, source) = encoded;
-        let n = source.spans.n();
-        let capacity = FIRST_CAPACITY;
-        let width = self.config.num_heads * self.config.d_kv;
-        let room = || backend.zeros(n * capacity, width, Precision::Activation);
-        let blocks = self
-            .decoder
-            .blocks
-            .iter()
-            .filter_map(|block| block.cross.as_ref())
-            .map(|cross| {
-                let [k, v] = tape.linears(output, [&cross.k, &cross.v], &source.segments);
-                BlockCache { k: room(), v: room(), cross_k: k, cross_v: v }
-            })
-            .collect();
-        Decoding {
-            blocks,
-            source: Arc::clone(&source.spans),
-            bias: self.decoder.bias.table(backend, capacity),
-            capacity,
-        }
+impl<B: Backend> Network<B> for T5<B> {
+    fn head(&self) -> &Head<B> {
+        &self.head
     }
 
-    /// Logits of the next token, `[n, vocabulary]` in full precision, after `ids[i]` at `position`
-    /// of the examples `active[i]`.
-    pub fn decode_step<'m>(
+    fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B> {
+        let encoded = self.run(tape, &self.encoder, &batch.source, &sides.source, None);
+        let encoded = Some((&encoded, &sides.source));
+        self.run(tape, &self.decoder, &batch.target, &sides.target, encoded)
+    }
+
+    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Decoding<B> {
+        let source = &sides.source;
+        let encoded = self.run(tape, &self.encoder, &batch.source, source, None);
+        let backend = tape.backend();
+        let cross = self.decoder.blocks.iter().filter_map(|block| block.cross.as_ref());
+        let cross = cross.map(|cross| {
+            let [k, v] = tape.linears(&encoded, [&cross.k, &cross.v], &source.segments);
+            (k, v)
+        });
+        let cross = cross.collect();
+        let width = self.config.num_heads * self.config.d_kv;
+        let cache = Cache::new(backend, self.decoder.blocks.len(), width, batch.n());
+        let bias = Some(self.decoder.bias.table(backend, cache.capacity()));
+        Decoding { cache, cross, source: Arc::clone(&source.spans), bias, rotary: None }
+    }
+
+    fn advance<'m>(
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &DecodeStep<'_>,
-    ) -> Tensor<B> {
-        let &DecodeStep { ids, active, position, segments } = step;
-        let eps = self.config.layer_norm_epsilon;
-        let backend = tape.backend();
-        if position >= decoding.capacity {
-            decoding.grow(backend, &self.decoder.bias);
+        step: &Step<'_>,
+    ) -> Var<B> {
+        let (eps, backend) = (self.config.layer_norm_epsilon, tape.backend());
+        let (placed, grew) = decoding.cache.place(backend, step);
+        if grew {
+            decoding.bias = Some(self.decoder.bias.table(backend, decoding.cache.capacity()));
         }
-        let one_each = Arc::new(Spans::packed(&vec![1; active.len()]));
-        let rows: Vec<usize> = active.iter().map(|&i| i * decoding.capacity + position).collect();
-        let own = Arc::new(Spans {
-            starts: active.iter().map(|&i| i * decoding.capacity).collect(),
-            lens: vec![position + 1; active.len()],
-        });
-        let source = Arc::new(Spans {
-            starts: active.iter().map(|&i| decoding.source.starts[i]).collect(),
-            lens: active.iter().map(|&i| decoding.source.lens[i]).collect(),
-        });
-        let side = Side {
-            spans: Arc::clone(&one_each),
-            segments: Arc::clone(segments),
-            dropout: None,
-            keep: true,
-            watch: false,
-        };
-
-        let mut x = tape.embed(&self.shared, ids);
-        for (block, cache) in self.decoder.blocks.iter().zip(&mut decoding.blocks) {
+        let queries = &placed.queries;
+        let side = Side::inference(Arc::clone(queries), Arc::clone(step.segments));
+        let mut x = tape.embed(&self.shared, step.ids);
+        for (layer, block) in self.decoder.blocks.iter().enumerate() {
             let AttentionLayer { norm, q, k, v, o } = &block.attention;
             let h = tape.norm(&x, norm, eps);
-            let [q, k, v] = tape.linears(&h, [q, k, v], segments);
-            cache.write(backend, &k, &v, &rows);
-            let spec = self.attention_spec(Some(decoding.bias.clone()), true);
-            let attended = tape.attention(q, &one_each, cache.own(&own), spec);
-            x = tape.linear(&attended, o, segments, LinearSpec::onto(&x));
+            let [q, k, v] = tape.linears(&h, [q, k, v], step.segments);
+            let keys = decoding.cache.extend(backend, layer, &placed, &k, &v);
+            let spec = self.attention_spec(decoding.bias.clone(), true);
+            let attended = tape.attention(q, queries, keys, spec);
+            x = tape.linear(&attended, o, step.segments, LinearSpec::onto(&x));
             if let Some(AttentionLayer { norm, q, o, .. }) = &block.cross {
                 let h = tape.norm(&x, norm, eps);
-                let [q] = tape.linears(&h, [q], segments);
-                let spec = self.attention_spec(None, false);
-                let attended = tape.attention(q, &one_each, cache.cross(&source), spec);
-                x = tape.linear(&attended, o, segments, LinearSpec::onto(&x));
+                let [q] = tape.linears(&h, [q], step.segments);
+                let keys = decoding.cross(layer, step.slots);
+                let attended = tape.attention(q, queries, keys, self.attention_spec(None, false));
+                x = tape.linear(&attended, o, step.segments, LinearSpec::onto(&x));
             }
             x = self.feed_forward(tape, block, &x, &side);
         }
-        let y = tape.norm(&x, &self.decoder.last_norm, eps);
-        let spec = LinearSpec { residual: None, dropout: None, full_precision: true };
-        tape.linear(&y, &self.head, segments, spec).tensor().clone()
-    }
-}
-
-/// One step of decoding.
-pub struct DecodeStep<'a> {
-    /// The last id of each active example.
-    pub ids: &'a [u32],
-    /// The active examples.
-    pub active: &'a [usize],
-    /// Where the ids stand in their sequences.
-    pub position: usize,
-    /// The routing rows of the active examples, a token each.
-    pub segments: &'a Arc<Segments>,
-}
-
-/// The caches of a batch that is being decoded.
-pub struct Decoding<B: Backend> {
-    blocks: Vec<BlockCache<B>>,
-    source: Arc<Spans>,
-    bias: RelativeBias<B>,
-    capacity: usize,
-}
-
-/// Tokens that a cache has room for at first.
-const FIRST_CAPACITY: usize = 64;
-
-impl<B: Backend> Decoding<B> {
-    /// Doubles the room of every example.
-    fn grow(&mut self, backend: &B, bias: &BiasBuckets) {
-        let (old, new) = (self.capacity, 2 * self.capacity);
-        let n = self.source.n();
-        let rows: Vec<usize> = (0..n * old).map(|row| row / old * new + row % old).collect();
-        for block in &mut self.blocks {
-            for cache in [&mut block.k, &mut block.v] {
-                let mut larger = backend.zeros(n * new, cache.cols(), Precision::Activation);
-                backend.cache_write(CacheWrite { cache: &mut larger, source: cache, rows: &rows });
-                *cache = larger;
-            }
-        }
-        self.bias = bias.table(backend, new);
-        self.capacity = new;
-    }
-}
-
-struct BlockCache<B: Backend> {
-    k: Tensor<B>,
-    v: Tensor<B>,
-    cross_k: Var<B>,
-    cross_v: Var<B>,
-}
-
-impl<B: Backend> BlockCache<B> {
-    fn write(&mut self, backend: &B, k: &Var<B>, v: &Var<B>, rows: &[usize]) {
-        backend.cache_write(CacheWrite { cache: &mut self.k, source: k.tensor(), rows });
-        backend.cache_write(CacheWrite { cache: &mut self.v, source: v.tensor(), rows });
-    }
-
-    fn own(&self, spans: &Arc<Spans>) -> KeyValue<B> {
-        KeyValue {
-            k: Var::constant(self.k.clone()),
-            v: Var::constant(self.v.clone()),
-            spans: Arc::clone(spans),
-        }
-    }
-
-    fn cross(&self, spans: &Arc<Spans>) -> KeyValue<B> {
-        KeyValue { k: self.cross_k.clone(), v: self.cross_v.clone(), spans: Arc::clone(spans) }
+        let x = tape.gather(x, placed.last.as_deref());
+        tape.norm(&x, &self.decoder.last_norm, eps)
     }
 }
 
@@ -589,12 +367,13 @@ impl<B: Backend> Loader<'_, B> {
         Ok(FrozenLinear { weight, bias: None, index: self.next - 1 })
     }
 
-    fn head(&mut self, shared: &B::Weight) -> Result<FrozenLinear<B>> {
+    fn head(&mut self, shared: &B::Weight) -> Result<Head<B>> {
+        let config = self.config;
+        let scale = if config.scales_head() { (config.d_model as f32).powf(-0.5) } else { 1.0 };
         let shape = [self.config.vocab_size, self.config.d_model];
         let own = self.checkpoint.try_tensor("lm_head.weight", &shape)?;
         let weight = own.map_or_else(|| shared.clone(), |own| self.backend.weight(&own));
-        // The head is never adapted; its number is one past the adaptable linears.
-        Ok(FrozenLinear { weight, bias: None, index: self.next })
+        Ok(Head { linear: FrozenLinear { weight, bias: None, index: self.next }, scale })
     }
 
     fn attention(&mut self, layer: &str, name: &str) -> Result<AttentionLayer<B>> {

@@ -11,7 +11,7 @@ use crate::{
         ops::{AdamW, Key, Noise, ParamGroup, RouteBackward},
         philox::Purpose,
     },
-    model::{Adapter, Batch, Example, Model, t5::Sides},
+    model::{Adapter, Batch, Example, Model, network::Sides},
     tape::{Gradients, Tape},
     tensor::Tensor,
     train::Schedule,
@@ -309,8 +309,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
     fn accumulate(&mut self, examples: &[&Example], first: usize, step: u64, d_nll: f32) -> f64 {
         let (model, config, adapter) = (self.model, &self.config, &self.adapter);
         let backend = model.backend();
-        let start = model.decoder_start();
-        let batch = Batch::new(examples.iter().copied(), start, first);
+        let batch = Batch::new(examples.iter().copied(), model.layout(), first);
         let rows = if config.router_sampling { batch.own_rows() } else { batch.rows_by_task() };
         let noise = match (&self.noise, config.router_sampling) {
             (Some(noise), _) => Noise::Given(noise),

@@ -182,7 +182,7 @@ impl AdapterFlags {
         };
         let targets = self.target_modules.as_deref().or(recipe.target_modules);
         let config = PolyConfig {
-            task_type: Some("SEQ_2_SEQ_LM".into()),
+            task_type: Some(model.task_type().into()),
             base_model_name_or_path: Some(data.model_dir.display().to_string()),
             target_modules: targets.map(parse_targets),
             init_weights: self.init_weights.is_none_or(OnOff::is_on),

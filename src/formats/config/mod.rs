@@ -16,7 +16,15 @@
 //!    are common and harmless (taggers, trainers and the Hub add theirs). What a truly other network
 //!    needs shows in its `model_type` and in its tensors, which are both checked.
 
+mod bart;
+mod decoder;
+mod t5;
+
 use std::path::Path;
+
+pub use bart::{BartConfig, BartStack};
+pub use decoder::{DecoderConfig, Llama3Scaling, RopeConfig, RopeScaling};
+pub use t5::T5Config;
 
 use serde_json::{Map, Value};
 
@@ -56,6 +64,7 @@ const HARMLESS: &[&str] = &[
     "gradient_checkpointing",
     "initializer_factor",
     "initializer_range",
+    "init_std",
     "keys_to_ignore_at_inference",
     "model_type",
     "name_or_path",
@@ -73,7 +82,8 @@ const HARMLESS: &[&str] = &[
     "transformers_version",
     "use_bfloat16",
     "use_cache",
-    // Memory only.
+    // Speed and memory only.
+    "pretraining_tp",
     "chunk_size_feed_forward",
     // Classifiers and retrieval.
     "classifier_dropout",
@@ -127,6 +137,7 @@ const UNSUPPORTED: &[(&str, Neutral)] = &[
     ("cross_attention_hidden_size", Neutral::Null),
     ("is_decoder", Neutral::Bool(false)),
     ("is_encoder_decoder", Neutral::Bool(true)),
+    ("layer_types", Neutral::Null),
     ("num_experts", Neutral::Null),
     ("pruned_heads", Neutral::Empty),
     ("quantization_config", Neutral::Null),
@@ -172,52 +183,10 @@ fn activation_named(name: &str) -> Option<Activation> {
 pub enum ModelConfig {
     /// T5 and mT5.
     T5(T5Config),
-}
-
-/// The configuration of a T5 encoder-decoder.
-#[derive(Clone, Debug, PartialEq)]
-pub struct T5Config {
-    /// `t5` or `mt5`.
-    pub model_type: String,
-    /// Rows of the shared embedding.
-    pub vocab_size: usize,
-    /// Features between the layers.
-    pub d_model: usize,
-    /// Features of a head; `num_heads * d_kv` need not be `d_model`.
-    pub d_kv: usize,
-    /// Features inside a feed-forward layer.
-    pub d_ff: usize,
-    /// Blocks of the encoder.
-    pub num_layers: usize,
-    /// Blocks of the decoder.
-    pub num_decoder_layers: usize,
-    /// Attention heads.
-    pub num_heads: usize,
-    /// Rows of the table of relative position biases.
-    pub relative_attention_num_buckets: usize,
-    /// The distance from which on all positions share a bucket.
-    pub relative_attention_max_distance: usize,
-    /// The dropout that the base was trained with.
-    pub dropout_rate: f32,
-    /// Added to the mean square in RMSNorm.
-    pub layer_norm_epsilon: f32,
-    /// The activation of the feed-forward layers.
-    pub activation: Activation,
-    /// Whether the feed-forward layers are gated: `wi_0`, `wi_1` instead of `wi`.
-    pub gated: bool,
-    /// The padding id, if there is one.
-    pub pad_token_id: Option<u32>,
-    /// The ids that end an output; none is possible.
-    pub eos_token_ids: Vec<u32>,
-    /// The id that the decoder begins with.
-    pub decoder_start_token_id: u32,
-    /// `scale_decoder_outputs` as it stands in the file; see [`Self::scales_head`].
-    pub scale_decoder_outputs: Option<bool>,
-    /// `tie_word_embeddings` as it stands in the file. Whether the head is tied is seen from the
-    /// tensors: transformers 5 writes true here always.
-    pub tie_word_embeddings: Option<bool>,
-    /// The type that the weights were saved in, if the file says so.
-    pub dtype: Option<Dtype>,
+    /// Llama and its kin: decoders only.
+    Decoder(DecoderConfig),
+    /// BART.
+    Bart(BartConfig),
 }
 
 impl ModelConfig {
@@ -245,146 +214,83 @@ impl ModelConfig {
                     and mt5 are",
                 ));
             }
-            _ => {
-                let found = excerpt(&model_type);
-                return Err(fields
-                    .error("model_type", format!("{found} is not supported; supported: t5, mt5")));
-            }
+            "bart" => Self::Bart(BartConfig::from_fields(&mut fields)?),
+            _ => match DecoderConfig::of_family(&model_type) {
+                Some(family) => Self::Decoder(family(&mut fields)?),
+                None => {
+                    let found = excerpt(&model_type);
+                    let supported = "t5, mt5, bart, llama, mistral, qwen2, qwen3";
+                    let detail = format!("{found} is not supported; supported: {supported}");
+                    return Err(fields.error("model_type", detail));
+                }
+            },
         };
         judge_unread(&fields)?;
         Ok(config)
     }
-}
 
-impl T5Config {
-    /// transformers' T5Config and MT5Config, defaults included.
-    fn from_fields(fields: &mut Fields, model_type: String) -> Result<Self> {
-        let mt5 = model_type == "mt5";
-        let default = |t5: usize, of_mt5: usize| if mt5 { of_mt5 } else { t5 };
-
-        let vocab_size = fields.size(&["vocab_size"], default(32_128, 250_112), MAX_VOCAB)?;
-        let d_model = fields.size(&["d_model", "hidden_size"], 512, MAX_FEATURES)?;
-        let d_kv = fields.size(&["d_kv", "head_dim"], 64, MAX_FEATURES)?;
-        let d_ff = fields.size(&["d_ff"], default(2048, 1024), MAX_FEED_FORWARD)?;
-        let num_layers =
-            fields.size(&["num_layers", "num_hidden_layers"], default(6, 8), MAX_LAYERS)?;
-        let num_decoder_layers = fields.size(&["num_decoder_layers"], num_layers, MAX_LAYERS)?;
-        let num_heads =
-            fields.size(&["num_heads", "num_attention_heads"], default(8, 6), MAX_HEADS)?;
-
-        // Half the decoder's buckets are one position each, and in the encoder half of each
-        // direction's; the rest spread over the logarithm of distance / that half.
-        let buckets = "relative_attention_num_buckets";
-        let relative_attention_num_buckets = fields.size(&[buckets], 32, MAX_FEATURES)?;
-        if relative_attention_num_buckets < 4 {
-            return Err(fields.error(
-                buckets,
-                format!("expected at least 4, found {relative_attention_num_buckets}"),
-            ));
+    /// Hugging Face's name of the family.
+    pub fn model_type(&self) -> &str {
+        match self {
+            Self::T5(config) => &config.model_type,
+            Self::Decoder(config) => &config.model_type,
+            Self::Bart(_) => "bart",
         }
-        let distance = "relative_attention_max_distance";
-        let relative_attention_max_distance = fields.size(&[distance], 128, MAX_VOCAB)?;
-        // An encoder has no logarithm to spread over below a quarter. (A decoder below half: there
-        // transformers fails on distances of half and more; here they are in the last bucket.)
-        if relative_attention_max_distance <= relative_attention_num_buckets / 4 {
-            return Err(fields.error(
-                distance,
-                format!("expected more than a quarter of {buckets} ({relative_attention_num_buckets}), found {relative_attention_max_distance}"),
-            ));
-        }
-
-        let dropout_rate = fields.float("dropout_rate", 0.1)?;
-        if !(0.0..1.0).contains(&dropout_rate) {
-            return Err(fields.error(
-                "dropout_rate",
-                format!("expected 0 or more, below 1, found {dropout_rate}"),
-            ));
-        }
-        let layer_norm_epsilon = fields.float("layer_norm_epsilon", 1e-6)?;
-        if !(layer_norm_epsilon > 0.0 && layer_norm_epsilon < 1.0) {
-            return Err(fields.error(
-                "layer_norm_epsilon",
-                format!("expected a value between 0 and 1, found {layer_norm_epsilon}"),
-            ));
-        }
-        let (activation, gated) = feed_forward(fields, if mt5 { "gated-gelu" } else { "relu" })?;
-
-        let pad_token_id = fields.token_id("pad_token_id", vocab_size)?.unwrap_or(Some(0));
-        let eos_token_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or(vec![1]);
-        let start = "decoder_start_token_id";
-        let decoder_start_token_id =
-            fields.token_id(start, vocab_size)?.flatten().or(pad_token_id).ok_or_else(|| {
-                fields.error(start, "missing, and there is no pad_token_id either")
-            })?;
-        Ok(Self {
-            model_type,
-            vocab_size,
-            d_model,
-            d_kv,
-            d_ff,
-            num_layers,
-            num_decoder_layers,
-            num_heads,
-            relative_attention_num_buckets,
-            relative_attention_max_distance,
-            dropout_rate,
-            layer_norm_epsilon,
-            activation,
-            gated,
-            pad_token_id,
-            eos_token_ids,
-            decoder_start_token_id,
-            scale_decoder_outputs: fields.boolean("scale_decoder_outputs")?,
-            tie_word_embeddings: fields.boolean("tie_word_embeddings")?,
-            dtype: saved_dtype(fields)?,
-        })
     }
 
-    /// Whether the head's input is multiplied by d_model^-0.5: as `scale_decoder_outputs` says, else
-    /// when `tie_word_embeddings` is not false. mT5 only scales when told so: transformers 5 forces
-    /// its `tie_word_embeddings` to true and never scales.
-    pub fn scales_head(&self) -> bool {
-        let default = self.model_type == "t5" && self.tie_word_embeddings != Some(false);
-        self.scale_decoder_outputs.unwrap_or(default)
+    /// Rows of the embedding: ids must be below.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::T5(config) => config.vocab_size,
+            Self::Decoder(config) => config.vocab_size,
+            Self::Bart(config) => config.vocab_size,
+        }
     }
-}
 
-/// `feed_forward_proj`, checked against the two fields that transformers derives from it and writes
-/// too.
-fn feed_forward(fields: &mut Fields, default: &str) -> Result<(Activation, bool)> {
-    let key = "feed_forward_proj";
-    let project = fields.text(key)?.unwrap_or_else(|| default.to_owned());
-    let (gated, name) = match project.strip_prefix("gated-") {
-        Some("gelu") => (true, "gelu_new"), // So in the first T5 v1.1 files, and ever since.
-        Some(name) => (true, name),
-        None => (false, project.as_str()),
-    };
-    let unsupported = |key: &str, found: &str| {
-        Error::file(
-            fields.path(),
-            format!(
-                "field {key}: {} is not supported; supported: relu, gelu, gelu_new, silu, also \
-                behind \"gated-\"",
-                excerpt(found)
-            ),
-        )
-    };
-    let activation = activation_named(name).ok_or_else(|| unsupported(key, &project))?;
-    let derived = fields.text("dense_act_fn")?;
-    if let Some(derived) = derived
-        && activation_named(&derived) != Some(activation)
-    {
-        return Err(fields.error(
-            "dense_act_fn",
-            format!("{} contradicts {key} {}", excerpt(&derived), excerpt(&project)),
-        ));
+    /// The most tokens of a sequence; none: any number.
+    pub fn max_positions(&self) -> Option<usize> {
+        match self {
+            Self::T5(_) => None,
+            Self::Decoder(config) => Some(config.max_positions),
+            Self::Bart(config) => Some(config.max_positions),
+        }
     }
-    let derived = fields.boolean("is_gated_act")?;
-    if derived.is_some_and(|derived| derived != gated) {
-        return Err(fields
-            .error("is_gated_act", format!("{} contradicts {key} {}", !gated, excerpt(&project))));
+
+    /// The dropout that the base was trained with.
+    pub fn dropout_rate(&self) -> f32 {
+        match self {
+            Self::T5(config) => config.dropout_rate,
+            Self::Decoder(config) => config.attention_dropout,
+            Self::Bart(config) => config.dropout,
+        }
     }
-    Ok((activation, gated))
+
+    /// The id that labels are shifted behind in training and evaluation; none: a causal model, whose
+    /// labels follow the input.
+    pub fn decoder_start(&self) -> Option<u32> {
+        match self {
+            Self::T5(config) => Some(config.decoder_start_token_id),
+            Self::Decoder(_) => None,
+            Self::Bart(config) => Some(config.decoder_start_token_id),
+        }
+    }
+
+    /// The ids that end an output, and the padding id.
+    fn special_ids(&self) -> (&[u32], Option<u32>) {
+        match self {
+            Self::T5(config) => (&config.eos_token_ids, config.pad_token_id),
+            Self::Decoder(config) => (&config.eos_token_ids, config.pad_token_id),
+            Self::Bart(config) => (&config.eos_token_ids, config.pad_token_id),
+        }
+    }
+
+    /// PEFT's default targets of this architecture (`TRANSFORMERS_MODELS_TO_POLY_TARGET_MODULES_MAPPING`).
+    pub fn default_targets(&self) -> &'static [&'static str] {
+        match self {
+            Self::T5(_) => &["q", "v"],
+            Self::Decoder(_) | Self::Bart(_) => &["q_proj", "v_proj"],
+        }
+    }
 }
 
 /// Which ids begin and end an output: `generation_config.json` where it says so, else the model's
@@ -395,8 +301,8 @@ pub struct GenerationConfig {
     pub eos_token_ids: Vec<u32>,
     /// The padding id, if there is one.
     pub pad_token_id: Option<u32>,
-    /// The id that the decoder begins with.
-    pub decoder_start_token_id: u32,
+    /// The id that the decoder begins with; none: a causal model, which begins with its input.
+    pub decoder_start_token_id: Option<u32>,
 }
 
 impl GenerationConfig {
@@ -409,16 +315,34 @@ impl GenerationConfig {
             Map::new()
         };
         let mut fields = Fields::new(fields, &path);
-        let ModelConfig::T5(model) = model;
-        let eos = fields.token_ids("eos_token_id", model.vocab_size)?;
-        let pad = fields.token_id("pad_token_id", model.vocab_size)?;
-        let start = fields.token_id("decoder_start_token_id", model.vocab_size)?;
+        let (model_eos, model_pad) = model.special_ids();
+        let eos = fields.token_ids("eos_token_id", model.vocab_size())?;
+        let pad = fields.token_id("pad_token_id", model.vocab_size())?;
+        let start = fields.token_id("decoder_start_token_id", model.vocab_size())?;
         Ok(Self {
-            eos_token_ids: eos.unwrap_or_else(|| model.eos_token_ids.clone()),
-            pad_token_id: pad.flatten().or(model.pad_token_id),
-            decoder_start_token_id: start.flatten().unwrap_or(model.decoder_start_token_id),
+            eos_token_ids: eos.unwrap_or_else(|| model_eos.to_vec()),
+            pad_token_id: pad.flatten().or(model_pad),
+            decoder_start_token_id: model.decoder_start().map(|own| start.flatten().unwrap_or(own)),
         })
     }
+}
+
+/// A share, at least 0 and below 1.
+fn fraction(fields: &mut Fields, key: &str, default: f32) -> Result<f32> {
+    let value = fields.float(key, default)?;
+    if (0.0..1.0).contains(&value) {
+        return Ok(value);
+    }
+    Err(fields.error(key, format!("expected 0 or more, below 1, found {value}")))
+}
+
+/// What a norm adds to the mean square.
+fn norm_eps(fields: &mut Fields, key: &str, default: f32) -> Result<f32> {
+    let value = fields.float(key, default)?;
+    if value > 0.0 && value < 1.0 {
+        return Ok(value);
+    }
+    Err(fields.error(key, format!("expected a value between 0 and 1, found {value}")))
 }
 
 /// `dtype` (transformers 5) or `torch_dtype` (4). It is what the weights were saved in; each
@@ -472,9 +396,10 @@ mod tests {
     use super::*;
 
     fn parse(config: &Value) -> Result<T5Config> {
-        let ModelConfig::T5(config) =
-            ModelConfig::parse(config.to_string().as_bytes(), Path::new("config.json"))?;
-        Ok(config)
+        match ModelConfig::parse(config.to_string().as_bytes(), Path::new("config.json"))? {
+            ModelConfig::T5(config) => Ok(config),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -562,7 +487,7 @@ mod tests {
     #[test]
     fn bad_values_are_refused_by_name() {
         let cases = [
-            ("model_type", json!("bert"), "\"bert\" is not supported; supported: t5, mt5"),
+            ("model_type", json!("bert"), "\"bert\" is not supported; supported: t5, mt5, bart"),
             ("model_type", json!("umt5"), "bias in every layer"),
             ("model_type", json!(null), "model_type is missing"),
             ("model_type", json!(3), "expected a string, found a number"),
@@ -628,12 +553,13 @@ mod tests {
             ModelConfig::T5(parse(&json!({"model_type": "t5", "eos_token_id": 5})).unwrap());
         let read = || GenerationConfig::open(&folder, &model);
         let plain = read().unwrap();
-        assert_eq!((plain.eos_token_ids, plain.decoder_start_token_id), (vec![5], 0));
+        assert_eq!((plain.eos_token_ids, plain.decoder_start_token_id), (vec![5], Some(0)));
         let path = folder.join("generation_config.json");
         let text = r#"{"eos_token_id":[1,2],"decoder_start_token_id":3,"num_beams":4}"#;
         std::fs::write(&path, text).unwrap();
         let read_back = read().unwrap();
-        assert_eq!((read_back.eos_token_ids, read_back.decoder_start_token_id), (vec![1, 2], 3));
+        let start = read_back.decoder_start_token_id;
+        assert_eq!((read_back.eos_token_ids, start), (vec![1, 2], Some(3)));
         assert_eq!(read_back.pad_token_id, Some(0));
         std::fs::write(&path, r#"{"eos_token_id":99999}"#).unwrap();
         assert!(
