@@ -18,15 +18,29 @@ use polytape::{
         ops::{Noise, Order},
         oracle::Oracle,
     },
-    model::{Adapter, Batch, Example, Model, t5::Sides},
+    model::{Adapter, Batch, Example, Model, network::Sides},
     tape::Tape,
     train::{Schedule, TrainConfig, Trainer},
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const CASES: [&str; 8] =
-    ["tiny", "v11-untied", "v11-tied", "v10-hub", "sharded", "mt5", "bf16", "f16"];
+const CASES: [&str; 14] = [
+    "tiny",
+    "v11-untied",
+    "v11-tied",
+    "v10-hub",
+    "sharded",
+    "mt5",
+    "bf16",
+    "f16",
+    "llama",
+    "llama-4",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "bart",
+];
 
 /// A fixture: folders, rows and what PEFT said.
 struct Case {
@@ -113,7 +127,7 @@ fn largest(values: &[f64]) -> f64 {
 
 /// Logits of all rows of a case, in one ragged batch.
 fn logits<B: Backend>(case: &Case, model: &Model<B>, adapter: &Adapter<B>) -> Vec<Vec<f64>> {
-    let batch = Batch::new(&case.rows, model.generation().decoder_start_token_id, 0);
+    let batch = Batch::new(&case.rows, model.layout(), 0);
     let rows = batch.rows_by_task();
     let mixture = adapter.mixture(model.backend(), &rows, Noise::Off, false);
     let adapted = Some(adapter.on_tape(&mixture, None));
@@ -121,7 +135,7 @@ fn logits<B: Backend>(case: &Case, model: &Model<B>, adapter: &Adapter<B>) -> Ve
     let sides = Sides::new(&batch, &rows, None);
     let all = model.network().logits(&mut tape, &batch, &sides);
     let vocab = model.vocab_size();
-    let spans = &batch.target_spans;
+    let spans = &batch.label_spans;
     spans
         .starts
         .iter()
@@ -147,6 +161,19 @@ fn check_evaluation<B: Backend>(case: &Case, backend: B, tolerance: f64, what: &
     let want: Vec<Vec<u32>> =
         serde_json::from_value(case.expected["eval"]["greedy"].clone()).unwrap();
     assert_eq!(tokens, want, "{what} greedy tokens");
+    check_base(case, &model, tolerance, what);
+}
+
+/// The base alone, in cases that have it recorded.
+fn check_base<B: Backend>(case: &Case, model: &Model<B>, tolerance: f64, what: &str) {
+    let Some(base) = case.expected.get("base") else { return };
+    let engine = Engine::new(model, None, [], 2);
+    let nll: Vec<f64> = engine.nll(&case.examples()).iter().map(|row| row.iter().sum()).collect();
+    assert_close(&nll, &case.numbers(["base", "nll"]), tolerance, 0.0, &format!("{what} base nll"));
+    let options = GenerateOptions { max_new_tokens: 8, min_new_tokens: 0 };
+    let tokens = engine.generate(&case.examples(), &options, |_, _| ());
+    let want: Vec<Vec<u32>> = serde_json::from_value(base["greedy"].clone()).unwrap();
+    assert_eq!(tokens, want, "{what} base greedy tokens");
 }
 
 /// The recorded noise of every adapted linear, in the order of the router's draws.
@@ -309,6 +336,44 @@ fn the_cpu_trains_as_peft() {
     for name in CASES {
         let case = Case::open(name);
         on_every_isa(|cpu, isa| check_training(&case, cpu, 1e-3, &format!("{name} {isa}")));
+    }
+}
+
+/// Examples of different tasks lie in one row of tokens and compute what each computes alone: the
+/// same bits of nll, and gradients that add up.
+#[test]
+fn packed_examples_do_not_see_each_other() {
+    for name in ["llama", "mistral", "qwen3", "tiny"] {
+        let case = Case::open(name);
+        let tasks = || case.rows.iter().map(|row| row.task);
+        on_every_isa(|cpu, isa| {
+            let model = case.model(cpu);
+            let adapter = case.adapter(&model);
+            let engine = Engine::new(&model, Some(&adapter), tasks(), case.rows.len());
+            let packed = engine.nll(&case.examples());
+            for (row, packed) in case.rows.iter().zip(&packed) {
+                assert_eq!(&engine.nll(&[row])[0], packed, "{name} {isa}");
+            }
+        });
+
+        let model = case.model(Oracle);
+        let gradients = |examples: &[&Example]| {
+            let config = train_config(&case, false);
+            let mut trainer = Trainer::new(&model, case.adapter(&model), config).unwrap();
+            trainer.step(examples).unwrap();
+            model.backend().download(trainer.gradients())
+        };
+        let n_labels: usize = case.rows.iter().map(|row| row.labels.len()).sum();
+        let mut sum: Vec<f64> = Vec::new();
+        for row in &case.rows {
+            let share = row.labels.len() as f64 / n_labels as f64;
+            let alone = gradients(&[row]);
+            sum.resize(alone.len(), 0.0);
+            sum.iter_mut().zip(&alone).for_each(|(sum, g)| *sum += share * g);
+        }
+        let packed = gradients(&case.examples());
+        // The share of a loss is rounded to f32 on its way in.
+        assert_close(&packed, &sum, 1e-6, 1e-6 * largest(&sum), &format!("{name} gradients"));
     }
 }
 

@@ -89,6 +89,48 @@ fn train<'a>(data: &'a Path, out: &'a Path, more: &[&'a str]) -> Vec<&'a str> {
     arguments
 }
 
+/// A causal base goes through the same verbs.
+#[test]
+fn a_causal_base_from_train_to_generate() {
+    let dir = scratch("causal");
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity/llama/base");
+    let (data, out, answers) = (data(&dir, 9), dir.join("out"), dir.join("answers.jsonl"));
+    let (base, data, out) = (str(&base), str(&data), str(&out));
+    ok(&["train", "--model", base, "--data", data, "--output-dir", out, "--max-steps", "3"]);
+    let config: Value = serde_json::from_str(&text(&dir.join("out/adapter_config.json"))).unwrap();
+    assert_eq!(config["task_type"], "CAUSAL_LM");
+    assert_eq!(config["target_modules"], json!(["q_proj", "v_proj"]));
+    let common = ["--model", base, "--adapter", out, "--data", data];
+    let evaluated = ok(&[&["eval"][..], &common, &["--max-new-tokens", "4"]].concat());
+    let evaluated: Value = serde_json::from_str(evaluated.lines().last().unwrap()).unwrap();
+    assert_eq!((&evaluated["n_rows"], &evaluated["n_tokens"]), (&json!(9), &json!(27)));
+    assert!(evaluated["exact_match"].is_number());
+    let more = ["--output", str(&answers), "--max-new-tokens", "4"];
+    ok(&[&["generate"][..], &common, &more].concat());
+    let rows = lines(&answers);
+    assert_eq!(rows.len(), 9);
+    // New tokens only, whoever shares the batch.
+    assert!(rows.iter().all(|row| row["output_ids"].as_array().unwrap().len() <= 4));
+    let alone = dir.join("alone.jsonl");
+    let more = ["--output", str(&alone), "--max-new-tokens", "4", "--batch-size", "3"];
+    ok(&[&["generate"][..], &common, &more].concat());
+    assert_eq!(text(&alone), text(&answers));
+
+    let long: Vec<usize> = (0..70).map(|i| 3 + i % 90).collect();
+    let too_long = dir.join("long.jsonl");
+    fs::write(&too_long, format!("{}\n", json!({"task_id": 0, "input_ids": long}))).unwrap();
+    let mut arguments = vec!["generate", "--model", base, "--data", str(&too_long)];
+    arguments.extend(["--output", str(&alone)]);
+    fails(&arguments, 3, "long.jsonl:1: the row has 70 tokens, but the model has positions for 64");
+
+    let bench = ok(&[
+        "bench", "train", "--model", base, "--batch", "2", "--src", "9", "--steps", "1", "--json",
+    ]);
+    let bench: Value = serde_json::from_str(bench.lines().last().unwrap()).unwrap();
+    let per_step = bench["tok_per_s"].as_f64().unwrap() * bench["median_s"].as_f64().unwrap();
+    assert!((per_step - 18.0).abs() < 1e-6, "{bench}");
+}
+
 #[test]
 fn train_then_eval_then_generate() {
     let dir = scratch("train");

@@ -7,7 +7,7 @@
 Needs torch, transformers and peft (the versions of the last recording are in parity/README.md and in every
 expected.json). The same versions on the same machine write the same values. parity/README.md says what each file holds.
 
-What is recorded is PEFT's own arithmetic on small random T5 models of odd sizes, one row at a time and unpadded, so that
+What is recorded is PEFT's own arithmetic on small random models of odd sizes, one row at a time and unpadded, so that
 no padding and no mask can blur a row's reference. Three things are ours, and each is checked before anything is written:
 
 - the golden vectors of the specification agree with a float64 PEFT layer (`check_golden`);
@@ -42,12 +42,17 @@ from peft.tuners.poly.layer import Linear as PolyLinear
 from peft.tuners.poly.router import EPS, PolyRouter
 from safetensors.torch import load_file, save_file
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MT5Config, MT5ForConditionalGeneration,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 DATA = Path(__file__).resolve().parent
-SIZE_LIMIT_BYTES = 2_500_000
+SIZE_LIMIT_BYTES = 4_000_000
 N_STEPS = 10
 STEP_ROWS = 3
 MAX_NEW_TOKENS = 8
@@ -61,12 +66,23 @@ VERSIONS = {
 
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
+FAMILIES = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+    "bart": (BartConfig, BartForConditionalGeneration),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+ENCODER_DECODERS = ("t5", "mt5", "bart")
+NORMS = (T5LayerNorm, MT5LayerNorm, LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 V11_LINEARS = ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]
 
 
 @dataclass
 class Case:
-    """One model and one adapter. `config` goes to T5Config, the rest says how the files are written."""
+    """One model and one adapter. `config` goes to the family's Config, the rest says how the files are written."""
 
     name: str
     about: str
@@ -74,17 +90,26 @@ class Case:
     poly: dict
     family: str = "t5"
     stored: torch.dtype = torch.float32
-    style: str = "transformers-5"  # or "hub-flan-t5", "hub-t5": what older versions left on the Hub
+    style: str = "transformers-5"  # or "hub-flan-t5", "hub-t5": what older versions left on the Hub; "transformers-4"
     shard_size: str | None = None
     long_row: bool = False  # Longer than relative_attention_max_distance.
     final_tensors: bool = False
     seed: int = 0
+
+    @property
+    def causal(self):
+        return self.family not in ENCODER_DECODERS
 
 
 def shape(d_model, heads, d_kv, d_ff, layers, decoder_layers, vocab, **more):
     return dict(d_model=d_model, num_heads=heads, d_kv=d_kv, d_ff=d_ff, num_layers=layers,
                 num_decoder_layers=decoder_layers, vocab_size=vocab, dropout_rate=0.0,
                 decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **more)
+
+
+def decoder(d_model, heads, kv_heads, head_dim, d_ff, layers, vocab, **more):
+    return dict(hidden_size=d_model, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, intermediate_size=d_ff,
+                num_hidden_layers=layers, vocab_size=vocab, bos_token_id=2, pad_token_id=0, eos_token_id=1, **more)
 
 
 def poly(r, n_tasks, n_skills, n_splits, target_modules):
@@ -113,6 +138,29 @@ CASES = [
          poly(4, 3, 5, 4, r".*\.(q|v|wi_1)"), stored=torch.bfloat16, seed=51),
     Case("f16", "v1.0 stored in f16; all-linear on so few linears that PEFT saves their full paths",
          shape(40, 5, 8, 48, 1, 1, 103, **RELU), poly(1, 6, 2, 4, "all-linear"), stored=torch.float16, seed=51),
+    Case("llama", "Llama 3: llama3 scaling, a head of its own, heads that do not add up to d_model; PEFT's default targets",
+         decoder(36, 3, 1, 16, 52, 2, 101, max_position_embeddings=64, tie_word_embeddings=False, rope_parameters=dict(
+             rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)),
+         poly(4, 3, 3, 2, None), family="llama", seed=51),
+    Case("llama-4", "Llama as transformers 4 wrote it: linear scaling, biases everywhere, tied; all-linear; stored in bf16",
+         decoder(24, 4, 2, 6, 36, 1, 103, max_position_embeddings=64, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
+                 rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.5)),
+         poly(2, 6, 2, 2, "all-linear"), family="llama", style="transformers-4", stored=torch.bfloat16, seed=51),
+    Case("mistral", "a window of 5 in every layer, as transformers 4 wrote it",
+         decoder(40, 6, 2, 8, 36, 2, 101, max_position_embeddings=64, sliding_window=5, tie_word_embeddings=False),
+         poly(2, 3, 2, 4, ["q_proj", "k_proj", "v_proj", "o_proj"]), family="mistral", style="transformers-4", seed=51),
+    Case("qwen2", "biases on q, k and v; a window in the second layer alone",
+         {**decoder(32, 4, 4, 8, 44, 2, 107, max_position_embeddings=64, tie_word_embeddings=True, use_sliding_window=True,
+                    sliding_window=4, max_window_layers=1), "head_dim": None},
+         poly(1, 3, 5, 4, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]), family="qwen2", seed=51),
+    Case("qwen3", "norms of the heads of q and k, tied; a regular expression",
+         decoder(40, 4, 2, 12, 36, 2, 101, max_position_embeddings=64, tie_word_embeddings=True),
+         poly(7, 1, 3, 2, r".*\.layers\.\d+\.(self_attn\.[qk]_proj|mlp\.down_proj)"), family="qwen3", seed=51),
+    Case("bart", "learned positions, norms after the sums, other heads and widths on either side",
+         dict(d_model=24, vocab_size=101, max_position_embeddings=32, encoder_layers=1, encoder_attention_heads=3, encoder_ffn_dim=36,
+              decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=44, dropout=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+              decoder_start_token_id=0, forced_eos_token_id=None),
+         poly(2, 3, 2, 2, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]), family="bart", seed=51),
 ]
 
 # ---- building a case's files ----------------------------------------------------------------------------------------
@@ -120,23 +168,38 @@ CASES = [
 
 def build_base(case, folder):
     """Random weights of ordinary sizes, written as `case.style` says."""
-    Config, Model = (MT5Config, MT5ForConditionalGeneration) if case.family == "mt5" else (T5Config, T5ForConditionalGeneration)
-    model = Model(Config(**case.config))
+    Config, Model = FAMILIES[case.family]
+    model = Model(Config(**{k: v for k, v in case.config.items() if v is not None or k.startswith("forced")}))
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 1:
+            if name.endswith("bias"):
+                weight.copy_(0.3 * torch.randn_like(weight))
+            elif weight.dim() == 1:
                 weight.copy_(1 + 0.1 * torch.randn_like(weight))
             else:
                 # Small embeddings under large block outputs, or a tied head repeats its own input for ever.
-                spread = (0.3 if "shared" in name else 0.5 if "relative" in name else
-                          (2 if name.endswith("o.weight") else 1) / math.sqrt(weight.shape[-1]))
+                spread = (0.3 if "shared" in name or "embed_tokens" in name else 0.5 if "relative" in name else
+                          (2 if name.endswith(("o.weight", "o_proj.weight", "down_proj.weight")) else 1) / math.sqrt(weight.shape[-1]))
                 weight.copy_(torch.randn_like(weight) * spread)
-        model.shared.weight[1] *= 2  # So that some rows generate the end token.
+        model.get_output_embeddings().weight[1] *= 2  # So that some rows generate the end token.
     model.to(case.stored)
     model.save_pretrained(folder, **({"max_shard_size": case.shard_size} if case.shard_size else {}))
     if case.style.startswith("hub"):
         rewrite_as_hub(case, folder)
+    if case.style == "transformers-4":
+        rewrite_as_4(folder)
     return Model
+
+
+def rewrite_as_4(folder):
+    """The config with transformers 4's names of the rotary settings and of the dtype."""
+    config = json.loads((folder / "config.json").read_text())
+    config.update(torch_dtype=config.pop("dtype"), transformers_version="4.48.0")
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    rope_type = rope.pop("rope_type")
+    config["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def rewrite_as_hub(case, folder):
@@ -166,7 +229,8 @@ def rewrite_as_hub(case, folder):
 
 def build_adapter(case, Model, base, folder):
     """PEFT's own initialisation with B not zero, and router logits wide enough to matter (PEFT's are within 1e-3)."""
-    config = PolyConfig(task_type=TaskType.SEQ_2_SEQ_LM, init_weights=False, **case.poly)
+    task_type = TaskType.CAUSAL_LM if case.causal else TaskType.SEQ_2_SEQ_LM
+    config = PolyConfig(task_type=task_type, init_weights=False, **case.poly)
     model = get_peft_model(Model.from_pretrained(base, dtype=torch.float32), config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -201,11 +265,21 @@ def load(Model, folder, dtype):
     return model
 
 
+def task_ids(model, row):
+    """For PEFT's models; a bare base knows no tasks."""
+    return dict(task_ids=torch.tensor([row["task_id"]])) if isinstance(model, PeftModel) else {}
+
+
 def forward(model, row):
     """One unpadded row; the output with logits [label tokens, vocabulary]."""
+    if not model.config.is_encoder_decoder:
+        n = len(row["input_ids"])
+        ids = torch.tensor([row["input_ids"] + row["label_ids"]])
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), **task_ids(model, row))
+        out.logits = out.logits[:, n - 1:-1]
+        return out
     ids = torch.tensor([row["input_ids"]])
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([row["label_ids"]]),
-                 task_ids=torch.tensor([row["task_id"]]))
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([row["label_ids"]]), **task_ids(model, row))
 
 
 def nll(out, row):
@@ -227,19 +301,22 @@ def greedy(model, row):
     """New tokens without the start token, and by how much the best token won at the closest step. Without the cache:
     transformers 5.17 sizes it by the encoder's layers and fails on a deeper decoder."""
     ids = torch.tensor([row["input_ids"]])
+    first = 1 if model.config.is_encoder_decoder else ids.shape[1]
     with torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), task_ids=torch.tensor([row["task_id"]]), do_sample=False,
-                             num_beams=1, use_cache=False, max_new_tokens=MAX_NEW_TOKENS, output_logits=True, return_dict_in_generate=True)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **task_ids(model, row), do_sample=False, num_beams=1, use_cache=False,
+                             max_new_tokens=MAX_NEW_TOKENS, output_logits=True, return_dict_in_generate=True)
     top = torch.cat(out.logits).topk(2).values
-    return out.sequences[0, 1:].tolist(), float((top[:, 0] - top[:, 1]).min())
+    return out.sequences[0, first:].tolist(), float((top[:, 0] - top[:, 1]).min())
 
 
 @contextlib.contextmanager
 def exact_norms():
-    """T5's norm takes the mean square in float32 even of float64 values; here it does not."""
+    """RMS norms take the mean square in float32 even of float64 values; here they do not."""
     def exact(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
-    with mock.patch.object(T5LayerNorm, "forward", exact), mock.patch.object(MT5LayerNorm, "forward", exact):
+    with contextlib.ExitStack() as stack:
+        for norm in NORMS:
+            stack.enter_context(mock.patch.object(norm, "forward", exact))
         yield
 
 
@@ -334,7 +411,8 @@ def record(case):
     check_head(case, model)
     adapted = sorted(n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, PolyLinear))
     outs, row_nll = evaluate(model, rows)
-    tensors["eval.encoder.0"] = outs[0].encoder_last_hidden_state[0]
+    if not case.causal:
+        tensors["eval.encoder.0"] = outs[0].encoder_last_hidden_state[0]
     for i, out in enumerate(outs):
         tensors[f"eval.logits.{i}"] = out.logits[0].float()
     generated, margins = zip(*(greedy(model, row) for row in rows))
@@ -349,6 +427,11 @@ def record(case):
     losses, final = train(model, rows)
     if case.final_tensors:
         tensors |= {f"final.{name}": t for name, t in final.items()}
+
+    base = Model.from_pretrained(folder / "base", dtype=torch.float32)
+    _, base_nll = evaluate(base, rows)
+    base_generated, base_margins = zip(*(greedy(base, row) for row in rows))
+    assert min(base_margins) > 1e-3, f"{case.name}: a greedy step of the base is nearly a tie; take another seed"
 
     # The same in f64: how much of a difference from the above is rounding alone.
     with exact_norms():
@@ -379,6 +462,7 @@ def record(case):
         "attention": model.base_model.model.config._attn_implementation,
         "stored": str(case.stored).removeprefix("torch."), "poly": case.poly, "adapted": adapted, "rows": rows,
         "eval": {"nll": row_nll, "nll_f64": nll_f64, "greedy": list(generated), "greedy_min_margin": min(margins)},
+        "base": {"nll": base_nll, "greedy": list(base_generated), "greedy_min_margin": min(base_margins)},
         "noise": {"loss": loss, "loss_f64": loss_f64, "grad_gap": grad_gap},
         "train": {"losses": losses, "losses_f64": losses_f64, "final_gap": final_gap, "step_rows": STEP_ROWS, "learning_rate": 1e-2,
                   "router_learning_rate": 1e-1, "weight_decay": 0.01, "router_weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8},
@@ -396,6 +480,13 @@ def record(case):
 def check_head(case, model):
     """That the files say what the case is about: whose head, and whether its input is scaled."""
     inner = model.base_model.model
+    if case.causal:
+        tied = inner.lm_head.weight.data_ptr() == inner.model.embed_tokens.weight.data_ptr()
+        assert tied == case.config["tie_word_embeddings"], f"{case.name}: tied {tied}"
+        return
+    if case.family == "bart":
+        assert inner.lm_head.weight.data_ptr() == inner.model.shared.weight.data_ptr()
+        return
     tied = inner.lm_head.weight.data_ptr() == inner.shared.weight.data_ptr()
     assert tied == (case.style != "hub-flan-t5"), f"{case.name}: tied {tied}"
     scaled = getattr(inner.config, "scale_decoder_outputs", False)  # mT5 has no such key and never scales.
