@@ -75,6 +75,30 @@ impl Frozen {
         Self::new(Arc::new(bytes), range, dtype, rows, cols)
     }
 
+    /// The `[cols, rows]` matrix with rows and columns exchanged: a copy, in memory.
+    pub fn transposed(&self) -> Self {
+        let (size, bytes) = (self.dtype.size_bytes(), self.bytes());
+        let mut out = vec![0; bytes.len()];
+        for (i, to) in out.chunks_exact_mut(size).enumerate() {
+            let (row, col) = (i % self.rows, i / self.rows);
+            to.copy_from_slice(&bytes[(row * self.cols + col) * size..][..size]);
+        }
+        let range = 0..out.len();
+        Self::new(Arc::new(out), range, self.dtype, self.cols, self.rows)
+    }
+
+    /// The `[rows, cols]` matrix of the elements from `first` on; nothing is copied.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn part(&self, first: usize, rows: usize, cols: usize) -> Self {
+        let size = self.dtype.size_bytes();
+        let start = self.range.start + first * size;
+        let range = start..start + rows * cols * size;
+        assert!(range.end <= self.range.end, "a part lies in its whole");
+        Self::new(Arc::clone(&self.bytes), range, self.dtype, rows, cols)
+    }
+
     /// The elements' bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes.bytes()[self.range.clone()]

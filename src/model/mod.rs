@@ -13,6 +13,7 @@ pub mod batch;
 pub mod cache;
 pub mod dataset;
 pub mod decoder;
+pub mod gpt2;
 pub mod network;
 pub mod presets;
 mod rope;
@@ -29,6 +30,7 @@ use std::{
 pub use bart::Bart;
 pub use batch::{Batch, Example, Layout};
 pub use decoder::Decoder;
+pub use gpt2::Gpt2;
 pub use network::Network;
 pub use routed_lora::Adapter;
 pub use t5::T5;
@@ -78,6 +80,8 @@ pub enum ModuleKind {
     },
     /// The output head: a linear that adapters leave alone.
     Head,
+    /// GPT-2's linear with its weight transposed, which PEFT's Poly refuses.
+    Conv1d,
     /// Anything else.
     Other,
 }
@@ -140,10 +144,14 @@ impl<B: Backend> Model<B> {
                 let network = Decoder::load(&backend, decoder.clone(), &mut checkpoint)?;
                 (Box::new(network), decoder::modules(decoder))
             }
-            ModelConfig::Bart(bart) => (
-                Box::new(Bart::load(&backend, bart.clone(), &mut checkpoint)?),
-                bart::modules(bart),
-            ),
+            ModelConfig::Bart(bart) => {
+                let network = Bart::load(&backend, bart.clone(), &mut checkpoint)?;
+                (Box::new(network), bart::modules(bart))
+            }
+            ModelConfig::Gpt2(gpt2) => {
+                let network = Gpt2::load(&backend, gpt2.clone(), &mut checkpoint)?;
+                (Box::new(network), gpt2::modules(gpt2))
+            }
         };
         let dir = checkpoint.dir().to_path_buf();
         let generation = GenerationConfig::open(&dir, &config)?;

@@ -533,7 +533,7 @@ mod tests {
         let unknown = json!({"model_type": "gemma3"});
         let error = parse(&unknown).unwrap_err().to_string();
         assert!(
-            error.contains("supported: t5, mt5, bart, llama, mistral, qwen2, qwen3"),
+            error.contains("supported: t5, mt5, bart, llama, mistral, qwen2, qwen3, gpt2"),
             "{error}"
         );
     }

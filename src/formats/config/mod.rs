@@ -18,12 +18,14 @@
 
 mod bart;
 mod decoder;
+mod gpt2;
 mod t5;
 
 use std::path::Path;
 
 pub use bart::{BartConfig, BartStack};
 pub use decoder::{DecoderConfig, Llama3Scaling, RopeConfig, RopeScaling};
+pub use gpt2::Gpt2Config;
 pub use t5::T5Config;
 
 use serde_json::{Map, Value};
@@ -187,6 +189,8 @@ pub enum ModelConfig {
     Decoder(DecoderConfig),
     /// BART.
     Bart(BartConfig),
+    /// GPT-2.
+    Gpt2(Gpt2Config),
 }
 
 impl ModelConfig {
@@ -215,11 +219,12 @@ impl ModelConfig {
                 ));
             }
             "bart" => Self::Bart(BartConfig::from_fields(&mut fields)?),
+            "gpt2" => Self::Gpt2(Gpt2Config::from_fields(&mut fields)?),
             _ => match DecoderConfig::of_family(&model_type) {
                 Some(family) => Self::Decoder(family(&mut fields)?),
                 None => {
                     let found = excerpt(&model_type);
-                    let supported = "t5, mt5, bart, llama, mistral, qwen2, qwen3";
+                    let supported = "t5, mt5, bart, llama, mistral, qwen2, qwen3, gpt2";
                     let detail = format!("{found} is not supported; supported: {supported}");
                     return Err(fields.error("model_type", detail));
                 }
@@ -235,6 +240,7 @@ impl ModelConfig {
             Self::T5(config) => &config.model_type,
             Self::Decoder(config) => &config.model_type,
             Self::Bart(_) => "bart",
+            Self::Gpt2(_) => "gpt2",
         }
     }
 
@@ -244,6 +250,7 @@ impl ModelConfig {
             Self::T5(config) => config.vocab_size,
             Self::Decoder(config) => config.vocab_size,
             Self::Bart(config) => config.vocab_size,
+            Self::Gpt2(config) => config.vocab_size,
         }
     }
 
@@ -253,6 +260,7 @@ impl ModelConfig {
             Self::T5(_) => None,
             Self::Decoder(config) => Some(config.max_positions),
             Self::Bart(config) => Some(config.max_positions),
+            Self::Gpt2(config) => Some(config.max_positions),
         }
     }
 
@@ -262,6 +270,7 @@ impl ModelConfig {
             Self::T5(config) => config.dropout_rate,
             Self::Decoder(config) => config.attention_dropout,
             Self::Bart(config) => config.dropout,
+            Self::Gpt2(_) => 0.0, // It is not trained on.
         }
     }
 
@@ -270,7 +279,7 @@ impl ModelConfig {
     pub fn decoder_start(&self) -> Option<u32> {
         match self {
             Self::T5(config) => Some(config.decoder_start_token_id),
-            Self::Decoder(_) => None,
+            Self::Decoder(_) | Self::Gpt2(_) => None,
             Self::Bart(config) => Some(config.decoder_start_token_id),
         }
     }
@@ -281,6 +290,7 @@ impl ModelConfig {
             Self::T5(config) => (&config.eos_token_ids, config.pad_token_id),
             Self::Decoder(config) => (&config.eos_token_ids, config.pad_token_id),
             Self::Bart(config) => (&config.eos_token_ids, config.pad_token_id),
+            Self::Gpt2(config) => (&config.eos_token_ids, config.pad_token_id),
         }
     }
 
@@ -289,6 +299,7 @@ impl ModelConfig {
         match self {
             Self::T5(_) => &["q", "v"],
             Self::Decoder(_) | Self::Bart(_) => &["q_proj", "v_proj"],
+            Self::Gpt2(_) => &["c_attn"], // Which is then refused, as PEFT does.
         }
     }
 }

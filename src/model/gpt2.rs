@@ -1,0 +1,266 @@
+//! GPT-2: a decoder with learned positions, layer norms and biases.
+//!
+//! ```text
+//! start   x = embedding[id] + positions[place]
+//! block   x += c_proj(attention(c_attn of norm(x)))           c_attn: q, k and v in one
+//!         x += c_proj(gelu_new(c_fc norm(x)))
+//! head    norm(x) · embeddingᵀ
+//! ```
+//!
+//! Its linears are `Conv1D`s: weights lie transposed, `[d_in, d_out]`. They are the one kind of weight
+//! that is copied when a model is opened: kernels read a row for each output. PEFT's Poly names
+//! `c_attn` in its table of default targets and then refuses it, as it adapts `torch.nn.Linear` alone.
+//! So there is no adapter that could be loaded or that PEFT would load, and none is made here: a
+//! GPT-2 base is evaluated and generated from, and its modules say what they are
+//! ([`ModuleKind::Conv1d`]). (`modeling_gpt2.py` of transformers 5.17.)
+
+use std::sync::Arc;
+
+use crate::{
+    error::Result,
+    formats::{checkpoint::Checkpoint, config::Gpt2Config},
+    kernels::Backend,
+    model::{
+        Module, ModuleKind,
+        batch::Batch,
+        cache::{Cache, Decoding, Step},
+        network::{Head, Network, Side, Sides},
+    },
+    tape::{
+        Tape, Var,
+        ops::{AttentionSpec, FrozenLinear, KeyValue, LayerNorm, LinearSpec},
+    },
+    tensor::Frozen,
+};
+
+/// A GPT-2.
+pub struct Gpt2<B: Backend> {
+    config: Gpt2Config,
+    embedding: B::Weight,
+    positions: B::Weight,
+    blocks: Vec<Block<B>>,
+    last_norm: LayerNorm<B>,
+    head: Head<B>,
+}
+
+struct Block<B: Backend> {
+    attention_norm: LayerNorm<B>,
+    /// The thirds of `c_attn`.
+    qkv: [FrozenLinear<B>; 3],
+    out: FrozenLinear<B>,
+    scale: f32,
+    feed_forward_norm: LayerNorm<B>,
+    up: FrozenLinear<B>,
+    down: FrozenLinear<B>,
+}
+
+impl<B: Backend> Gpt2<B> {
+    /// Takes the tensors that the configuration implies out of a checkpoint, and transposes its
+    /// linears.
+    ///
+    /// # Errors
+    /// If one is missing or of another shape.
+    pub fn load(backend: &B, config: Gpt2Config, checkpoint: &mut Checkpoint) -> Result<Self> {
+        // A bare GPT2Model's names, as on the Hub, have no prefix.
+        let bare = checkpoint.info("wte.weight").is_some();
+        let prefix = if bare { "" } else { "transformer." };
+        let Gpt2Config { vocab_size, d_model, max_positions, .. } = config;
+        let mut loader = Loader { backend, checkpoint, prefix };
+        let embedding = loader.weight("wte.weight", &[vocab_size, d_model])?;
+        let positions = loader.weight("wpe.weight", &[max_positions, d_model])?;
+        let blocks =
+            (0..config.n_layers).map(|i| loader.block(&config, i)).collect::<Result<Vec<_>>>()?;
+        let last_norm = loader.norm("ln_f", d_model)?;
+        let own = checkpoint.try_tensor("lm_head.weight", &[vocab_size, d_model])?;
+        let weight = own.map_or_else(|| embedding.clone(), |own| backend.weight(&own));
+        let head = Head { linear: FrozenLinear { weight, bias: None, index: 0 }, scale: 1.0 };
+        Ok(Self { config, embedding, positions, blocks, last_norm, head })
+    }
+
+    /// q, k and v of a block.
+    fn qkv<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        block: &'m Block<B>,
+        x: &Var<B>,
+        side: &Side,
+    ) -> [Var<B>; 3] {
+        let h = tape.layer_norm(x, &block.attention_norm, self.config.norm_eps);
+        tape.linears(&h, block.qkv.each_ref(), &side.segments)
+    }
+
+    /// What comes after q, k and v.
+    fn rest<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        block: &'m Block<B>,
+        x: &Var<B>,
+        (q, keys): (Var<B>, KeyValue<B>),
+        side: &Side,
+    ) -> Var<B> {
+        let Gpt2Config { n_heads, d_model, norm_eps, activation, .. } = self.config;
+        let spec = AttentionSpec {
+            n_heads,
+            n_kv_heads: n_heads,
+            head_dim: d_model / n_heads,
+            scale: block.scale,
+            causal: true,
+            window: None,
+            bias: None,
+            dropout: None,
+        };
+        let attended = tape.attention(q, &side.spans, keys, spec);
+        let x = tape.linear(&attended, &block.out, &side.segments, LinearSpec::onto(x));
+        let h = tape.layer_norm(&x, &block.feed_forward_norm, norm_eps);
+        let [h] = tape.linears(&h, [&block.up], &side.segments);
+        let h = tape.gated(h, None, activation, None);
+        tape.linear(&h, &block.down, &side.segments, LinearSpec::onto(&x))
+    }
+
+    fn embed(&self, tape: &mut Tape<'_, B>, ids: &[u32], places: &[u32]) -> Var<B> {
+        tape.embed_at((&self.embedding, ids), (&self.positions, places))
+    }
+}
+
+impl<B: Backend> Network<B> for Gpt2<B> {
+    fn head(&self) -> &Head<B> {
+        &self.head
+    }
+
+    fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B> {
+        let side = &sides.target;
+        let places: Vec<u32> = side.spans.lens.iter().flat_map(|&len| 0..len as u32).collect();
+        let mut x = self.embed(tape, &batch.target, &places);
+        if side.watch {
+            x = tape.watched(x.tensor().clone());
+        }
+        for block in &self.blocks {
+            let side = side.clone();
+            x = tape.checkpoint(&[&x], side.keep, move |tape, inputs| {
+                let [q, k, v] = self.qkv(tape, block, &inputs[0], &side);
+                let keys = KeyValue { k, v, spans: Arc::clone(&side.spans) };
+                self.rest(tape, block, &inputs[0], (q, keys), &side)
+            });
+        }
+        let x = tape.gather(x, batch.label_rows.as_deref());
+        tape.layer_norm(&x, &self.last_norm, self.config.norm_eps)
+    }
+
+    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, _: &Sides) -> Decoding<B> {
+        let Gpt2Config { n_layers, d_model, .. } = self.config;
+        let cache = Cache::new(tape.backend(), n_layers, d_model, batch.n());
+        Decoding { cache, cross: Vec::new(), source: Arc::default(), bias: None, rotary: None }
+    }
+
+    fn advance<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        decoding: &mut Decoding<B>,
+        step: &Step<'_>,
+    ) -> Var<B> {
+        let backend = tape.backend();
+        let (placed, _) = decoding.cache.place(backend, step);
+        let side = Side::inference(Arc::clone(&placed.queries), Arc::clone(step.segments));
+        let mut x = self.embed(tape, step.ids, &placed.positions);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let [q, k, v] = self.qkv(tape, block, &x, &side);
+            let keys = decoding.cache.extend(backend, layer, &placed, &k, &v);
+            x = self.rest(tape, block, &x, (q, keys), &side);
+        }
+        let x = tape.gather(x, placed.last.as_deref());
+        tape.layer_norm(&x, &self.last_norm, self.config.norm_eps)
+    }
+}
+
+struct Loader<'a, B: Backend> {
+    backend: &'a B,
+    checkpoint: &'a mut Checkpoint,
+    prefix: &'a str,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        self.checkpoint.tensor(&format!("{}{name}", self.prefix), shape)
+    }
+
+    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<B::Weight> {
+        Ok(self.backend.weight(&self.tensor(name, shape)?))
+    }
+
+    fn norm(&mut self, path: &str, d: usize) -> Result<LayerNorm<B>> {
+        Ok(LayerNorm {
+            weight: self.weight(&format!("{path}.weight"), &[d])?,
+            bias: self.weight(&format!("{path}.bias"), &[d])?,
+        })
+    }
+
+    /// A Conv1D as `N` linears, each with its share of the output features.
+    fn conv<const N: usize>(
+        &mut self,
+        path: &str,
+        d_in: usize,
+        d_out: usize,
+    ) -> Result<[FrozenLinear<B>; N]> {
+        let weight = self.tensor(&format!("{path}.weight"), &[d_in, d_out])?.transposed();
+        let bias = self.tensor(&format!("{path}.bias"), &[d_out])?;
+        let share = d_out / N;
+        Ok(std::array::from_fn(|i| FrozenLinear {
+            weight: self.backend.weight(&weight.part(i * share * d_in, share, d_in)),
+            bias: Some(self.backend.weight(&bias.part(i * share, 1, share))),
+            index: 0, // None is adapted.
+        }))
+    }
+
+    fn block(&mut self, config: &Gpt2Config, i: usize) -> Result<Block<B>> {
+        let Gpt2Config { d_model: d, d_ff, n_heads, scale_scores, scale_by_layer, .. } = *config;
+        let path = |name: &str| format!("h.{i}.{name}");
+        for mask in ["attn.bias", "attn.masked_bias"] {
+            let name = format!("{}{}", self.prefix, path(mask));
+            self.checkpoint.ignore(&name, "a causal mask that early versions saved");
+        }
+        let scale = if scale_scores { ((d / n_heads) as f32).powf(-0.5) } else { 1.0 };
+        let [out] = self.conv(&path("attn.c_proj"), d, d)?;
+        let [up] = self.conv(&path("mlp.c_fc"), d, d_ff)?;
+        let [down] = self.conv(&path("mlp.c_proj"), d_ff, d)?;
+        Ok(Block {
+            attention_norm: self.norm(&path("ln_1"), d)?,
+            qkv: self.conv(&path("attn.c_attn"), d, 3 * d)?,
+            out,
+            scale: if scale_by_layer { scale / (i + 1) as f32 } else { scale },
+            feed_forward_norm: self.norm(&path("ln_2"), d)?,
+            up,
+            down,
+        })
+    }
+}
+
+/// Every module of a GPT-2, in Hugging Face's order.
+pub fn modules(config: &Gpt2Config) -> Vec<Module> {
+    let mut modules = Vec::new();
+    let mut push = |path: String, kind| modules.push(Module { path, kind });
+    for name in ["", ".wte", ".wpe", ".drop", ".h"] {
+        push(format!("transformer{name}"), ModuleKind::Other);
+    }
+    for i in 0..config.n_layers {
+        for (name, kind) in [
+            ("", ModuleKind::Other),
+            (".ln_1", ModuleKind::Other),
+            (".attn", ModuleKind::Other),
+            (".attn.c_attn", ModuleKind::Conv1d),
+            (".attn.c_proj", ModuleKind::Conv1d),
+            (".attn.attn_dropout", ModuleKind::Other),
+            (".attn.resid_dropout", ModuleKind::Other),
+            (".ln_2", ModuleKind::Other),
+            (".mlp", ModuleKind::Other),
+            (".mlp.c_fc", ModuleKind::Conv1d),
+            (".mlp.c_proj", ModuleKind::Conv1d),
+            (".mlp.act", ModuleKind::Other),
+            (".mlp.dropout", ModuleKind::Other),
+        ] {
+            push(format!("transformer.h.{i}{name}"), kind);
+        }
+    }
+    push("transformer.ln_f".into(), ModuleKind::Other);
+    push("lm_head".into(), ModuleKind::Head);
+    modules
+}
