@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use polytape::{
     Dtype,
+    formats::poly_config::PolyConfig,
     generate::{Engine, GenerateOptions},
     kernels::{
         Backend,
@@ -18,7 +19,7 @@ use polytape::{
         ops::{Noise, Order},
         oracle::Oracle,
     },
-    model::{Adapter, Batch, Example, Model, network::Sides},
+    model::{Adapter, Batch, Example, Model, network::Sides, routed_lora::parse_targets},
     tape::Tape,
     train::{Schedule, TrainConfig, Trainer},
 };
@@ -60,7 +61,8 @@ impl Case {
         let dir = root().join("tests/data/parity").join(name);
         let expected: Value =
             serde_json::from_slice(&std::fs::read(dir.join("expected.json")).unwrap()).unwrap();
-        let tensors = std::fs::read(dir.join("expected.safetensors")).unwrap();
+        // Not of a base alone.
+        let tensors = std::fs::read(dir.join("expected.safetensors")).unwrap_or_default();
         let ids =
             |v: &Value| v.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
         let rows = expected["rows"].as_array().unwrap();
@@ -278,6 +280,22 @@ fn check_training<B: Backend>(case: &Case, backend: B, tolerance: f64, what: &st
             let got: Vec<f64> = got.iter().map(|&v| f64::from(v)).collect();
             assert_close(&got, &want, 1e-3, 1e-4, &format!("{what} final {path} {part}"));
         }
+    }
+}
+
+/// GPT-2 has no adapter: PEFT's Poly refuses its Conv1D, and so does [`Adapter::new`].
+#[test]
+fn a_base_that_cannot_be_adapted_runs_alone() {
+    let case = Case::open("gpt2");
+    check_base(&case, &case.model(Oracle), 1e-5, "gpt2");
+    on_every_isa(|cpu, isa| check_base(&case, &case.model(cpu), 1e-5, &format!("gpt2 {isa}")));
+    let model = case.model(Oracle);
+    for targets in [None, Some("c_attn"), Some("mlp.c_fc"), Some("all-linear")] {
+        let target_modules = targets.map(parse_targets);
+        let config = PolyConfig { target_modules, ..PolyConfig::default() };
+        let error = Adapter::new(&model, &config, 1).err().unwrap().to_string();
+        let refused = error.contains("a Conv1D, which neither PEFT's Poly nor this can adapt");
+        assert!(refused || error.contains("matches nothing"), "{error}");
     }
 }
 

@@ -42,7 +42,7 @@ from peft.tuners.poly.layer import Linear as PolyLinear
 from peft.tuners.poly.router import EPS, PolyRouter
 from safetensors.torch import load_file, save_file
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
-from transformers import (BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MT5Config, MT5ForConditionalGeneration,
+from transformers import (BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MT5Config, MT5ForConditionalGeneration,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -70,6 +70,7 @@ FAMILIES = {
     "t5": (T5Config, T5ForConditionalGeneration),
     "mt5": (MT5Config, MT5ForConditionalGeneration),
     "bart": (BartConfig, BartForConditionalGeneration),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -163,6 +164,14 @@ CASES = [
          poly(2, 3, 2, 2, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]), family="bart", seed=51),
 ]
 
+# Bases that PEFT's Poly refuses (Conv1D is no torch.nn.Linear): nll and greedy tokens alone.
+BASES = [
+    Case("gpt2", "GPT-2, tied, scores of a layer divided by its number; the feed-forward layer is not four times as wide",
+         dict(n_embd=24, n_head=3, n_inner=44, n_layer=2, vocab_size=101, n_positions=40, scale_attn_by_inverse_layer_idx=True,
+              resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=1),
+         dict(n_tasks=1), family="gpt2", seed=51),
+]
+
 # ---- building a case's files ----------------------------------------------------------------------------------------
 
 
@@ -178,7 +187,7 @@ def build_base(case, folder):
                 weight.copy_(1 + 0.1 * torch.randn_like(weight))
             else:
                 # Small embeddings under large block outputs, or a tied head repeats its own input for ever.
-                spread = (0.3 if "shared" in name or "embed_tokens" in name else 0.5 if "relative" in name else
+                spread = (0.3 if "shared" in name or "embed_tokens" in name or "wte" in name else 3 / math.sqrt(weight.shape[0]) if ".c_" in name else 0.5 if "relative" in name else
                           (2 if name.endswith(("o.weight", "o_proj.weight", "down_proj.weight")) else 1) / math.sqrt(weight.shape[-1]))
                 weight.copy_(torch.randn_like(weight) * spread)
         model.get_output_embeddings().weight[1] *= 2  # So that some rows generate the end token.
@@ -477,6 +486,23 @@ def record(case):
           f"margin {min(margins):.1e}  losses {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 
+def record_base(case):
+    """A case without an adapter."""
+    torch.manual_seed(case.seed)
+    folder = DATA / "parity" / case.name
+    shutil.rmtree(folder, ignore_errors=True)
+    Model = build_base(case, folder / "base")
+    rows = make_rows(case, random.Random(case.seed))
+    model = Model.from_pretrained(folder / "base", dtype=torch.float32)
+    _, row_nll = evaluate(model, rows)
+    _, nll_f64 = evaluate(model.double(), rows)
+    generated, margins = zip(*(greedy(model, row) for row in rows))
+    assert min(margins) > 1e-3, f"{case.name}: a greedy step is nearly a tie ({min(margins):.1e}); take another seed"
+    base = {"nll": row_nll, "nll_f64": nll_f64, "greedy": list(generated), "greedy_min_margin": min(margins)}
+    write_json(folder / "expected.json", {"about": case.about, "versions": VERSIONS, "seed": case.seed, "rows": rows, "base": base})
+    print(f"{case.name:11} base alone  f32-f64: nll {gap(row_nll, nll_f64):.1e}  margin {min(margins):.1e}")
+
+
 def check_head(case, model):
     """That the files say what the case is about: whose head, and whether its input is scaled."""
     inner = model.base_model.model
@@ -597,9 +623,10 @@ def bucket_table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {' '.join(c.name for c in CASES)}")
+    names = [c.name for c in CASES + BASES]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {' '.join(names)}")
     wanted = parser.parse_args().cases
-    if unknown := set(wanted) - {c.name for c in CASES}:
+    if unknown := set(wanted) - set(names):
         parser.error(f"no such case: {' '.join(sorted(unknown))}")
     torch.set_num_threads(1)  # One order of summation, whatever the machine.
     warnings.filterwarnings("ignore")
@@ -613,6 +640,9 @@ def main():
     for case in CASES:
         if not wanted or case.name in wanted:
             record(case)
+    for case in BASES:
+        if not wanted or case.name in wanted:
+            record_base(case)
     size = sum(f.stat().st_size for f in (DATA / "parity").rglob("*") if f.is_file())
     print(f"total {size / 1e6:.2f} MB")
     if size > SIZE_LIMIT_BYTES:
