@@ -119,7 +119,7 @@ impl BartConfig {
 fn stack(fields: &mut Fields, name: &str, d_model: usize) -> Result<BartStack> {
     let heads = format!("{name}_attention_heads");
     let n_heads = fields.size(&[&heads], 16, MAX_HEADS)?;
-    if d_model % n_heads != 0 {
+    if !d_model.is_multiple_of(n_heads) {
         return Err(fields.error(&heads, format!("{n_heads} does not divide d_model {d_model}")));
     }
     Ok(BartStack {

@@ -210,7 +210,7 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
     let null_kv = fields.is_null(kv);
     let default_kv = defaults.n_kv_heads.filter(|_| !null_kv).unwrap_or(n_heads);
     let n_kv_heads = fields.size(&[kv], default_kv, MAX_HEADS)?;
-    if n_heads % n_kv_heads != 0 {
+    if !n_heads.is_multiple_of(n_kv_heads) {
         let detail = format!("{n_kv_heads} does not divide num_attention_heads {n_heads}");
         return Err(fields.error(kv, detail));
     }
@@ -219,7 +219,7 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
         defaults.head_dim.unwrap_or((d_model / n_heads).max(1)),
         MAX_FEATURES,
     )?;
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         let detail = format!("{head_dim} is odd: rotary positions turn pairs of features");
         return Err(fields.error("head_dim", detail));
     }

@@ -61,7 +61,7 @@ impl Gpt2Config {
         let d_model = fields.size(&["n_embd", "hidden_size"], 768, MAX_FEATURES)?;
         let d_ff = fields.size(&["n_inner"], 4 * d_model, MAX_FEED_FORWARD)?;
         let n_heads = fields.size(&["n_head", "num_attention_heads"], 12, MAX_HEADS)?;
-        if d_model % n_heads != 0 {
+        if !d_model.is_multiple_of(n_heads) {
             let detail = format!("{n_heads} does not divide n_embd {d_model}");
             return Err(fields.error("n_head", detail));
         }
