@@ -32,7 +32,7 @@ const HEADERS: [(&str, &str); 6] =
     sources!["bank.cuh", "common.cuh", "gemm.cuh", "mma.cuh", "philox.cuh", "thin.cuh"];
 
 /// Files with kernels.
-const MODULES: [(&str, &str); 12] = sources![
+const MODULES: [(&str, &str); 13] = sources![
     "adamw.cu",
     "attention.cu",
     "elementwise.cu",
@@ -43,6 +43,7 @@ const MODULES: [(&str, &str); 12] = sources![
     "linear.cu",
     "mix.cu",
     "norm.cu",
+    "rope.cu",
     "route.cu",
     "shrink.cu",
 ];
