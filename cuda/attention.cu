@@ -363,16 +363,18 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
     bring_rows<DEPTH>(queries, args.q + (span.query_start + first) * q_size + head * d, q_size, n_queries,
                       TILE_QUERIES, d);
     // Of this thread's two rows: the query, what it sees, its largest score and sum so far.
-    u32 row[2], seen[2];
+    u32 row[2], from[2], seen[2];
     float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
         row[h] = first + own + l / 4 + h * 8;
         seen[h] = row[h] < first + n_queries ? n_seen(args, span, row[h]) : 0;
+        from[h] = row[h] < first + n_queries ? first_seen(args, span, row[h]) : 0;
     }
     float out[DEPTH / 8][4] = {};
     const u32 most = n_seen(args, span, first + n_queries - 1);
-    for (u32 j0 = 0; j0 < most; j0 += TILE_KEYS) {
+    const u32 start = first_seen(args, span, first) / TILE_KEYS * TILE_KEYS;
+    for (u32 j0 = start; j0 < most; j0 += TILE_KEYS) {
         const size_t at = (span.key_start + j0) * kv_size + kv_col;
         const u32 n_keys = min(TILE_KEYS, span.n_keys - j0);
         __syncthreads();  // All are done with the tile before.
@@ -402,7 +404,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
             for (u32 e = 0; e < 8; ++e) {
                 const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
                 float& score = scores[e / 2][2 * h + e % 2];
-                if (j < seen[h]) {
+                if (j >= from[h] && j < seen[h]) {
                     score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
                     larger = fmaxf(larger, score);
                 }
@@ -413,15 +415,17 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
             for (u32 e = 0; e < 8; ++e) {
                 const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
                 float& score = scores[e / 2][2 * h + e % 2];
-                const float probability = j < seen[h] ? expf(score - larger) : 0.0f;
+                const bool sees = j >= from[h] && j < seen[h];
+                const float probability = sees ? expf(score - larger) : 0.0f;
                 added += probability;
                 score = probability;
-                if (args.dropout.tokens && j < seen[h]) score *= keep(args, span, head, row[h], j);
+                if (args.dropout.tokens && sees) score *= keep(args, span, head, row[h], j);
             }
-            // Nothing seen so far: nothing to rescale.
-            rescale[h] = j0 < seen[h] ? expf(largest[h] - larger) : 1.0f;
+            // Nothing of this tile is seen: nothing to rescale.
+            const bool meets = j0 < seen[h] && j0 + TILE_KEYS > from[h];
+            rescale[h] = meets ? expf(largest[h] - larger) : 1.0f;
             sum[h] = fmaf(sum[h], rescale[h], row_sum(added));
-            if (j0 < seen[h]) largest[h] = larger;
+            if (meets) largest[h] = larger;
         }
 #pragma unroll
         for (u32 c = 0; c < DEPTH / 8; ++c)
