@@ -19,6 +19,7 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{
@@ -98,6 +99,12 @@ impl<'a> Matrix<'a> {
         assert_eq!(values.len(), rows * cols);
         let bytes = bytemuck::cast_slice(values);
         Self { bytes, dtype: Dtype::F32, rows, cols, stride: cols }
+    }
+
+    pub(super) fn bf16s(values: &'a [bf16], rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        let bytes = bytemuck::cast_slice(values);
+        Self { bytes, dtype: Dtype::Bf16, rows, cols, stride: cols }
     }
 
     /// Some rows and columns of it.

@@ -16,7 +16,8 @@ use super::{
     gemm::{
         Accumulator, COLS, Cut, Finish, Matrix, Packed, Product, Rectangle, Residual, Rhs, cut,
     },
-    isa::{ElementMut, Isa, LANES, Simd, SimdOp},
+    gemm_amx::{self, Lhs, Part, RankRhs},
+    isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
 };
 use crate::{dtype::Dtype, tensor::Tensor};
 
@@ -77,6 +78,9 @@ fn write<T: ElementMut<Item = T> + Send>(
         });
         return;
     }
+    if let Some(amx) = gemm_amx::takes(cpu, projections.iter().map(|p| p.weight)) {
+        return write_tiles(cpu, amx, x, projections, outs, finish);
+    }
     let by = Cut::new(x.cols, projections.iter().map(|p| p.weight.rows()).sum());
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
@@ -99,6 +103,60 @@ fn write<T: ElementMut<Item = T> + Send>(
                 rank.add(&mut sums, &rectangle);
             }
             finish(i).write(cpu.isa, rectangle, |row| sums.row(row));
+        });
+    }
+}
+
+/// [`write`] in panel order on AMX. Mixed rank terms go through the tiles; stacked ones are summed
+/// beside them, as they are rare with many rows.
+fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
+    cpu: &Cpu,
+    amx: Amx,
+    x: Matrix<'_>,
+    projections: &[Projection<'_, Cpu>],
+    mut outs: Vec<&mut [T]>,
+    finish: impl Fn(usize) -> Finish<'a> + Sync,
+) {
+    let mixed: Vec<_> = (projections.iter())
+        .map(|p| match p.lora.as_ref()? {
+            Expand { z, segments, rhs: ExpandRhs::Mixed(b) } => {
+                let rhs = RankRhs::new(cpu, amx, b, z.cols(), false, segments);
+                Some((rhs, Matrix::tensor(z)))
+            }
+            Expand { rhs: ExpandRhs::Stacked(_), .. } => None,
+        })
+        .collect();
+    let by = Cut::new(x.cols, projections.iter().map(|p| p.weight.rows()).sum());
+    for start in (0..x.rows).step_by(by.packed) {
+        let rows = start..x.rows.min(start + by.packed);
+        let lhs = Lhs::rows(cpu, amx, x.part_rows(rows.clone()), start);
+        let mixed: Vec<_> = (mixed.iter().map(Option::as_ref))
+            .map(|m| m.map(|(b, z)| (b, b.left(cpu, amx, z.part_rows(rows.clone()), start))))
+            .collect();
+        let stacked: Vec<_> = (projections.iter())
+            .map(|p| p.lora.as_ref().filter(|l| matches!(l.rhs, ExpandRhs::Stacked(_))))
+            .map(|lora| lora.map(|lora| Rank::pack(cpu, lora, rows.clone())))
+            .collect();
+        let tasks = tasks(projections, &mut outs, start, rows.len(), by.task);
+        gemm_amx::in_pairs(cpu, tasks).into_par_iter().for_each(|(i, rectangles)| {
+            let matrix = Matrix::frozen(projections[i].weight);
+            let ranks: Vec<_> = mixed[i].iter().map(|(b, z)| (*b, z)).collect();
+            let mut more = Vec::new();
+            if let Some(rank) = &stacked[i] {
+                for r in &rectangles {
+                    more.push(Accumulator::new(cpu, r.rows.clone(), r.cols.clone()));
+                }
+                let all = more.iter_mut().zip(&rectangles);
+                all.for_each(|(sums, rectangle)| rank.add(sums, rectangle));
+            }
+            let task = gemm_amx::Task {
+                parts: &[Part { lhs: &lhs, matrix, transposed: true }],
+                ranks: &ranks,
+                more,
+                rectangles,
+                finish: finish(i),
+            };
+            task.run(cpu, amx);
         });
     }
 }
@@ -340,6 +398,9 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
     d_x: &mut [T],
 ) {
     let n_rows = d_x.len() / cols.max(1);
+    if let Some(amx) = gemm_amx::takes(cpu, terms.iter().map(|t| t.weight)) {
+        return write_backward_tiles(cpu, amx, terms, finish, cols, d_x);
+    }
     let by = Cut::new(terms.iter().map(|t| t.weight.rows()).sum(), cols);
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
@@ -370,6 +431,45 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                 }
             }
             finish.write(cpu.isa, rectangle, |row| sums.row(row));
+        });
+    }
+}
+
+/// [`write_backward`] on AMX.
+fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
+    cpu: &Cpu,
+    amx: Amx,
+    terms: &[LinearBackwardTerm<'_, Cpu>],
+    finish: Finish<'_>,
+    cols: usize,
+    d_x: &mut [T],
+) {
+    let n_rows = d_x.len() / cols.max(1);
+    let ranks: Vec<_> = (terms.iter().filter_map(|t| t.lora))
+        .map(|(d_z, a, segments)| {
+            (RankRhs::new(cpu, amx, a, d_z.cols(), true, segments), Matrix::tensor(d_z))
+        })
+        .collect();
+    let by = Cut::new(terms.iter().map(|t| t.weight.rows()).sum(), cols);
+    for start in (0..n_rows).step_by(by.packed) {
+        let rows = start..n_rows.min(start + by.packed);
+        let pack = |t: &LinearBackwardTerm<'_, Cpu>| {
+            Lhs::rows(cpu, amx, Matrix::tensor(t.d_y).part_rows(rows.clone()), start)
+        };
+        let packed: Vec<_> = terms.iter().map(pack).collect();
+        let parts: Vec<_> = (terms.iter().zip(&packed))
+            .map(|(t, lhs)| Part { lhs, matrix: Matrix::frozen(t.weight), transposed: false })
+            .collect();
+        let d_zs: Vec<_> = (ranks.iter())
+            .map(|(a, d_z)| a.left(cpu, amx, d_z.part_rows(rows.clone()), start))
+            .collect();
+        let ranks: Vec<_> = ranks.iter().map(|(a, _)| a).zip(&d_zs).collect();
+        let tasks = cut(&mut d_x[rows.start * cols..rows.end * cols], cols, start, by.task);
+        let tasks = tasks.into_iter().map(|rectangle| (0, rectangle)).collect();
+        gemm_amx::in_pairs(cpu, tasks).into_par_iter().for_each(|(_, rectangles)| {
+            let (parts, ranks) = (&parts, &ranks);
+            let task = gemm_amx::Task { parts, ranks, more: Vec::new(), rectangles, finish };
+            task.run(cpu, amx);
         });
     }
 }

@@ -14,6 +14,7 @@ mod elementwise;
 mod embed;
 mod gated;
 mod gemm;
+mod gemm_amx;
 mod grad;
 mod head;
 pub mod isa;

@@ -118,7 +118,7 @@ fn transpose_8x8(r: [__m256; 8]) -> [__m256; 8] {
 
 /// A 16x16 block of half vectors, transposed. For whoever holds a token of AVX2 or more.
 #[inline(always)]
-pub(super) fn transpose(rows: [[__m256; 2]; LANES]) -> [[__m256; 2]; LANES] {
+fn transpose(rows: [[__m256; 2]; LANES]) -> [[__m256; 2]; LANES] {
     let mut columns = rows;
     for to in 0..2 {
         for from in 0..2 {

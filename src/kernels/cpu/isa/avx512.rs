@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{LANES, Simd, SimdOp, avx2};
+use super::{LANES, Simd, SimdOp};
 
 /// The token of AVX-512.
 #[derive(Clone, Copy, Debug)]
@@ -152,13 +152,34 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
         intrinsics!({
-            let mut halves = [[_mm256_setzero_ps(); 2]; LANES];
-            for (halves, &row) in halves.iter_mut().zip(&rows) {
-                *halves = [_mm512_castps512_ps256(row), _mm512_extractf32x8_ps::<1>(row)];
+            // Pairs of rows, then fours: lane `l` of `fours[4 g + j]` (of four numbers each) is
+            // column `4 l + j` of rows `4 g ..`.
+            let (mut pairs, mut fours, mut columns) = (rows, rows, rows);
+            for (pair, row) in pairs.chunks_exact_mut(2).zip(rows.chunks_exact(2)) {
+                pair[0] = _mm512_unpacklo_ps(row[0], row[1]);
+                pair[1] = _mm512_unpackhi_ps(row[0], row[1]);
             }
-            let mut columns = rows;
-            for (column, half) in columns.iter_mut().zip(avx2::transpose(halves)) {
-                *column = _mm512_insertf32x8::<1>(_mm512_castps256_ps512(half[0]), half[1]);
+            for (four, pair) in fours.chunks_exact_mut(4).zip(pairs.chunks_exact(4)) {
+                let (a, b) = (_mm512_castps_pd(pair[0]), _mm512_castps_pd(pair[1]));
+                let (c, d) = (_mm512_castps_pd(pair[2]), _mm512_castps_pd(pair[3]));
+                four[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                four[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                four[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                four[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            const EVEN: i32 = 0b10_00_10_00; // Lanes 0 and 2 of each.
+            const ODD: i32 = 0b11_01_11_01;
+            for j in 0..4 {
+                let (top, middle) = (fours[j], fours[4 + j]);
+                let (low, bottom) = (fours[8 + j], fours[12 + j]);
+                let even = _mm512_shuffle_f32x4::<EVEN>(top, middle);
+                let odd = _mm512_shuffle_f32x4::<ODD>(top, middle);
+                let even_low = _mm512_shuffle_f32x4::<EVEN>(low, bottom);
+                let odd_low = _mm512_shuffle_f32x4::<ODD>(low, bottom);
+                columns[j] = _mm512_shuffle_f32x4::<EVEN>(even, even_low);
+                columns[4 + j] = _mm512_shuffle_f32x4::<EVEN>(odd, odd_low);
+                columns[8 + j] = _mm512_shuffle_f32x4::<ODD>(even, even_low);
+                columns[12 + j] = _mm512_shuffle_f32x4::<ODD>(odd, odd_low);
             }
             columns
         })

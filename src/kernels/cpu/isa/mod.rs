@@ -5,13 +5,18 @@
 //! adds up in the same order: AVX2 and AVX-512 give the same bits, and the scalar path differs only
 //! in that it rounds products before adding them.
 //!
-//! A token ([`Avx2`], [`Avx512`]) exists only on a CPU that has its instructions; holding one is the
+//! A token ([`Avx2`], [`Avx512`], [`Amx`]) exists only on a CPU that has its instructions; holding one is the
 //! proof that its intrinsics may run.
 
+mod amx;
 mod avx2;
 mod avx512;
 mod scalar;
 
+pub use amx::Amx;
+pub(super) use amx::{
+    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
+};
 pub use avx2::Avx2;
 pub use avx512::Avx512;
 pub use scalar::Scalar;
@@ -252,6 +257,8 @@ pub enum Isa {
     Avx2(Avx2),
     /// AVX-512 F, BW, DQ and VL.
     Avx512(Avx512),
+    /// AMX with bf16 for the products of bf16 matrices, AVX-512 for all else.
+    Amx(Amx),
 }
 
 impl Isa {
@@ -260,6 +267,7 @@ impl Isa {
         let mut all = vec![Self::Scalar(Scalar)];
         all.extend(Avx2::detect().map(Self::Avx2));
         all.extend(Avx512::detect().map(Self::Avx512));
+        all.extend(Amx::detect().map(Self::Amx));
         all
     }
 
@@ -289,6 +297,7 @@ impl Isa {
             Self::Scalar(_) => "scalar",
             Self::Avx2(_) => "avx2",
             Self::Avx512(_) => "avx512",
+            Self::Amx(_) => "amx",
         }
     }
 
@@ -299,6 +308,7 @@ impl Isa {
             Self::Scalar(simd) => op.eval(simd),
             Self::Avx2(simd) => simd.run(op),
             Self::Avx512(simd) => simd.run(op),
+            Self::Amx(amx) => amx.run(op),
         }
     }
 }

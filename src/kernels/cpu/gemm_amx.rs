@@ -1,0 +1,588 @@
+//! Matrix products of bf16 on AMX tiles, with the rank term and the finish of [`gemm`](super::gemm).
+//!
+//! ```text
+//! Lhs      [row tile][step of 32 k]     packed once, shared by all tasks
+//! right    [column tile][step]          packed by each task, straight from the mapped weight
+//! sums     Block [32 rows][128 columns] f32, finished and rounded while it is in the L1 cache
+//! ```
+//!
+//! An element's sum goes through the steps of 32 k in order, then through those of the rank term:
+//! one addition a step, within a step as [`amx`](super::isa) says. Where its row lies in a tile,
+//! which rows stand beside it, and where the loops are cut changes nothing, as sums between two loops
+//! are stored and loaded again exactly.
+//!
+//! The rank term is f32 and stays so: each factor is split into three bf16 that add up to it, and the
+//! six largest of their nine products ([`LEFT`], [`RIGHT`]) lie side by side as `6 rank` more k. What
+//! is left out is below 2^-26 of a product. At rank 8 these are 48 k, two steps.
+//!
+//! What limits it, by instruction count (nothing here has been timed): a pair of column tiles takes
+//! 64 cycles of the tile unit a step and 32 rows. Packing a right tile takes 16 loads, 64 shuffles and
+//! 16 stores, so about 64 cycles, for as many cycles of the unit as there are rows: 6 % of the time
+//! at 1000 rows, a third at 128. The L1 cache holds the left tiles of [`STEPS_L1`] steps (16 KiB) and
+//! a block (16 KiB), while the right tiles stream from L2 at 32 B a cycle; with all of K at a time both
+//! operands would come from L2, which 64 B a cycle are too many for.
+
+use std::{ops::Range, vec};
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::{
+    Cpu,
+    buffer::Buffer,
+    gemm::{Accumulator, Finish, Matrix, Rectangle},
+    isa::{
+        Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, ElementMut, Isa, LANES, LeftRows,
+        Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, round_bf16,
+    },
+};
+use crate::{
+    dtype::Dtype,
+    kernels::ops::Segments,
+    tensor::{Frozen, Tensor},
+};
+
+/// Steps of k between a load and a store of the sums.
+const STEPS_L1: usize = 8;
+/// Steps of k whose right tiles a task packs at a time, for 128 columns: 1 MiB, half an L2 cache.
+const STEPS_L2: usize = 128;
+/// Column tiles come in fours, zeros past the last column.
+const TILES_AT_ONCE: usize = 4;
+
+/// The tiles, where products with all of these weights go through them: bf16 times bf16.
+pub(super) fn takes<'a>(cpu: &Cpu, mut weights: impl Iterator<Item = &'a Frozen>) -> Option<Amx> {
+    let fits = |w: &Frozen| w.dtype() == Dtype::Bf16 && w.rows() > 0 && w.cols() > 0;
+    match cpu.isa {
+        Isa::Amx(amx) if cpu.compute == Dtype::Bf16 && weights.all(fits) => Some(amx),
+        _ => None,
+    }
+}
+
+fn steps(k: usize) -> usize {
+    k.div_ceil(TILE_K)
+}
+
+/// Tiles of `cols` columns.
+fn column_tiles(cols: usize) -> usize {
+    cols.div_ceil(TILES_AT_ONCE * TILE_COLS) * TILES_AT_ONCE
+}
+
+fn unwritten_tiles(cpu: &Cpu, n: usize) -> Buffer {
+    cpu.pool.take(n * size_of::<Tile>())
+}
+
+/// A left operand in tiles of 16 rows, `[row tile][step]`, an even number of row tiles, zeros past
+/// the last row and the last k.
+pub(super) struct Lhs {
+    tiles: Buffer,
+    /// The output row that row tile 0 starts with.
+    first_row: usize,
+    k: usize,
+}
+
+impl Lhs {
+    /// `lhs = matrix`, which is bf16, for output rows from `first_row` on, packed by all threads.
+    pub(super) fn rows(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, first_row: usize) -> Self {
+        let n_tiles = matrix.rows.next_multiple_of(BLOCK_ROWS) / TILE_ROWS;
+        let steps = steps(matrix.cols);
+        let mut tiles = unwritten_tiles(cpu, n_tiles * steps);
+        if steps > 0 {
+            let of_block = tiles.as_mut_slice::<Tile>().par_chunks_mut(2 * steps);
+            of_block.enumerate().for_each(|(i, out)| {
+                amx.run(PackRows { matrix, first_row: i * BLOCK_ROWS, out });
+            });
+        }
+        Self { tiles, first_row, k: matrix.cols }
+    }
+
+    /// Some steps of a row tile.
+    fn tiles(&self, row_tile: usize, steps_of: Range<usize>) -> &[Tile] {
+        let start = row_tile * steps(self.k);
+        &self.tiles.as_slice()[start + steps_of.start..start + steps_of.end]
+    }
+
+    /// The row tile that starts with an output row.
+    fn row_tile(&self, row: usize) -> usize {
+        let row = row - self.first_row;
+        assert_eq!(row % BLOCK_ROWS, 0, "blocks of sums are pairs of row tiles");
+        row / TILE_ROWS
+    }
+}
+
+/// Packs the rows of two row tiles.
+struct PackRows<'a> {
+    matrix: Matrix<'a>,
+    first_row: usize,
+    out: &'a mut [Tile],
+}
+
+impl SimdOp for PackRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, _: S) {
+        let Self { matrix, first_row, out } = self;
+        let steps = steps(matrix.cols);
+        for (i, row) in (first_row..first_row + BLOCK_ROWS).enumerate() {
+            let (tiles, within) = (&mut out[i / TILE_ROWS * steps..][..steps], i % TILE_ROWS);
+            if row >= matrix.rows {
+                tiles.iter_mut().for_each(|tile| tile.0[within] = [0; TILE_K]);
+                continue;
+            }
+            let (whole, rest) = matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>();
+            for (tile, items) in tiles.iter_mut().zip(whole) {
+                tile.0[within] = bytemuck::cast(*items);
+            }
+            if !rest.is_empty() {
+                tiles[whole.len()].0[within] = bytemuck::cast(padded::<TILE_K>(rest));
+            }
+        }
+    }
+}
+
+/// Items, then zeros.
+#[inline(always)]
+fn padded<const N: usize>(items: &[[u8; 2]]) -> [[u8; 2]; N] {
+    let mut all = [[0; 2]; N];
+    all[..items.len()].copy_from_slice(items);
+    all
+}
+
+/// Packs some k and columns of a right operand of bf16, `[column tile][step]`.
+struct PackColumns<'a> {
+    matrix: Matrix<'a>,
+    /// `rhs[k, n]` is `matrix[n, k]`, else `matrix[k, n]`.
+    transposed: bool,
+    steps: Range<usize>,
+    cols: Range<usize>,
+    out: &'a mut [Tile],
+}
+
+impl SimdOp for PackColumns<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { matrix, transposed, steps, cols, out } = self;
+        let all_k = if transposed { matrix.cols } else { matrix.rows };
+        let k = steps.start * TILE_K..all_k.min(steps.end * TILE_K);
+        if transposed {
+            pack_transposed(simd, matrix.part(cols, k), steps.len(), out);
+        } else {
+            pack_pairs(matrix.part(k, cols), steps.len(), out);
+        }
+    }
+}
+
+/// From `matrix[n, k]`: a tile is the transpose of 16 rows of 16 pairs.
+#[inline(always)]
+fn pack_transposed<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
+    for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
+        let mut rows: [&[[u8; 2]]; TILE_COLS] = [&[]; TILE_COLS];
+        let n = matrix.rows.saturating_sub(i * TILE_COLS);
+        for (j, row) in rows.iter_mut().enumerate().take(n) {
+            *row = matrix.row::<Bf16Bytes>(i * TILE_COLS + j);
+        }
+        for (step, tile) in tiles.iter_mut().enumerate() {
+            let mut block = [simd.splat(0.0); LANES];
+            for (v, row) in block.iter_mut().zip(rows) {
+                let (whole, rest) = row.as_chunks::<TILE_K>();
+                // A lane is a pair here, not a number: it is only moved.
+                *v = match whole.get(step) {
+                    Some(pairs) => simd.load_f32_bytes(bytemuck::cast_ref(pairs)),
+                    None if step == whole.len() => {
+                        simd.load_f32_bytes(&bytemuck::cast(padded::<TILE_K>(rest)))
+                    }
+                    None => simd.splat(0.0),
+                };
+            }
+            let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
+            for (line, v) in lines.iter_mut().zip(simd.transpose(block)) {
+                simd.store(v, line);
+            }
+        }
+    }
+}
+
+/// From `matrix[k, n]`: a line of a tile has two rows, interleaved.
+#[inline(always)]
+fn pack_pairs(matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
+    let row = |k: usize| if k < matrix.rows { matrix.row::<Bf16Bytes>(k) } else { &[] };
+    for pair in 0..steps * TILE_ROWS {
+        let (even, odd) = (row(2 * pair), row(2 * pair + 1));
+        for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
+            let (even, odd) = (sixteen(even, i), sixteen(odd, i));
+            let line: &mut [u32; TILE_COLS] =
+                bytemuck::cast_mut(&mut tiles[pair / TILE_ROWS].0[pair % TILE_ROWS]);
+            for (both, (even, odd)) in line.iter_mut().zip(even.iter().zip(odd)) {
+                *both = u32::from(*even) | u32::from(odd) << 16;
+            }
+        }
+    }
+}
+
+/// Items `16 i ..` of a row; zeros past its end.
+#[inline(always)]
+fn sixteen(row: &[[u8; 2]], i: usize) -> [u16; TILE_COLS] {
+    let (whole, rest) = row.as_chunks::<TILE_COLS>();
+    match whole.get(i) {
+        Some(items) => bytemuck::cast(*items),
+        None if i == whole.len() => bytemuck::cast(padded::<TILE_COLS>(rest)),
+        None => [0; TILE_COLS],
+    }
+}
+
+/// Which part of each factor a product of the rank term takes: the first, second or third bf16 of a
+/// number, or (3) the first where it is finite. So an infinity or NaN meets only the other factor's
+/// first part, which has its sign, and no zero that would make it NaN.
+const LEFT: [usize; 6] = [0, 3, 1, 3, 1, 2];
+/// [`LEFT`], of the other factor.
+const RIGHT: [usize; 6] = [0, 1, 3, 2, 1, 3];
+
+/// A number as a sum of three bf16, and the first of them again if it is finite.
+#[inline(always)]
+fn split(x: f32) -> [bf16; 4] {
+    let first = round_bf16(x);
+    let wide = |b: bf16| f32::from_bits(u32::from(b.to_bits()) << 16);
+    if !wide(first).is_finite() {
+        return [first, bf16::ZERO, bf16::ZERO, bf16::ZERO];
+    }
+    let rest = x - wide(first); // Exact, as is the next one.
+    let second = round_bf16(rest);
+    [first, second, round_bf16(rest - wide(second)), first]
+}
+
+/// A matrix of split numbers: each of its `[rows, cols]` becomes six.
+struct Split {
+    items: Buffer,
+    rows: usize,
+    cols: usize,
+}
+
+impl Split {
+    /// Side by side: `out[row, p * cols + col] = split(matrix[row, col])[order[p]]`.
+    fn columns(cpu: &Cpu, matrix: Matrix<'_>, order: [usize; 6]) -> Self {
+        let (rows, cols) = (matrix.rows, 6 * matrix.cols);
+        let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
+        let out = items.as_mut_slice::<bf16>().par_chunks_mut(cols.max(1));
+        out.enumerate().for_each(|(i, out)| {
+            let row = matrix.row::<super::isa::F32Bytes>(i);
+            for (part, out) in order.into_iter().zip(out.chunks_mut(matrix.cols)) {
+                split_row(row, part, out);
+            }
+        });
+        Self { items, rows, cols }
+    }
+
+    /// On top of each other, within each `block` of rows:
+    /// `out[(b * 6 + p) * block + i, col] = split(matrix[b * block + i, col])[order[p]]`.
+    fn rows(cpu: &Cpu, matrix: Matrix<'_>, block: usize, order: [usize; 6]) -> Self {
+        let (rows, cols) = (6 * matrix.rows, matrix.cols);
+        let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
+        let out = items.as_mut_slice::<bf16>().par_chunks_mut(cols.max(1));
+        out.enumerate().for_each(|(at, out)| {
+            let (b, within) = (at / (6 * block), at % (6 * block));
+            let row = matrix.row::<super::isa::F32Bytes>(b * block + within % block);
+            split_row(row, order[within / block], out);
+        });
+        Self { items, rows, cols }
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        Matrix::bf16s(self.items.as_slice(), self.rows, self.cols)
+    }
+}
+
+fn split_row(row: &[[u8; 4]], part: usize, out: &mut [bf16]) {
+    for (out, &x) in out.iter_mut().zip(row) {
+        *out = split(f32::from_le_bytes(x))[part];
+    }
+}
+
+/// The right operands of a rank term `z·b[row]`, packed for all columns.
+pub(super) struct RankRhs<'a> {
+    /// `[routing row][column tile][step]`.
+    tiles: Buffer,
+    column_tiles: usize,
+    rank: usize,
+    segments: &'a Segments,
+}
+
+impl<'a> RankRhs<'a> {
+    /// `b` has a block of rows for each routing row: `[rank, cols]`, or `[cols, rank]` if `transposed`.
+    pub(super) fn new(
+        cpu: &Cpu,
+        amx: Amx,
+        b: &Tensor<Cpu>,
+        rank: usize,
+        transposed: bool,
+        segments: &'a Segments,
+    ) -> Self {
+        let b = Matrix::tensor(b);
+        let rows = segments.n_rows();
+        let cols = if transposed { b.rows / rows.max(1) } else { b.cols };
+        let split = if transposed {
+            Split::columns(cpu, b, RIGHT)
+        } else {
+            Split::rows(cpu, b, rank, RIGHT)
+        };
+        let (block_rows, column_tiles) = (split.rows / rows.max(1), column_tiles(cols));
+        let steps = steps(6 * rank);
+        let mut tiles = unwritten_tiles(cpu, rows * column_tiles * steps);
+        let of_row = tiles.as_mut_slice::<Tile>().par_chunks_mut((column_tiles * steps).max(1));
+        of_row.enumerate().for_each(|(row, out)| {
+            let matrix = split.matrix().part_rows(row * block_rows..(row + 1) * block_rows);
+            amx.run(PackColumns { matrix, transposed, steps: 0..steps, cols: 0..cols, out });
+        });
+        Self { tiles, column_tiles, rank, segments }
+    }
+
+    /// The left operand, of some rows.
+    pub(super) fn left(&self, cpu: &Cpu, amx: Amx, z: Matrix<'_>, first_row: usize) -> Lhs {
+        Lhs::rows(cpu, amx, Split::columns(cpu, z, LEFT).matrix(), first_row)
+    }
+
+    /// All steps of a column tile.
+    fn tiles(&self, row: usize, column_tile: usize) -> &[Tile] {
+        let steps = steps(6 * self.rank);
+        &self.tiles.as_slice()[(row * self.column_tiles + column_tile) * steps..][..steps]
+    }
+
+    /// Adds the term to a block of sums, whose first row and column are `rows.start`, `cols.start`.
+    fn add(
+        &self,
+        tiles: &mut Tiles,
+        z: &Lhs,
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+        sums: &mut Block,
+    ) {
+        let (row_tile, steps) = (z.row_tile(rows.start), 0..steps(z.k));
+        if steps.is_empty() {
+            return;
+        }
+        let first_tile = cols.start / TILE_COLS;
+        for (run, row) in self.segments.within(rows.clone()) {
+            let right = |tile: usize| self.tiles(row, first_tile + tile);
+            let run = run.start - rows.start..run.end - rows.start;
+            if run == (0..rows.len()) && run.len() > TILE_ROWS {
+                let left = [row_tile, row_tile + 1].map(|i| z.tiles(i, steps.clone()));
+                multiply(tiles, Left::Two(left), right, cols.len(), sums, false);
+                continue;
+            }
+            // Rows of other segments must not even get a zero: 0 * inf is NaN.
+            for i in 0..2 {
+                let first = run.start.max(i * TILE_ROWS);
+                let end = run.end.min((i + 1) * TILE_ROWS);
+                if first < end {
+                    let left = LeftRows {
+                        tiles: z.tiles(row_tile + i, steps.clone()),
+                        first: first - i * TILE_ROWS,
+                        n: end - first,
+                    };
+                    multiply(tiles, Left::One(left, first), right, cols.len(), sums, false);
+                }
+            }
+        }
+    }
+}
+
+/// The left operand of a product with a block.
+enum Left<'a> {
+    /// All rows.
+    Two([&'a [Tile]; 2]),
+    /// Some rows of one tile, and the first row of the sums.
+    One(LeftRows<'a>, usize),
+}
+
+/// Adds products with the tiles `right` of the first `cols` columns to a block, or writes them.
+#[inline(always)]
+fn multiply<'a>(
+    tiles: &mut Tiles,
+    left: Left<'_>,
+    right: impl Fn(usize) -> &'a [Tile],
+    cols: usize,
+    sums: &mut Block,
+    overwrite: bool,
+) {
+    let n = cols.div_ceil(TILE_COLS);
+    match left {
+        Left::Two(left) => {
+            for i in (0..n).step_by(2) {
+                let to = Corner { sums, row: 0, col: i * TILE_COLS };
+                tiles.multiply_2x2(left, [right(i), right(i + 1)], to, overwrite);
+            }
+        }
+        Left::One(left, row) => {
+            for i in (0..n).step_by(TILES_AT_ONCE) {
+                let to = Corner { sums, row, col: i * TILE_COLS };
+                let right = [right(i), right(i + 1), right(i + 2), right(i + 3)];
+                tiles.multiply_1x4(left, right, to, overwrite);
+            }
+        }
+    }
+}
+
+/// One product of a [`Task`].
+pub(super) struct Part<'a> {
+    pub(super) lhs: &'a Lhs,
+    /// bf16.
+    pub(super) matrix: Matrix<'a>,
+    /// `rhs[k, n]` is `matrix[n, k]`, else `matrix[k, n]`.
+    pub(super) transposed: bool,
+}
+
+/// The same rows of some rectangles side by side: a sum of products and rank terms, finished.
+pub(super) struct Task<'a, T> {
+    pub(super) parts: &'a [Part<'a>],
+    pub(super) ranks: &'a [(&'a RankRhs<'a>, &'a Lhs)],
+    /// More sums of each rectangle, or none.
+    pub(super) more: Vec<Accumulator>,
+    pub(super) rectangles: Vec<Rectangle<'a, T>>,
+    pub(super) finish: Finish<'a>,
+}
+
+/// Some steps of a part.
+type Piece = (usize, Range<usize>);
+
+/// All steps of all parts in order, cut so that `most` of them stand together.
+fn cut_steps(parts: &[Part<'_>], most: usize) -> Vec<Vec<Piece>> {
+    let (mut chunks, mut room) = (vec![Vec::new()], most);
+    for (i, part) in parts.iter().enumerate() {
+        let (mut start, end) = (0, steps(part.lhs.k));
+        while start < end {
+            if room == 0 {
+                chunks.push(Vec::new());
+                room = most;
+            }
+            let now = room.min(end - start);
+            chunks.last_mut().expect("one at least").push((i, start..start + now));
+            start += now;
+            room -= now;
+        }
+    }
+    chunks
+}
+
+impl<T: ElementMut<Item = T>> Task<'_, T> {
+    /// Computes and writes the rectangles.
+    pub(super) fn run(self, cpu: &Cpu, amx: Amx) {
+        let Self { parts, ranks, more, rectangles, finish } = self;
+        let Some(first) = rectangles.first() else { return };
+        let (rows, n_tiles) = (first.rows.clone(), column_tiles(first.cols.len()));
+        let n_rectangles = rectangles.len();
+        let chunks = cut_steps(parts, STEPS_L2 / n_rectangles);
+        let n_steps = |chunk: &[Piece]| chunk.iter().map(|(_, steps)| steps.len()).sum::<usize>();
+        let most_steps = chunks.iter().map(|chunk| n_steps(chunk)).max().unwrap_or(0);
+
+        // Where all steps fit at once, a block of sums is finished before the next one begins.
+        let n_blocks = rows.len().div_ceil(BLOCK_ROWS);
+        let n_kept = if chunks.len() == 1 { 1 } else { n_blocks };
+        let mut sums = cpu.pool.take(n_rectangles * n_kept * size_of::<Block>());
+        let sums = sums.as_mut_slice::<Block>();
+        let mut right = unwritten_tiles(cpu, n_rectangles * n_tiles * most_steps);
+        let mut outs: Vec<(Range<usize>, vec::IntoIter<&mut [T]>)> =
+            rectangles.into_iter().map(|r| (r.cols, r.out.into_iter())).collect();
+
+        for (i, chunk) in chunks.iter().enumerate() {
+            let (is_first, is_last) = (i == 0, i + 1 == chunks.len());
+            let size = n_tiles * n_steps(chunk);
+            let right = &mut right.as_mut_slice::<Tile>()[..n_rectangles * size];
+            for ((cols, _), mut right) in outs.iter().zip(right.chunks_mut(size)) {
+                for (part, steps) in chunk {
+                    let Part { matrix, transposed, .. } = parts[*part];
+                    let (out, rest) = right.split_at_mut(n_tiles * steps.len());
+                    let (steps, cols) = (steps.clone(), cols.clone());
+                    amx.run(PackColumns { matrix, transposed, steps, cols, out });
+                    right = rest;
+                }
+            }
+            amx.with_tiles(|tiles| {
+                for block in 0..n_blocks {
+                    let start = rows.start + block * BLOCK_ROWS;
+                    let rows = start..rows.end.min(start + BLOCK_ROWS);
+                    for (j, (cols, out)) in outs.iter_mut().enumerate() {
+                        let sums = &mut sums[j * n_kept + block % n_kept];
+                        let right = &right[j * size..][..size];
+                        add_chunk(tiles, parts, chunk, right, &rows, cols, sums, is_first);
+                        if !is_last {
+                            continue;
+                        }
+                        for (rank, z) in ranks {
+                            rank.add(tiles, z, &rows, cols, sums);
+                        }
+                        let out = out.by_ref().take(rows.len()).collect();
+                        let rectangle = Rectangle { rows: rows.clone(), cols: cols.clone(), out };
+                        let more = more.get(j);
+                        finish.write(cpu.isa, rectangle, |row| {
+                            let mut values = sums.0[row - start];
+                            if let Some(more) = more {
+                                let others = more.row(row);
+                                values.iter_mut().zip(others).for_each(|(v, o)| *v += o);
+                            }
+                            values
+                        });
+                    }
+                }
+            });
+        }
+    }
+}
+
+/// Adds the products of a chunk to a block of sums, or writes those of the first.
+#[allow(clippy::too_many_arguments)]
+fn add_chunk(
+    tiles: &mut Tiles,
+    parts: &[Part<'_>],
+    chunk: &[Piece],
+    mut right: &[Tile],
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+    sums: &mut Block,
+    mut overwrite: bool,
+) {
+    let n_steps: usize = chunk.iter().map(|(_, steps)| steps.len()).sum();
+    let n_tiles = right.len() / n_steps.max(1);
+    for (part, steps) in chunk {
+        let lhs = parts[*part].lhs;
+        let row_tile = lhs.row_tile(rows.start);
+        let (now, rest) = right.split_at(n_tiles * steps.len());
+        for start in (0..steps.len()).step_by(STEPS_L1) {
+            let some = start..steps.len().min(start + STEPS_L1);
+            let of_left = steps.start + some.start..steps.start + some.end;
+            let left = if rows.len() > TILE_ROWS {
+                Left::Two([row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone())))
+            } else {
+                let tiles = lhs.tiles(row_tile, of_left);
+                Left::One(LeftRows { tiles, first: 0, n: rows.len() }, 0)
+            };
+            let of_tile = |i: usize| &now[i * steps.len()..][some.clone()];
+            multiply(tiles, left, of_tile, cols.len(), sums, overwrite);
+            overwrite = false;
+        }
+        right = rest;
+    }
+}
+
+/// Puts neighbouring rectangles of one width and the same rows in pairs, so that their left operand
+/// is read once; leaves them alone where that would leave threads without work.
+pub(super) fn in_pairs<'a, T>(
+    cpu: &Cpu,
+    tasks: Vec<(usize, Rectangle<'a, T>)>,
+) -> Vec<(usize, Vec<Rectangle<'a, T>>)> {
+    let pairs = tasks.len() >= 8 * cpu.n_threads();
+    let mut all: Vec<(usize, Vec<Rectangle<'a, T>>)> = Vec::new();
+    for (i, rectangle) in tasks {
+        match all.last_mut() {
+            Some((last, group))
+                if pairs
+                    && *last == i
+                    && group.len() == 1
+                    && group[0].rows == rectangle.rows
+                    && group[0].cols.len() == BLOCK_COLS =>
+            {
+                group.push(rectangle);
+            }
+            _ => all.push((i, vec![rectangle])),
+        }
+    }
+    all
+}
