@@ -193,6 +193,11 @@ impl Packed {
     }
 
     /// All values.
+    pub(super) fn values(&self) -> &[f32] {
+        self.buffer.as_slice()
+    }
+
+    /// All values, for writing.
     pub(super) fn values_mut(&mut self) -> &mut [f32] {
         self.buffer.as_mut_slice()
     }

@@ -95,6 +95,19 @@ impl Lhs {
         Self { tiles, first_row, k: matrix.cols }
     }
 
+    /// `lhs = matrix`, which is f32, as the sum of three bf16 operands ([`split`]).
+    pub(super) fn split_rows(
+        cpu: &Cpu,
+        amx: Amx,
+        matrix: Matrix<'_>,
+        first_row: usize,
+    ) -> [Self; 3] {
+        [0, 1, 2].map(|part| {
+            let split = Split::columns(cpu, matrix, [part]);
+            Self::rows(cpu, amx, split.matrix(), first_row)
+        })
+    }
+
     /// Some steps of a row tile.
     fn tiles(&self, row_tile: usize, steps_of: Range<usize>) -> &[Tile] {
         let start = row_tile * steps(self.k);
@@ -250,7 +263,7 @@ fn split(x: f32) -> [bf16; 4] {
     [first, second, round_bf16(rest - wide(second)), first]
 }
 
-/// A matrix of split numbers: each of its `[rows, cols]` becomes six.
+/// A matrix of split numbers: each of its `[rows, cols]` becomes several.
 struct Split {
     items: Buffer,
     rows: usize,
@@ -259,8 +272,8 @@ struct Split {
 
 impl Split {
     /// Side by side: `out[row, p * cols + col] = split(matrix[row, col])[order[p]]`.
-    fn columns(cpu: &Cpu, matrix: Matrix<'_>, order: [usize; 6]) -> Self {
-        let (rows, cols) = (matrix.rows, 6 * matrix.cols);
+    fn columns<const N: usize>(cpu: &Cpu, matrix: Matrix<'_>, order: [usize; N]) -> Self {
+        let (rows, cols) = (matrix.rows, N * matrix.cols);
         let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
         let out = items.as_mut_slice::<bf16>().par_chunks_mut(cols.max(1));
         out.enumerate().for_each(|(i, out)| {
@@ -423,7 +436,8 @@ fn multiply<'a>(
 
 /// One product of a [`Task`].
 pub(super) struct Part<'a> {
-    pub(super) lhs: &'a Lhs,
+    /// Of one shape; their sum is the left operand.
+    pub(super) lhs: &'a [Lhs],
     /// bf16.
     pub(super) matrix: Matrix<'a>,
     /// `rhs[k, n]` is `matrix[n, k]`, else `matrix[k, n]`.
@@ -447,7 +461,7 @@ type Piece = (usize, Range<usize>);
 fn cut_steps(parts: &[Part<'_>], most: usize) -> Vec<Vec<Piece>> {
     let (mut chunks, mut room) = (vec![Vec::new()], most);
     for (i, part) in parts.iter().enumerate() {
-        let (mut start, end) = (0, steps(part.lhs.k));
+        let (mut start, end) = (0, steps(part.lhs[0].k));
         while start < end {
             if room == 0 {
                 chunks.push(Vec::new());
@@ -542,24 +556,39 @@ fn add_chunk(
     let n_steps: usize = chunk.iter().map(|(_, steps)| steps.len()).sum();
     let n_tiles = right.len() / n_steps.max(1);
     for (part, steps) in chunk {
-        let lhs = parts[*part].lhs;
-        let row_tile = lhs.row_tile(rows.start);
         let (now, rest) = right.split_at(n_tiles * steps.len());
         for start in (0..steps.len()).step_by(STEPS_L1) {
             let some = start..steps.len().min(start + STEPS_L1);
             let of_left = steps.start + some.start..steps.start + some.end;
-            let left = if rows.len() > TILE_ROWS {
-                Left::Two([row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone())))
-            } else {
-                let tiles = lhs.tiles(row_tile, of_left);
-                Left::One(LeftRows { tiles, first: 0, n: rows.len() }, 0)
-            };
             let of_tile = |i: usize| &now[i * steps.len()..][some.clone()];
-            multiply(tiles, left, of_tile, cols.len(), sums, overwrite);
-            overwrite = false;
+            for lhs in parts[*part].lhs {
+                let row_tile = lhs.row_tile(rows.start);
+                let left = if rows.len() > TILE_ROWS {
+                    Left::Two([row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone())))
+                } else {
+                    let tiles = lhs.tiles(row_tile, of_left.clone());
+                    Left::One(LeftRows { tiles, first: 0, n: rows.len() }, 0)
+                };
+                multiply(tiles, left, of_tile, cols.len(), sums, overwrite);
+                overwrite = false;
+            }
         }
         right = rest;
     }
+}
+
+/// Computes and writes rectangles of `lhs·rhs`, all threads at it.
+pub(super) fn write<T: ElementMut<Item = T> + Send>(
+    cpu: &Cpu,
+    amx: Amx,
+    part: &Part<'_>,
+    rectangles: Vec<Rectangle<'_, T>>,
+) {
+    let tasks = rectangles.into_iter().map(|rectangle| (0, rectangle)).collect();
+    in_pairs(cpu, tasks).into_par_iter().for_each(|(_, rectangles)| {
+        let (parts, finish) = (std::slice::from_ref(part), Finish::default());
+        Task { parts, ranks: &[], more: Vec::new(), rectangles, finish }.run(cpu, amx);
+    });
 }
 
 /// Puts neighbouring rectangles of one width and the same rows in pairs, so that their left operand
@@ -585,4 +614,93 @@ pub(super) fn in_pairs<'a, T>(
         }
     }
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::checks::{Data, Sized, backends, bits, check, with_threads};
+    use crate::{
+        dtype::Dtype,
+        kernels::{Backend, Precision, ops::*},
+        tensor::Frozen,
+    };
+
+    fn weight(data: &mut Data, rows: usize, cols: usize) -> Frozen {
+        let values: Vec<_> = (0..rows * cols).map(|_| data.value() as f32).collect();
+        Frozen::from_f32(&values, rows, cols, Dtype::Bf16)
+    }
+
+    /// More steps than are packed at a time, more rectangles than threads want: what the tests of
+    /// the linears are too small for. Every instruction set must agree.
+    #[test]
+    fn long_sums_and_many_columns() {
+        for cpu in backends().into_iter().filter(|cpu| cpu.compute == Dtype::Bf16) {
+            for exact in [true, false] {
+                let mut data = Data::new(21, exact);
+                for (m, k, n) in [(37, 4200, 20), (20, 40, 2100), (9, 2090, 2050)] {
+                    let rank = 8;
+                    let x = data.tensor(&cpu, m, k, Precision::Activation);
+                    let w = weight(&mut data, n, k);
+                    let segments = Segments::new(&[5, m - 5], &[1, 0], 2);
+                    let z = data.tensor(&cpu, m, rank, Precision::Full);
+                    let b = data.tensor(&cpu, 2 * rank, n, Precision::Full);
+                    let run = |cpu: &super::Cpu| {
+                        let rhs = ExpandRhs::Mixed(&b);
+                        let lora = Some(Expand { z: &z, segments: &segments, rhs });
+                        let projections = [Projection { lora, ..Projection::plain(&w) }];
+                        let (order, output) = (Order::Panel, Precision::Full);
+                        let linear = Linear { x: &x, projections: &projections, order, output };
+                        cpu.linear(linear).remove(0)
+                    };
+                    let (x, w, b) = (cpu.download(&x), w.to_f32(), cpu.download(&b));
+                    let z = cpu.download(&z);
+                    let mut want = vec![Sized::default(); m * n];
+                    for (i, want) in want.iter_mut().enumerate() {
+                        let (t, o, row) = (i / n, i % n, usize::from(i / n < 5));
+                        (0..k).for_each(|j| want.add(x[t * k + j] * f64::from(w[o * k + j])));
+                        let term = |j| z[t * rank + j] * b[(row * rank + j) * n + o];
+                        (0..rank).for_each(|j| want.add(term(j)));
+                    }
+                    let y = run(&cpu);
+                    check(&format!("{m} x {k} x {n}"), &cpu, &y, &want, exact);
+                    assert_eq!(bits(&cpu, &run(&with_threads(&cpu, 1))), bits(&cpu, &y));
+                }
+
+                let (m, n, ks) = (40, 33, [1500, 3000]);
+                let d_ys = ks.map(|k| data.tensor(&cpu, m, k, Precision::Activation));
+                let weights = ks.map(|k| weight(&mut data, k, n));
+                let terms: Vec<_> = (d_ys.iter().zip(&weights))
+                    .map(|(d_y, weight)| LinearBackwardTerm { d_y, weight, lora: None })
+                    .collect();
+                let d_x = cpu.linear_backward(LinearBackward { terms: &terms, d_residual: None });
+                let mut want = vec![Sized::default(); m * n];
+                for ((d_y, w), k) in d_ys.iter().zip(&weights).zip(ks) {
+                    let (d_y, w) = (cpu.download(d_y), w.to_f32());
+                    for (i, want) in want.iter_mut().enumerate() {
+                        let term = |j| d_y[i / n * k + j] * f64::from(w[j * n + i % n]);
+                        (0..k).for_each(|j| want.add(term(j)));
+                    }
+                }
+                check("backward of two", &cpu, &d_x, &want, exact);
+            }
+        }
+    }
+
+    #[test]
+    fn three_parts_are_the_number() {
+        for i in 0..1_000_000_u32 {
+            let x = f32::from_bits(i.wrapping_mul(2_654_435_761));
+            let [first, second, third, again] = super::split(x);
+            if x.is_finite() && first.to_f32().is_finite() {
+                let sum = first.to_f64() + second.to_f64() + third.to_f64();
+                // The last part of a tiny number may be denormal, with fewer digits.
+                let lost = (sum - f64::from(x)).abs();
+                assert!(lost <= f64::powi(2.0, -134), "{x:e}: {sum:e}");
+                assert_eq!(again.to_bits(), first.to_bits());
+            } else {
+                assert!(!first.to_f32().is_finite() && first.is_nan() == x.is_nan(), "{x:e}");
+                assert_eq!([second, third, again].map(half::bf16::to_f32), [0.0; 3]);
+            }
+        }
+    }
 }

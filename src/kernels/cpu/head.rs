@@ -7,7 +7,8 @@
 //!
 //! The logits of a chunk of tokens become, in place, the left operand of `d_x`'s product: for each
 //! tile of rows exponentials, then gradients, then the packed form. No more than 32 MiB of them
-//! exist at a time. Rows do not meet, so the chunks do not change a bit.
+//! exist at a time; on AMX 48 MiB more, as each gradient becomes three bf16 that add up to it. Rows
+//! do not meet, so the chunks do not change a bit.
 
 use rayon::prelude::*;
 
@@ -15,6 +16,7 @@ use super::{
     super::{Precision, ops::*},
     Cpu, Slice, SliceMut,
     gemm::{Accumulator, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, tile_shape},
+    gemm_amx::{self, Lhs, Part},
     isa::{Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
 };
@@ -35,6 +37,7 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
     let n_rows = (LOGITS / vocabulary.max(1) / 12 * 12).clamp(12, 1152);
     for start in (0..x.rows()).step_by(n_rows) {
         let rows = start..x.rows().min(start + n_rows);
+        let amx = gemm_amx::takes(cpu, [weight].into_iter());
         let mut logits = logits(cpu, Matrix::tensor(x).part_rows(rows.clone()), weight);
         let mr = tile_shape(cpu.isa).0;
         let nll = nll[rows.clone()].par_chunks_mut(mr);
@@ -43,7 +46,7 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
             for ((row, &label), nll) in logits.chunks_mut(vocabulary).zip(labels).zip(nll) {
                 *nll = cpu.isa.run(Softmax { row, label: label as usize, scale, d_nll });
             }
-            if d_nll.is_some() {
+            if d_nll.is_some() && amx.is_none() {
                 let gradients = &logits[..labels.len() * vocabulary];
                 let mut copy = cpu.scratch(gradients.len());
                 copy.as_mut_slice().copy_from_slice(gradients);
@@ -64,9 +67,15 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
 
 /// `x·Wᵀ`, row-major, with room for whole tiles.
 fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
-    let lhs = Packed::rows(cpu, x, 0);
     let mut logits = Packed::unwritten(cpu, x.rows, weight.rows(), 0);
     let out = &mut logits.values_mut()[..x.rows * weight.rows()];
+    if let Some(amx) = gemm_amx::takes(cpu, [weight].into_iter()) {
+        let lhs = &[Lhs::rows(cpu, amx, x, 0)];
+        let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: true };
+        gemm_amx::write(cpu, amx, &part, cut(out, weight.rows(), 0, x.rows));
+        return logits;
+    }
+    let lhs = Packed::rows(cpu, x, 0);
     cut(out, weight.rows(), 0, x.rows).into_par_iter().for_each(|rectangle| {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {
@@ -80,7 +89,7 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
     logits
 }
 
-/// `d_x = d_logits·W`.
+/// `d_x = d_logits·W`, of packed `d_logits` or, on AMX, row-major ones.
 fn backward<T: ElementMut<Item = T> + Send>(
     cpu: &Cpu,
     d_logits: &Packed,
@@ -88,6 +97,12 @@ fn backward<T: ElementMut<Item = T> + Send>(
     d_x: &mut [T],
 ) {
     let n_rows = d_x.len() / weight.cols().max(1);
+    if let Some(amx) = gemm_amx::takes(cpu, [weight].into_iter()) {
+        let values = &d_logits.values()[..n_rows * weight.rows()];
+        let lhs = &Lhs::split_rows(cpu, amx, Matrix::f32s(values, n_rows, weight.rows()), 0);
+        let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: false };
+        return gemm_amx::write(cpu, amx, &part, cut(d_x, weight.cols(), 0, n_rows.max(1)));
+    }
     cut(d_x, weight.cols(), 0, n_rows.max(1)).into_par_iter().for_each(|rectangle| {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {

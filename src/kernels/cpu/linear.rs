@@ -129,7 +129,7 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
     let by = Cut::new(x.cols, projections.iter().map(|p| p.weight.rows()).sum());
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
-        let lhs = Lhs::rows(cpu, amx, x.part_rows(rows.clone()), start);
+        let lhs = [Lhs::rows(cpu, amx, x.part_rows(rows.clone()), start)];
         let mixed: Vec<_> = (mixed.iter().map(Option::as_ref))
             .map(|m| m.map(|(b, z)| (b, b.left(cpu, amx, z.part_rows(rows.clone()), start))))
             .collect();
@@ -454,7 +454,7 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let pack = |t: &LinearBackwardTerm<'_, Cpu>| {
-            Lhs::rows(cpu, amx, Matrix::tensor(t.d_y).part_rows(rows.clone()), start)
+            [Lhs::rows(cpu, amx, Matrix::tensor(t.d_y).part_rows(rows.clone()), start)]
         };
         let packed: Vec<_> = terms.iter().map(pack).collect();
         let parts: Vec<_> = (terms.iter().zip(&packed))
