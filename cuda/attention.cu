@@ -10,8 +10,9 @@
 // tiles [n] = (sequence, first query or key of 8). Grid: x = tiles, y = heads (of d_k, d_v: of keys).
 // Block: 8 warps, a warp a query (a key in the last kernel); the other side passes through shared
 // memory 32 rows at a time, a lane scoring one of them and then owning columns lane + 32 c of the
-// result. COLUMNS = ceil(head_dim / 32), to a power of two. For bf16 `attention_tiles` is in the place of
-// `attention`. Sums: dots in order, a tree over 32 scores, tiles in order.
+// result. COLUMNS = ceil(head_dim / 32), to a power of two. For bf16 the kernels
+// with `tiles` in their names are in the places of those three where a head is at most 128 wide: wider
+// ones do not fit in registers. Sums: dots in order, a tree over 32 scores, tiles in order.
 #include "gemm.cuh"
 #include "philox.cuh"
 
@@ -70,7 +71,6 @@ __device__ inline float keep(const Attention& args, const Span& span, u32 head, 
     return dropout_factor(args.dropout, span.query_start + i, col);
 }
 
-#if !POLYTAPE_BF16
 template <u32 COLUMNS>
 __device__ inline void attend(Item* o, float* lse, const Attention& args) {
     const u32 d = args.head_dim, pitch = d + 1, head = blockIdx.y, warp = threadIdx.x / WARP;
@@ -134,7 +134,6 @@ __device__ inline void attend(Item* o, float* lse, const Attention& args) {
             store(&o[token * q_size + head * d + lane() + WARP * c], seen == 0 ? 0.0f : out[c] / sum);
     if (lane() == 0) lse[token * args.n_heads + head] = seen == 0 ? -INFINITY : largest + logf(sum);
 }
-#endif
 
 template <u32 COLUMNS>
 __device__ inline void attend_backward_queries(Item* d_q, const Item* d_o, const float* lse,
@@ -277,20 +276,11 @@ attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_di
 }
 
 // One set of entry points for each number of columns a lane.
-#if !POLYTAPE_BF16
-#define ATTENTION_FORWARD(columns)                                                              \
+#define ATTENTION_KERNELS(columns)                                                              \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_##columns(Item* o, float* lse, Attention args) {                                  \
         attend<columns>(o, lse, args);                                                          \
-    }
-
-ATTENTION_FORWARD(1)
-ATTENTION_FORWARD(2)
-ATTENTION_FORWARD(4)
-ATTENTION_FORWARD(8)
-#endif
-
-#define ATTENTION_BACKWARD(columns)                                                             \
+    }                                                                                           \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_backward_queries_##columns(Item* d_q, const Item* d_o, const float* lse,          \
                                          const float* inner, Attention args) {                  \
@@ -302,16 +292,18 @@ ATTENTION_FORWARD(8)
         attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \
     }
 
-ATTENTION_BACKWARD(1)
-ATTENTION_BACKWARD(2)
-ATTENTION_BACKWARD(4)
-ATTENTION_BACKWARD(8)
+#if !POLYTAPE_BF16
+ATTENTION_KERNELS(1)
+ATTENTION_KERNELS(2)
+ATTENTION_KERNELS(4)
+#endif
+ATTENTION_KERNELS(8)
 
 #if POLYTAPE_BF16
 
-// The forward on tensor cores: a block has 64 queries of a head, a warp 16 of them; keys and values pass through
-// shared memory 32 at a time. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros. A
-// probability is split in two bf16 halves for its product with v, so 2^-16 of it is lost.
+// On tensor cores: a block has 64 queries (keys) of a head, a warp 16 of them; the other side passes through
+// shared memory 32 rows at a time. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros.
+// A probability or its gradient is split in two bf16 halves for its product, so 2^-16 of it is lost.
 const u32 TILE_QUERIES = 64, TILE_KEYS = 32;
 
 // Where a chunk of 8 elements of a row of DEPTH lies: exchanged as in gemm.cuh.
@@ -351,6 +343,53 @@ __device__ inline float row_max(float value) {
     return fmaxf(value, __shfl_xor_sync(ALL_LANES, value, 2));
 }
 
+// to = lefts rows [own, own + 16) times the 32 rows of rights: scores, a fragment for 8 of them.
+template <u32 DEPTH>
+__device__ inline void products(float (&to)[4][4], const Bf16* lefts, u32 own, const Bf16* rights) {
+    const u32 l = lane();
+#pragma unroll 1  // Else loads are hoisted until registers run out.
+    for (u32 c = 0; c < DEPTH; c += 16) {
+        u32 left[4];
+        load_matrices(left, lefts + head_place<DEPTH>(own + l % 16, c / 8 + l / 16));
+#pragma unroll
+        for (u32 j = 0; j < 2; ++j) {
+            u32 right[4];
+            load_matrices(right, rights + head_place<DEPTH>(j * 16 + l % 8 + l / 16 * 8, c / 8 + l / 8 % 2));
+            mma(to[2 * j], left, right[0], right[1]);
+            mma(to[2 * j + 1], left, right[2], right[3]);
+        }
+    }
+}
+
+// out += factors times the 32 rows of rights, each factor in two halves.
+template <u32 DEPTH>
+__device__ inline void add_weighted(float (&out)[DEPTH / 8][4], const float (&factors)[4][4], const Bf16* rights) {
+    const u32 l = lane();
+#pragma unroll
+    for (u32 j = 0; j < 2; ++j) {
+        u32 high[4], low[4];
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const float a = factors[2 * j + i / 2][i % 2 * 2], b = factors[2 * j + i / 2][i % 2 * 2 + 1];
+            const Bf16 a_high = to_bf16(a), b_high = to_bf16(b);
+            high[i] = pair(a_high, b_high);
+            low[i] = pair(low_half(a, a_high), low_half(b, b_high));
+        }
+#pragma unroll
+        for (u32 c = 0; c < DEPTH; c += 16) {
+            u32 right[4];
+            load_matrices_transposed(right, rights + head_place<DEPTH>(j * 16 + l % 16, c / 8 + l / 16));
+            mma(out[c / 8], high, right[0], right[1]);
+            mma(out[c / 8], low, right[0], right[1]);
+            mma(out[c / 8 + 1], high, right[2], right[3]);
+            mma(out[c / 8 + 1], low, right[2], right[3]);
+        }
+    }
+}
+
+// Element e of row h (of this thread's two) in a fragment row: its column among the 32.
+__device__ inline u32 fragment_col(u32 e) { return e / 2 * 8 + lane() % 4 * 2 + e % 2; }
+
 template <u32 DEPTH>
 __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) {
     const u32 d = args.head_dim, head = blockIdx.y, l = lane(), own = threadIdx.x / WARP * 16;
@@ -384,25 +423,14 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
         copy_async_wait<0>();
         __syncthreads();
         float scores[4][4] = {};
-#pragma unroll
-        for (u32 c = 0; c < DEPTH; c += 16) {
-            u32 left[4];
-            load_matrices(left, queries + head_place<DEPTH>(own + l % 16, c / 8 + l / 16));
-#pragma unroll
-            for (u32 j = 0; j < 2; ++j) {
-                u32 right[4];
-                load_matrices(right, keys + head_place<DEPTH>(j * 16 + l % 8 + l / 16 * 8, c / 8 + l / 8 % 2));
-                mma(scores[2 * j], left, right[0], right[1]);
-                mma(scores[2 * j + 1], left, right[2], right[3]);
-            }
-        }
+        products<DEPTH>(scores, queries, own, keys);
         float rescale[2];
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
             float larger = -INFINITY;
 #pragma unroll
             for (u32 e = 0; e < 8; ++e) {
-                const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
+                const u32 j = j0 + fragment_col(e);
                 float& score = scores[e / 2][2 * h + e % 2];
                 if (j >= from[h] && j < seen[h]) {
                     score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
@@ -413,7 +441,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
             float added = 0.0f;
 #pragma unroll
             for (u32 e = 0; e < 8; ++e) {
-                const u32 j = j0 + e / 2 * 8 + l % 4 * 2 + e % 2;
+                const u32 j = j0 + fragment_col(e);
                 float& score = scores[e / 2][2 * h + e % 2];
                 const bool sees = j >= from[h] && j < seen[h];
                 const float probability = sees ? expf(score - larger) : 0.0f;
@@ -431,26 +459,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
         for (u32 c = 0; c < DEPTH / 8; ++c)
 #pragma unroll
             for (u32 e = 0; e < 4; ++e) out[c][e] *= rescale[e / 2];
-#pragma unroll
-        for (u32 j = 0; j < 2; ++j) {
-            u32 high[4], low[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const float a = scores[2 * j + i / 2][i % 2 * 2], b = scores[2 * j + i / 2][i % 2 * 2 + 1];
-                const Bf16 a_high = to_bf16(a), b_high = to_bf16(b);
-                high[i] = pair(a_high, b_high);
-                low[i] = pair(low_half(a, a_high), low_half(b, b_high));
-            }
-#pragma unroll
-            for (u32 c = 0; c < DEPTH; c += 16) {
-                u32 right[4];
-                load_matrices_transposed(right, values + head_place<DEPTH>(j * 16 + l % 16, c / 8 + l / 16));
-                mma(out[c / 8], high, right[0], right[1]);
-                mma(out[c / 8], low, right[0], right[1]);
-                mma(out[c / 8 + 1], high, right[2], right[3]);
-                mma(out[c / 8 + 1], low, right[2], right[3]);
-            }
-        }
+        add_weighted<DEPTH>(out, scores, values);
     }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
@@ -460,22 +469,173 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
             lse[token * args.n_heads + head] = seen[h] == 0 ? -INFINITY : largest[h] + logf(sum[h]);
 #pragma unroll
         for (u32 e = 0; e < DEPTH / 4; ++e) {
-            const u32 col = e / 2 * 8 + l % 4 * 2 + e % 2;
+            const u32 col = fragment_col(e);
             const float value = seen[h] == 0 ? 0.0f : out[e / 2][2 * h + e % 2] / sum[h];
             if (col < d) store(&o[token * q_size + head * d + col], value);
         }
     }
 }
 
+template <u32 DEPTH>
+__device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o, const float* lse,
+                                                     const float* inner, const Attention& args) {
+    const u32 d = args.head_dim, head = blockIdx.y, own = threadIdx.x / WARP * 16;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, n_queries = min(TILE_QUERIES, span.n_queries - first);
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
+    const size_t q_at = (span.query_start + first) * q_size + head * d;
+    DYNAMIC_SHARED(Bf16, queries);
+    Bf16* d_os = queries + TILE_QUERIES * DEPTH;
+    Bf16 *keys = d_os + TILE_QUERIES * DEPTH, *values = keys + TILE_KEYS * DEPTH;
+    bring_rows<DEPTH>(queries, args.q + q_at, q_size, n_queries, TILE_QUERIES, d);
+    bring_rows<DEPTH>(d_os, d_o + q_at, q_size, n_queries, TILE_QUERIES, d);
+    u32 row[2], from[2], seen[2];
+    float row_lse[2], row_inner[2];
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        row[h] = first + own + lane() / 4 + h * 8;
+        const bool there = row[h] < first + n_queries;
+        const size_t at = (size_t(span.query_start) + row[h]) * args.n_heads + head;
+        seen[h] = there ? n_seen(args, span, row[h]) : 0;
+        from[h] = there ? first_seen(args, span, row[h]) : 0;
+        row_lse[h] = there ? lse[at] : 0.0f;
+        row_inner[h] = there ? inner[at] : 0.0f;
+    }
+    float out[DEPTH / 8][4] = {};
+    const u32 most = n_seen(args, span, first + n_queries - 1);
+    const u32 start = first_seen(args, span, first) / TILE_KEYS * TILE_KEYS;
+    for (u32 j0 = start; j0 < most; j0 += TILE_KEYS) {
+        const size_t at = (span.key_start + j0) * kv_size + kv_col;
+        const u32 n_keys = min(TILE_KEYS, span.n_keys - j0);
+        __syncthreads();  // All are done with the tile before.
+        bring_rows<DEPTH>(keys, args.k + at, kv_size, n_keys, TILE_KEYS, d);
+        bring_rows<DEPTH>(values, args.v + at, kv_size, n_keys, TILE_KEYS, d);
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+        float scores[4][4] = {}, d_ps[4][4] = {};
+        products<DEPTH>(scores, queries, own, keys);
+        products<DEPTH>(d_ps, d_os, own, values);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 j = j0 + fragment_col(e);
+                float& score = scores[e / 2][2 * h + e % 2];
+                if (j < from[h] || j >= seen[h]) {
+                    score = 0.0f;
+                    continue;
+                }
+                float d_p = d_ps[e / 2][2 * h + e % 2];
+                if (args.dropout.tokens) d_p *= keep(args, span, head, row[h], j);
+                score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
+                score = args.scale * (expf(score - row_lse[h]) * (d_p - row_inner[h]));
+            }
+        add_weighted<DEPTH>(out, scores, keys);
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        if (row[h] >= first + n_queries) continue;
+        const size_t at = (span.query_start + row[h]) * q_size + head * d;
+#pragma unroll
+        for (u32 e = 0; e < DEPTH / 4; ++e)
+            if (fragment_col(e) < d) store(&d_q[at + fragment_col(e)], out[e / 2][2 * h + e % 2]);
+    }
+}
+
+// A block has 64 keys of a key head; with blockIdx.z 0 it makes d_v, with 1 d_k: one of them fits in
+// registers.
+template <u32 DEPTH>
+__device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const Item* d_o, const float* lse,
+                                                  const float* inner, const Attention& args) {
+    const u32 d = args.head_dim, kv_head = blockIdx.y, own = threadIdx.x / WARP * 16;
+    const bool wants_v = blockIdx.z == 0;
+    const Span span = args.spans[args.tiles[blockIdx.x].x];
+    const u32 first = args.tiles[blockIdx.x].y, n_keys = min(TILE_QUERIES, span.n_keys - first);
+    const u32 group = args.n_heads / args.n_kv_heads;
+    const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_at = (span.key_start + first) * kv_size + kv_head * d;
+    DYNAMIC_SHARED(Bf16, keys);
+    Bf16* values = keys + TILE_QUERIES * DEPTH;
+    Bf16 *queries = values + TILE_QUERIES * DEPTH, *d_os = queries + TILE_KEYS * DEPTH;
+    bring_rows<DEPTH>(keys, args.k + kv_at, kv_size, n_keys, TILE_QUERIES, d);
+    if (!wants_v) bring_rows<DEPTH>(values, args.v + kv_at, kv_size, n_keys, TILE_QUERIES, d);
+    // The first query that sees the block's first key, and the tile that it is in.
+    const u32 past = span.n_keys > span.n_queries ? span.n_keys - span.n_queries : 0;
+    const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
+    const u32 seeing = first + ahead > past ? first + ahead - past : 0;
+    const u32 from = args.causal ? seeing / TILE_KEYS * TILE_KEYS : 0;
+    float out[DEPTH / 8][4] = {};
+    for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+        for (u32 i0 = from; i0 < span.n_queries; i0 += TILE_KEYS) {
+            const size_t at = (span.query_start + i0) * q_size + head * d;
+            const u32 n_queries = min(TILE_KEYS, span.n_queries - i0);
+            __syncthreads();  // All are done with the tile before.
+            bring_rows<DEPTH>(queries, args.q + at, q_size, n_queries, TILE_KEYS, d);
+            bring_rows<DEPTH>(d_os, d_o + at, q_size, n_queries, TILE_KEYS, d);
+            copy_async_commit();
+            copy_async_wait<0>();
+            __syncthreads();
+            float scores[4][4] = {}, d_ps[4][4] = {};
+            products<DEPTH>(scores, keys, own, queries);
+            if (!wants_v) products<DEPTH>(d_ps, values, own, d_os);
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 i = i0 + fragment_col(e);
+                const bool there = i < span.n_queries;
+                const u32 seen = there ? n_seen(args, span, i) : 0;
+                const u32 seen_from = there ? first_seen(args, span, i) : 0;
+                const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
+                const float row_lse = there ? lse[at_row] : 0.0f;
+                const float row_inner = there && !wants_v ? inner[at_row] : 0.0f;
+#pragma unroll
+                for (u32 h = 0; h < 2; ++h) {
+                    const u32 j = first + own + lane() / 4 + h * 8;
+                    float& score = scores[e / 2][2 * h + e % 2];
+                    if (j < seen_from || j >= seen) {
+                        score = 0.0f;
+                        continue;
+                    }
+                    const float kept = args.dropout.tokens ? keep(args, span, head, i, j) : 1.0f;
+                    score = fmaf(args.scale, score, bias(args, span, head, i, j));
+                    const float p = expf(score - row_lse), d_p = kept * d_ps[e / 2][2 * h + e % 2];
+                    score = wants_v ? kept * p : args.scale * (p * (d_p - row_inner));
+                }
+            }
+            add_weighted<DEPTH>(out, scores, wants_v ? d_os : queries);
+        }
+    }
+    Item* to = wants_v ? d_v : d_k;
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        const u32 row = own + lane() / 4 + h * 8;
+        if (row >= n_keys) continue;
+#pragma unroll
+        for (u32 e = 0; e < DEPTH / 4; ++e)
+            if (fragment_col(e) < d)
+                store(&to[kv_at + row * kv_size + fragment_col(e)], out[e / 2][2 * h + e % 2]);
+    }
+}
+
 #define ATTENTION_TILES(columns)                                                                     \
-    extern "C" __global__ void __launch_bounds__(2 * TILE_QUERIES)                                   \
+    extern "C" __global__ void __launch_bounds__(2 * TILE_QUERIES, 2)                                \
     attention_tiles_##columns(Item* o, float* lse, Attention args) {                                 \
         attend_tiles<columns * WARP>(o, lse, args);                                                  \
+    }                                                                                                \
+    extern "C" __global__ void __launch_bounds__(2 * TILE_QUERIES, 2)                                \
+    attention_backward_queries_tiles_##columns(Item* d_q, const Item* d_o, const float* lse,         \
+                                               const float* inner, Attention args) {                 \
+        attend_backward_queries_tiles<columns * WARP>(d_q, d_o, lse, inner, args);                   \
+    }                                                                                                \
+    extern "C" __global__ void __launch_bounds__(2 * TILE_QUERIES, 2)                                \
+    attention_backward_keys_tiles_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse, \
+                                            const float* inner, Attention args) {                    \
+        attend_backward_keys_tiles<columns * WARP>(d_k, d_v, d_o, lse, inner, args);                 \
     }
 
 ATTENTION_TILES(1)
 ATTENTION_TILES(2)
 ATTENTION_TILES(4)
-ATTENTION_TILES(8)
 
 #endif

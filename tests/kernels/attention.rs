@@ -229,6 +229,10 @@ pub struct AttentionBackward(Attention);
 impl Op for AttentionBackward {
     const CUT: Cut = Cut::Sequence;
 
+    fn splits_operands(&self) -> bool {
+        true
+    }
+
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let [o, lse, d_o] = &inputs.t[3..6] else { unreachable!() };
         let [d_q, d_k, d_v] = self.0.with(batch, inputs, |forward| {

@@ -16,7 +16,8 @@ use crate::{
 
 /// Queries (or keys) of a block: a warp each.
 const WARPS: u32 = 8;
-/// Queries of a block of `attention_tiles`, which has two threads each, and keys in its shared memory.
+/// Of the kernels for tensor cores: queries (or keys) of a block, which has two threads each, and rows
+/// of the other side in its shared memory.
 const TILE_QUERIES: u32 = 64;
 const TILE_KEYS: u32 = 32;
 const WARP: usize = 32;
@@ -47,8 +48,6 @@ struct AttentionArg {
 struct Prepared {
     arg: AttentionArg,
     n_tiles: usize,
-    /// Columns of a head that a lane owns: which of the kernel's versions runs.
-    columns: usize,
     _spans: Arc<Buffer>,
     _tiles: Arc<Buffer>,
     _dropout: DropoutTable,
@@ -61,13 +60,6 @@ impl Prepared {
         assert_eq!(queries.n(), keys.n(), "keys for each sequence");
         assert!(queries.end() <= q.rows && keys.end() <= k.rows, "spans lie in their tensors");
         assert!(n_kv_heads > 0 && n_heads.is_multiple_of(n_kv_heads));
-        let columns = match head_dim.div_ceil(WARP) {
-            0..=1 => 1,
-            2 => 2,
-            3..=4 => 4,
-            5..=8 => 8,
-            _ => panic!("heads of {head_dim} are wider than 256"),
-        };
         if let Some(window) = args.window {
             assert!(args.causal && window > 0, "a window ends at the query and has it");
         }
@@ -101,12 +93,7 @@ impl Prepared {
             scale: args.scale,
             window: narrow(args.window.unwrap_or(0)),
         };
-        Self { arg, n_tiles, columns, _spans: spans, _tiles: tiles, _dropout: dropout }
-    }
-
-    /// Shared memory for so many rows of a head.
-    fn shared_bytes(&self, rows: usize) -> usize {
-        4 * rows * (self.arg.head_dim as usize + 1)
+        Self { arg, n_tiles, _spans: spans, _tiles: tiles, _dropout: dropout }
     }
 }
 
@@ -117,22 +104,65 @@ fn zeros_unless_covered(cuda: &Cuda, like: &Tensor<Cuda>, spans: &Spans) -> Tens
     make(cuda, like.rows, like.cols, Precision::Activation)
 }
 
+/// Which of its versions a kernel runs in.
+struct Version {
+    /// On tensor cores.
+    is_tiled: bool,
+    /// Rows of a block.
+    height: u32,
+    threads: u32,
+    /// What follows the kernel's name.
+    suffix: String,
+    /// Bytes of a row of a head in shared memory.
+    row_bytes: usize,
+    /// Rows of the other side in shared memory.
+    others: usize,
+}
+
+impl Version {
+    fn of(cuda: &Cuda, head_dim: usize) -> Self {
+        // Columns of a head that a lane owns in f32.
+        let columns = match head_dim.div_ceil(WARP) {
+            0..=1 => 1,
+            2 => 2,
+            3..=4 => 4,
+            5..=8 => 8,
+            _ => panic!("heads of {head_dim} are wider than 256"),
+        };
+        // Wider heads do not fit in the registers of the tensor cores' kernels.
+        if cuda.compute == Dtype::Bf16 && columns < 8 {
+            Self {
+                is_tiled: true,
+                height: TILE_QUERIES,
+                threads: 2 * TILE_QUERIES,
+                suffix: format!("_tiles_{columns}"),
+                row_bytes: 2 * columns * WARP,
+                others: TILE_KEYS as usize,
+            }
+        } else {
+            Self {
+                is_tiled: false,
+                height: WARPS,
+                threads: WARPS * 32,
+                suffix: format!("_{columns}"),
+                row_bytes: 4 * (head_dim + 1),
+                others: WARP,
+            }
+        }
+    }
+}
+
 pub(super) fn attention(cuda: &Cuda, args: &Attention<'_, Cuda>) -> Attended<Cuda> {
-    let is_tiled = cuda.compute == Dtype::Bf16;
-    let height = if is_tiled { TILE_QUERIES } else { WARPS };
+    let Version { is_tiled, height, threads, suffix, row_bytes, others } =
+        Version::of(cuda, args.head_dim);
     let prepared = Prepared::new(cuda, args, &args.queries.lens, height);
     let mut o = zeros_unless_covered(cuda, args.q, args.queries);
     let mut lse = cuda.alloc(args.q.rows, args.n_heads, Precision::Full);
-    let columns = prepared.columns;
-    let (name, shared_bytes, threads) = if is_tiled {
-        let rows = (TILE_QUERIES + 2 * TILE_KEYS) as usize;
-        (format!("attention_tiles_{columns}"), 2 * rows * columns * WARP, 2 * TILE_QUERIES)
-    } else {
-        let shared_bytes = prepared.shared_bytes(WARPS as usize + WARP);
-        (format!("attention_{columns}"), shared_bytes, WARPS * 32)
-    };
+    let name = format!("attention{suffix}");
+    // On CUDA cores keys and values take turns.
+    let others = if is_tiled { 2 * others } else { others };
     let kernel = cuda.kernel("attention", &name).arg(o.address_mut()).arg(lse.address_mut());
-    let kernel = kernel.arg(prepared.arg).shared_bytes(shared_bytes);
+    let kernel = kernel.arg(prepared.arg).shared_bytes((height as usize + others) * row_bytes);
     kernel.launch([prepared.n_tiles, args.n_heads, 1], threads);
     Attended { o, lse }
 }
@@ -150,20 +180,24 @@ pub(super) fn attention_backward(
     let kernel = kernel.arg(d_o).arg(o).count(q.rows * n_heads).count(head_dim);
     kernel.launch([(q.rows * n_heads).div_ceil(WARPS as usize), 1, 1], WARPS * 32);
 
+    let Version { is_tiled, height, threads, suffix, row_bytes, others } =
+        Version::of(cuda, head_dim);
+    let shared_bytes = 2 * (height as usize + others) * row_bytes;
     let mut d_q = zeros_unless_covered(cuda, q, queries);
-    let prepared = Prepared::new(cuda, forward, &queries.lens, WARPS);
-    let name = format!("attention_backward_queries_{}", prepared.columns);
-    let shared_bytes = prepared.shared_bytes(2 * (WARPS as usize + WARP));
+    let prepared = Prepared::new(cuda, forward, &queries.lens, height);
+    let name = format!("attention_backward_queries{suffix}");
     let kernel = cuda.kernel("attention", &name).arg(d_q.address_mut()).arg(d_o).arg(lse);
     let kernel = kernel.arg(inner.address()).arg(prepared.arg).shared_bytes(shared_bytes);
-    kernel.launch([prepared.n_tiles, n_heads, 1], WARPS * 32);
+    kernel.launch([prepared.n_tiles, n_heads, 1], threads);
 
     let [mut d_k, mut d_v] = [0, 1].map(|_| zeros_unless_covered(cuda, k, keys));
-    let prepared = Prepared::new(cuda, forward, &keys.lens, WARPS);
-    let name = format!("attention_backward_keys_{}", prepared.columns);
+    let prepared = Prepared::new(cuda, forward, &keys.lens, height);
+    let name = format!("attention_backward_keys{suffix}");
     let kernel = cuda.kernel("attention", &name).arg(d_k.address_mut()).arg(d_v.address_mut());
     let kernel = kernel.arg(d_o).arg(lse).arg(inner.address()).arg(prepared.arg);
+    // On tensor cores a block makes one of the two.
+    let n_parts = if is_tiled { 2 } else { 1 };
     let kernel = kernel.shared_bytes(shared_bytes);
-    kernel.launch([prepared.n_tiles, n_kv_heads, 1], WARPS * 32);
+    kernel.launch([prepared.n_tiles, n_kv_heads, n_parts], threads);
     [d_q, d_k, d_v]
 }
