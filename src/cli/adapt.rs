@@ -1,32 +1,29 @@
 //! `adapt`: an adapter and a few rows of a new task in, an adapter with one more task out.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::{
-    Common, Described, data, print, print_json, run_on_device,
+    Common, Described,
+    data::{self, DataFile},
+    print, print_json, run_on_device,
     train::{
-        flags::{Evaluating, Learning, Saving},
+        flags::{Evaluating, Learning, LossFlag, Saving},
         run::{self, Evaluator, Plan, Run},
         settings,
     },
 };
 use crate::{
     error::{Error, Result},
-    formats::{
-        adapter::AdapterFiles,
-        json::list_names,
-        rows::{Row, Targets},
-        tasks::TaskNames,
-    },
-    model::{Adapter, Model, dataset::read_rows},
+    formats::{adapter::AdapterFiles, json::list_names, rows::Targets, tasks::TaskNames},
+    model::{Adapter, Model},
     train::{
         Trainer,
         adapt::{self, Kept, Tune},
         evaluate::Decode,
-        order::{self, Batches},
+        order,
         recipe::{Length, Recipe},
     },
 };
@@ -113,19 +110,19 @@ impl Adapt {
         let tasks = adapter.task_names();
 
         let tokenizer = data::open_tokenizer(&model)?;
-        let encode = |rows, path: &PathBuf| {
-            let limits = self.data.limits.with_defaults(&recipe);
-            limits.encode(rows, path, &model, tokenizer.as_ref(), Some(&tasks), Targets::Required)
+        let encode = |files| {
+            let tokenizer = tokenizer.as_ref();
+            self.data.encode(files, &recipe, &model, tokenizer, Some(&tasks), Targets::Required)
         };
-        let read = |path: &PathBuf| -> Result<Vec<Row>> {
-            self.of_task(read_rows(path, Targets::Required)?, path, &tasks)
-        };
-        let (rows, held_out) =
-            self.evaluating.split(self.draw(read(&self.data.data)?)?, self.common.seed)?;
-        let data = encode(rows, &self.data.data)?;
+        let files = self.draw(self.of_task(self.data.read(Targets::Required)?, &tasks)?)?;
+        let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
+        let mut data = encode(files)?;
         let eval_data = match (&self.evaluating.eval_data, held_out) {
-            (Some(path), _) => Some(encode(read(path)?, path)?),
-            (None, Some(rows)) => Some(encode(rows, &self.data.data)?),
+            (Some(path), _) => {
+                let file = self.data.read_file(path, Targets::Required)?;
+                Some(encode(self.of_task(vec![file], &tasks)?)?)
+            }
+            (None, Some(files)) => Some(encode(files)?),
             (None, None) => None,
         };
         let evaluator = eval_data.map(|data| Evaluator {
@@ -137,8 +134,15 @@ impl Adapt {
             metric: self.evaluating.metric_for_best,
         });
 
-        let (per_step, shuffle) = (self.learning.per_step(&recipe), self.learning.shuffle.is_on());
-        let batches = Batches::new(data.examples.len(), per_step, shuffle, self.common.seed);
+        let per_step = self.learning.per_step(&recipe);
+        let batches = self.learning.batches(&mut data, &recipe, self.common.seed)?;
+        let choices = match self.learning.loss {
+            LossFlag::Lm => None,
+            LossFlag::TFew => {
+                let tokenizer = tokenizer.as_ref();
+                Some(self.data.choices(&data, &recipe, &model, tokenizer, Some(&tasks))?)
+            }
+        };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
         let mut config = self.learning.config(&recipe, self.common.seed, n_steps);
         config.trainable = tune.trainable(task);
@@ -146,7 +150,7 @@ impl Adapt {
         let mut arguments = settings::arguments(
             &trainer,
             per_step,
-            shuffle,
+            &self.learning,
             &data,
             evaluator.as_ref().map(|e| &e.data),
         );
@@ -165,6 +169,7 @@ impl Adapt {
             output_dir: &self.output_dir,
             trainer,
             data: &data,
+            choices: choices.as_ref(),
             batches,
             evaluator,
             n_steps,
@@ -175,7 +180,7 @@ impl Adapt {
         known.extend([
             ("model".to_owned(), json!(self.model)),
             ("adapter".to_owned(), json!(self.adapter)),
-            ("data".to_owned(), json!(self.data.data)),
+            ("data".to_owned(), json!(self.data.paths())),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
         settings::write(&self.output_dir, known, arguments)?;
@@ -188,20 +193,30 @@ impl Adapt {
     }
 
     /// The rows of the task, renamed to it where they have no name.
-    fn of_task(&self, rows: Vec<Row>, path: &PathBuf, tasks: &TaskNames) -> Result<Vec<Row>> {
-        let n = rows.len();
-        let others: std::collections::BTreeSet<String> = rows
-            .iter()
-            .filter_map(|row| row.task.clone())
-            .filter(|name| *name != self.task)
-            .collect();
-        let mut rows: Vec<Row> = rows
-            .into_iter()
-            .filter(|row| row.task.as_ref().is_none_or(|name| *name == self.task))
-            .collect();
-        if rows.is_empty() {
+    fn of_task(&self, mut files: Vec<DataFile>, tasks: &TaskNames) -> Result<Vec<DataFile>> {
+        let first = files[0].path.clone();
+        let mut others: BTreeSet<String> = BTreeSet::new();
+        let mut n_left_out = 0;
+        for DataFile { rows, .. } in &mut files {
+            let n = rows.len();
+            rows.retain(|row| match &row.task {
+                Some(name) if *name != self.task => {
+                    others.insert(name.clone());
+                    false
+                }
+                _ => true,
+            });
+            n_left_out += n - rows.len();
+            for row in rows {
+                // The ids of a file count its own tasks, not the adapter's.
+                row.task_id = tasks.id(&self.task);
+                row.task = Some(self.task.clone());
+            }
+        }
+        files.retain(|file| !file.rows.is_empty());
+        if files.is_empty() {
             return Err(Error::file(
-                path,
+                first,
                 format!(
                     "no row is of task {:?}: there are {}",
                     self.task,
@@ -209,33 +224,32 @@ impl Adapt {
                 ),
             ));
         }
-        if rows.len() < n {
-            let left_out = n - rows.len();
-            tracing::info!("{}: {left_out} rows are of other tasks", path.display());
+        if n_left_out > 0 {
+            tracing::info!("{}: {n_left_out} rows are of other tasks", first.display());
         }
-        for row in &mut rows {
-            // The ids of a file count its own tasks, not the adapter's.
-            row.task_id = tasks.id(&self.task);
-            row.task = Some(self.task.clone());
-        }
-        Ok(rows)
+        Ok(files)
     }
 
-    /// `--num-shots` of the rows, in the file's order.
-    fn draw(&self, rows: Vec<Row>) -> Result<Vec<Row>> {
-        let Some(n) = self.num_shots.map(|n| n as usize) else { return Ok(rows) };
-        if n > rows.len() {
+    /// `--num-shots` of the rows, in their order.
+    fn draw(&self, mut files: Vec<DataFile>) -> Result<Vec<DataFile>> {
+        let Some(n) = self.num_shots.map(|n| n as usize) else { return Ok(files) };
+        let n_rows = files.iter().map(|file| file.rows.len()).sum();
+        if n > n_rows {
             return Err(Error::Usage(format!(
-                "--num-shots {n}, but task {:?} has {} rows",
-                self.task,
-                rows.len()
+                "--num-shots {n}, but task {:?} has {n_rows} rows",
+                self.task
             )));
         }
-        let mut drawn = order::epoch(rows.len(), true, self.common.seed, u64::MAX);
-        drawn.truncate(n);
-        let keep: std::collections::HashSet<usize> = drawn.into_iter().collect();
-        let kept = rows.into_iter().enumerate().filter(|(i, _)| keep.contains(i));
-        Ok(kept.map(|(_, row)| row).collect())
+        let mut is_drawn = vec![false; n_rows];
+        for &row in &order::epoch(n_rows, true, self.common.seed, u64::MAX)[..n] {
+            is_drawn[row] = true;
+        }
+        let mut is_drawn = is_drawn.into_iter();
+        for file in &mut files {
+            file.rows.retain(|_| is_drawn.next().unwrap_or(false));
+        }
+        files.retain(|file| !file.rows.is_empty());
+        Ok(files)
     }
 
     /// Compares what was saved with what there was, and says what is the same.

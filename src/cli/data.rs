@@ -3,34 +3,52 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use serde_json::Value;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     formats::{
-        rows::{Row, Targets},
+        csv,
+        rows::{Columns, Row, RowReader, Sequence, Targets},
         tasks::TaskNames,
         tokenizer::Tokenizer,
     },
     kernels::Backend,
     model::{
         Model,
-        dataset::{Dataset, Encode, Encoding, Overlong, read_rows},
+        dataset::{Dataset, Encode, Encoding, Overlong},
     },
-    train::recipe::Recipe,
+    train::{choices::Choices, recipe::Recipe},
 };
 
 #[derive(Args)]
 pub(super) struct DataFlags {
-    /// JSONL rows.
+    /// Rows: JSONL, or CSV with a header (.csv, .tsv). Of several files each is a task of its name,
+    /// where its rows name none.
+    #[arg(long, required = true, num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// The field or column that is the input.
     #[arg(long)]
-    pub(super) data: PathBuf,
+    input_column: Option<String>,
+    /// The field or column that is the target.
+    #[arg(long)]
+    target_column: Option<String>,
+    /// The field or column that is the task.
+    #[arg(long)]
+    task_column: Option<String>,
     #[command(flatten)]
-    pub(super) limits: Limits,
+    limits: Limits,
+}
+
+/// The rows of a file.
+pub(super) struct DataFile {
+    pub(super) path: PathBuf,
+    pub(super) rows: Vec<Row>,
 }
 
 /// Length limits.
 #[derive(Args, Clone)]
-pub(super) struct Limits {
+struct Limits {
     /// The most source tokens [default: 512 for text, none for ids].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     max_source_length: Option<u32>,
@@ -59,7 +77,7 @@ pub(super) fn open_tokenizer(model: &Model<impl Backend>) -> Result<Option<Token
 
 impl Limits {
     /// These limits, and a recipe's where none is given.
-    pub(super) fn with_defaults(&self, recipe: &Recipe) -> Self {
+    fn with_defaults(&self, recipe: &Recipe) -> Self {
         let narrow = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let mut limits = self.clone();
         limits.max_source_length = self.max_source_length.or(recipe.max_source_length.map(narrow));
@@ -69,7 +87,28 @@ impl Limits {
     }
 
     /// The rows of a file as examples. Says how many were cut or left out.
-    pub(super) fn encode(
+    fn encode(
+        &self,
+        rows: Vec<Row>,
+        path: &Path,
+        model: &Model<impl Backend>,
+        tokenizer: Option<&Tokenizer>,
+        tasks: Option<&TaskNames>,
+        targets: Targets,
+    ) -> Result<Dataset> {
+        let dataset = self.quietly(rows, path, model, tokenizer, tasks, targets)?;
+        let Dataset { n_truncated, n_skipped, .. } = dataset;
+        tracing::info!("{}: {} rows", path.display(), dataset.examples.len());
+        if n_truncated + n_skipped > 0 {
+            tracing::warn!(
+                "{}: {n_truncated} rows were truncated and {n_skipped} left out (--max-source-length, --max-target-length, --overlong)",
+                path.display()
+            );
+        }
+        Ok(dataset)
+    }
+
+    fn quietly(
         &self,
         rows: Vec<Row>,
         path: &Path,
@@ -97,21 +136,111 @@ impl Limits {
             tasks,
             targets: targets == Targets::Required,
         };
-        let dataset = Dataset::encode(rows, path, &encoding)?;
-        let Dataset { n_truncated, n_skipped, .. } = dataset;
-        tracing::info!("{}: {} rows", path.display(), dataset.examples.len());
-        if n_truncated + n_skipped > 0 {
-            tracing::warn!(
-                "{}: {n_truncated} rows were truncated and {n_skipped} left out (--max-source-length, --max-target-length, --overlong)",
-                path.display()
-            );
-        }
-        Ok(dataset)
+        Dataset::encode(rows, path, &encoding)
     }
 }
 
 impl DataFlags {
-    /// Reads and encodes the data file for an adapter's tasks, or without tasks.
+    /// The files, for messages and settings.
+    pub(super) fn paths(&self) -> &[PathBuf] {
+        &self.data
+    }
+
+    /// The first file, for messages about all.
+    pub(super) fn first(&self) -> &Path {
+        &self.data[0] // clap asks for one.
+    }
+
+    /// The rows of all files.
+    pub(super) fn read(&self, targets: Targets) -> Result<Vec<DataFile>> {
+        let several = self.data.len() > 1;
+        self.data
+            .iter()
+            .map(|path| {
+                let mut file = self.read_file(path, targets)?;
+                if let Some(stem) = path.file_stem().filter(|_| several) {
+                    let unnamed = |row: &&mut Row| row.task.is_none() && row.task_id.is_none();
+                    for row in file.rows.iter_mut().filter(unnamed) {
+                        row.task = Some(stem.to_string_lossy().into_owned());
+                    }
+                }
+                Ok(file)
+            })
+            .collect()
+    }
+
+    /// The rows of another file with the same columns.
+    pub(super) fn read_file(&self, path: &Path, targets: Targets) -> Result<DataFile> {
+        let columns = Columns {
+            input: self.input_column.clone(),
+            target: self.target_column.clone(),
+            task: self.task_column.clone(),
+        };
+        let rows = if csv::is_csv(path) {
+            csv::read_csv(path, targets, &columns)?
+        } else {
+            RowReader::open(path, targets)?.with_columns(columns).collect::<Result<_>>()?
+        };
+        Ok(DataFile { path: path.to_path_buf(), rows })
+    }
+
+    /// The rows of files as examples, one file after the other.
+    pub(super) fn encode(
+        &self,
+        files: Vec<DataFile>,
+        recipe: &Recipe,
+        model: &Model<impl Backend>,
+        tokenizer: Option<&Tokenizer>,
+        tasks: Option<&TaskNames>,
+        targets: Targets,
+    ) -> Result<Dataset> {
+        let limits = self.limits.with_defaults(recipe);
+        let mut all = Dataset::default();
+        for DataFile { path, rows } in files {
+            let one = limits.encode(rows, &path, model, tokenizer, tasks, targets)?;
+            all.rows.extend(one.rows);
+            all.examples.extend(one.examples);
+            all.n_truncated += one.n_truncated;
+            all.n_skipped += one.n_skipped;
+        }
+        Ok(all)
+    }
+
+    /// The wrong choices of each row of a data set: what its field `choices` (texts) or `choice_ids`
+    /// (lists of ids) has beside the target.
+    pub(super) fn choices(
+        &self,
+        data: &Dataset,
+        recipe: &Recipe,
+        model: &Model<impl Backend>,
+        tokenizer: Option<&Tokenizer>,
+        tasks: Option<&TaskNames>,
+    ) -> Result<Choices> {
+        let mut limits = self.limits.with_defaults(recipe);
+        limits.overlong = OverlongFlag::Truncate; // What is too long was dealt with.
+        let mut wrong = Vec::with_capacity(data.rows.len());
+        for row in &data.rows {
+            let mut rows = Vec::new();
+            for choice in row_choices(row).map_err(|detail| Error::Line {
+                path: self.first().to_path_buf(),
+                line: row.line,
+                detail,
+            })? {
+                if Some(&choice) != row.target.as_ref() {
+                    rows.push(Row { target: Some(choice), ..row.clone() });
+                }
+            }
+            wrong.push(if rows.is_empty() {
+                Vec::new()
+            } else {
+                let path = self.first();
+                limits.quietly(rows, path, model, tokenizer, tasks, Targets::Required)?.examples
+            });
+        }
+        Ok(Choices { wrong })
+    }
+
+    /// Reads and encodes the data for an adapter's tasks, or without tasks.
     pub(super) fn load(
         &self,
         model: &Model<impl Backend>,
@@ -119,7 +248,34 @@ impl DataFlags {
         tasks: Option<&TaskNames>,
         targets: Targets,
     ) -> Result<Dataset> {
-        let rows = read_rows(&self.data, targets)?;
-        self.limits.encode(rows, &self.data, model, tokenizer, tasks, targets)
+        let files = self.read(targets)?;
+        self.encode(files, &Recipe::default(), model, tokenizer, tasks, targets)
     }
+}
+
+/// What a row's field `choices` or `choice_ids` lists; what is wrong with it otherwise.
+fn row_choices(row: &Row) -> Result<Vec<Sequence>, String> {
+    let lists = |key: &str| match row.raw.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Array(items)) => Ok(Some(items)),
+        Some(_) => Err(format!("field {key}: expected a list")),
+    };
+    let ids = |item: &Value| -> Option<Vec<u32>> {
+        item.as_array()?.iter().map(|id| id.as_u64().and_then(|id| id.try_into().ok())).collect()
+    };
+    let mut choices = Vec::new();
+    for item in lists("choices")?.into_iter().flatten() {
+        let text = item.as_str().ok_or("field choices: expected texts")?;
+        choices.push(Sequence::Text(text.to_owned()));
+    }
+    for item in lists("choice_ids")?.into_iter().flatten() {
+        choices.push(Sequence::Ids(ids(item).ok_or("field choice_ids: expected lists of ids")?));
+    }
+    if choices.iter().any(Sequence::is_empty) {
+        return Err("a choice is empty".to_owned());
+    }
+    if !choices.is_empty() && row.target.as_ref().is_some_and(|target| !choices.contains(target)) {
+        return Err("the target is none of the choices".to_owned());
+    }
+    Ok(choices)
 }

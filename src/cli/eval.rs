@@ -10,7 +10,10 @@ use crate::{
     formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
     model::{Adapter, Model},
-    train::evaluate::{Decode, evaluate},
+    train::{
+        evaluate::{Decode, evaluate},
+        recipe::Recipe,
+    },
 };
 
 #[derive(Args)]
@@ -28,6 +31,9 @@ pub(super) struct Eval {
     /// Writes a line of JSON a row: nll and n_tokens.
     #[arg(long)]
     per_example: Option<PathBuf>,
+    /// Writes the scores of each task as a table in Markdown.
+    #[arg(long)]
+    markdown: Option<PathBuf>,
     /// Whether outputs are generated and scored; without, exact_match and rouge_l are null.
     #[arg(long, default_value = "on")]
     generate: OnOff,
@@ -41,7 +47,7 @@ pub(super) struct Eval {
 
 impl Eval {
     pub(super) fn run(&self) -> Result<()> {
-        if let Some(path) = &self.per_example {
+        for path in self.per_example.iter().chain(&self.markdown) {
             check_writable(path)?;
         }
         run_on_device!(self, &self.model)
@@ -52,6 +58,13 @@ impl Eval {
         let tokenizer = data::open_tokenizer(&model)?;
         let tasks = adapter.as_ref().map(Adapter::task_names);
         let data = self.data.load(&model, tokenizer.as_ref(), tasks.as_ref(), Targets::Required)?;
+        let choices = self.data.choices(
+            &data,
+            &Recipe::default(),
+            &model,
+            tokenizer.as_ref(),
+            tasks.as_ref(),
+        )?;
         let present = data.examples.iter().map(|example| example.task);
         let engine = Engine::new(&model, adapter.as_ref(), present, self.batch_size as usize);
         let options = GenerateOptions {
@@ -63,6 +76,7 @@ impl Eval {
             &data,
             self.generate.is_on().then_some(&options),
             tokenizer.as_ref().map(|t| t as &dyn Decode),
+            Some(&choices),
             |row, example| match (&tasks, &row.task, row.task_id) {
                 (Some(tasks), ..) => task_name(Some(tasks), example.task),
                 (None, Some(name), _) => name.clone(),
@@ -77,6 +91,9 @@ impl Eval {
                     writeln!(file, "{}", serde_json::json!({"nll": nll, "n_tokens": n_tokens}))
                 })
             })?;
+        }
+        if let Some(path) = &self.markdown {
+            write_atomically(path, |file| file.write_all(evaluation.markdown().as_bytes()))?;
         }
         print_json(&evaluation)
     }

@@ -10,6 +10,8 @@ mod eval;
 mod generate;
 mod init;
 mod inspect;
+mod preview;
+mod report;
 mod train;
 
 use std::{
@@ -47,6 +49,10 @@ enum Verb {
     Eval(eval::Eval),
     /// Generate an output for every row of a data file.
     Generate(generate::Generate),
+    /// Make one HTML page of a training run.
+    Report(report::Report),
+    /// Show rows as the model will see them.
+    Preview(preview::Preview),
     /// Say what is in a model or adapter folder.
     Inspect(inspect::Inspect),
     /// Make a base with random weights.
@@ -296,6 +302,8 @@ pub fn run() -> ExitCode {
         Verb::Adapt(verb) => verb.run(),
         Verb::Eval(verb) => verb.run(),
         Verb::Generate(verb) => verb.run(),
+        Verb::Report(verb) => verb.run(),
+        Verb::Preview(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),
         Verb::Init(verb) => verb.run(),
         Verb::Bench(verb) => verb.run(),
@@ -318,6 +326,8 @@ impl Verb {
             Self::Adapt(verb) => &verb.common,
             Self::Eval(verb) => &verb.common,
             Self::Generate(verb) => &verb.common,
+            Self::Report(verb) => &verb.common,
+            Self::Preview(verb) => &verb.common,
             Self::Inspect(verb) => &verb.common,
             Self::Init(verb) => &verb.common,
             Self::Bench(verb) => &verb.common,

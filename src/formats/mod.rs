@@ -8,7 +8,7 @@
 //! adapter folder  adapter_config.json  -> poly_config  -> PolyConfig
 //!                 adapter_model.*      -> adapter      -> lora_a, lora_b, router_logits
 //!                 tasks.json           -> tasks        -> names of task ids
-//! data            rows.jsonl           -> rows         -> Row, with its line number
+//! data            rows.jsonl, .csv     -> rows, csv    -> Row, with its line number
 //! ```
 //!
 //! Every reader here accepts any bytes at all: it returns a value that keeps its module's promises,
@@ -30,5 +30,7 @@ pub mod tokenizer;
 pub mod adapter;
 pub mod poly_config;
 // Data:
+#[cfg(feature = "cli")]
+pub mod csv;
 pub mod rows;
 pub mod tasks;

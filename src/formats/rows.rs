@@ -39,7 +39,8 @@ pub enum Sequence {
 }
 
 impl Sequence {
-    fn is_empty(&self) -> bool {
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
         match self {
             Self::Text(text) => text.is_empty(),
             Self::Ids(ids) => ids.is_empty(),
@@ -75,12 +76,39 @@ pub enum Targets {
     Optional,
 }
 
+/// Fields that have other names in a file than here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Columns {
+    /// The field that is `input`.
+    pub input: Option<String>,
+    /// The field that is `target`.
+    pub target: Option<String>,
+    /// The field that is `task`.
+    pub task: Option<String>,
+}
+
+impl Columns {
+    fn rename(&self, raw: &mut Map<String, Value>) -> Result<(), String> {
+        for (name, column) in
+            [("input", &self.input), ("target", &self.target), ("task", &self.task)]
+        {
+            let Some(column) = column else { continue };
+            let Some(value) = raw.get(column).cloned() else {
+                return Err(format!("there is no field {}", excerpt(column)));
+            };
+            raw.insert(name.to_owned(), value);
+        }
+        Ok(())
+    }
+}
+
 /// Reads rows one by one. Ends after the first error.
 #[derive(Debug)]
 pub struct RowReader<R> {
     reader: R,
     path: PathBuf,
     targets: Targets,
+    columns: Columns,
     /// The line read last, and where it begins in the file.
     buffer: Vec<u8>,
     line: usize,
@@ -106,6 +134,7 @@ impl<R: BufRead> RowReader<R> {
             reader,
             path: path.into(),
             targets,
+            columns: Columns::default(),
             buffer: Vec::new(),
             line: 0,
             offset_bytes: 0,
@@ -113,6 +142,12 @@ impl<R: BufRead> RowReader<R> {
             n_rows: 0,
             is_done: false,
         }
+    }
+
+    /// With other names for some fields.
+    pub fn with_columns(mut self, columns: Columns) -> Self {
+        self.columns = columns;
+        self
     }
 
     /// Fills `buffer` with the next line without its end. False at the end of the file.
@@ -175,66 +210,7 @@ impl<R: BufRead> RowReader<R> {
         let UniqueObject(raw) = serde_json::from_str(text).map_err(|error| {
             self.error(format!("column {}: malformed JSON: {}", error.column(), reason(&error)))
         })?;
-        self.row(raw).map_err(|detail| self.error(detail))
-    }
-
-    fn row(&self, raw: Map<String, Value>) -> Result<Row, String> {
-        let input = sequence(&raw, "input", "input_ids")?
-            .ok_or("the row has neither input nor input_ids")?;
-        if input.is_empty() {
-            return Err("the input is empty".to_owned());
-        }
-        let target = sequence(&raw, "target", "label_ids")?;
-        match (&input, &target) {
-            (Sequence::Text(_), Some(Sequence::Ids(_))) => {
-                return Err(
-                    "input is text, but label_ids are ids: give both as text or both as ids"
-                        .to_owned(),
-                );
-            }
-            (Sequence::Ids(_), Some(Sequence::Text(_))) => {
-                return Err(
-                    "input_ids are ids, but target is text: give both as text or both as ids"
-                        .to_owned(),
-                );
-            }
-            _ => {}
-        }
-        if self.targets == Targets::Required {
-            match &target {
-                None => return Err("the row has neither target nor label_ids".to_owned()),
-                Some(target) if target.is_empty() => return Err("the target is empty".to_owned()),
-                Some(_) => {}
-            }
-        }
-        let task = text(&raw, "task")?;
-        if task.as_ref().is_some_and(String::is_empty) {
-            return Err("field task: the name is empty".to_owned());
-        }
-        let task_id = match field(&raw, "task_id") {
-            None => None,
-            Some(value) => Some(id(value, || "field task_id".to_owned())?),
-        };
-        let references = match field(&raw, "references") {
-            None => None,
-            Some(Value::Array(items)) => {
-                let texts = items.iter().map(|item| match item {
-                    Value::String(text) => Ok(text.clone()),
-                    other => Err(format!(
-                        "field references: expected an array of strings, found {} in it",
-                        type_name(other)
-                    )),
-                });
-                Some(texts.collect::<Result<_, _>>()?)
-            }
-            Some(other) => {
-                let found = type_name(other);
-                return Err(format!(
-                    "field references: expected an array of strings, found {found}"
-                ));
-            }
-        };
-        Ok(Row { line: self.line, task, task_id, input, target, references, raw })
+        parse_row(raw, self.line, self.targets, &self.columns).map_err(|detail| self.error(detail))
     }
 
     fn error(&self, detail: String) -> Error {
@@ -253,6 +229,67 @@ impl<R: BufRead> Iterator for RowReader<R> {
         self.is_done = !matches!(next, Some(Ok(_)));
         next
     }
+}
+
+/// A row from its fields; what is wrong with it otherwise.
+pub(crate) fn parse_row(
+    mut raw: Map<String, Value>,
+    line: usize,
+    targets: Targets,
+    columns: &Columns,
+) -> Result<Row, String> {
+    columns.rename(&mut raw)?;
+    let input =
+        sequence(&raw, "input", "input_ids")?.ok_or("the row has neither input nor input_ids")?;
+    if input.is_empty() {
+        return Err("the input is empty".to_owned());
+    }
+    let target = sequence(&raw, "target", "label_ids")?;
+    match (&input, &target) {
+        (Sequence::Text(_), Some(Sequence::Ids(_))) => {
+            return Err(
+                "input is text, but label_ids are ids: give both as text or both as ids".to_owned()
+            );
+        }
+        (Sequence::Ids(_), Some(Sequence::Text(_))) => {
+            return Err("input_ids are ids, but target is text: give both as text or both as ids"
+                .to_owned());
+        }
+        _ => {}
+    }
+    if targets == Targets::Required {
+        match &target {
+            None => return Err("the row has neither target nor label_ids".to_owned()),
+            Some(target) if target.is_empty() => return Err("the target is empty".to_owned()),
+            Some(_) => {}
+        }
+    }
+    let task = text(&raw, "task")?;
+    if task.as_ref().is_some_and(String::is_empty) {
+        return Err("field task: the name is empty".to_owned());
+    }
+    let task_id = match field(&raw, "task_id") {
+        None => None,
+        Some(value) => Some(id(value, || "field task_id".to_owned())?),
+    };
+    let references = match field(&raw, "references") {
+        None => None,
+        Some(Value::Array(items)) => {
+            let texts = items.iter().map(|item| match item {
+                Value::String(text) => Ok(text.clone()),
+                other => Err(format!(
+                    "field references: expected an array of strings, found {} in it",
+                    type_name(other)
+                )),
+            });
+            Some(texts.collect::<Result<_, _>>()?)
+        }
+        Some(other) => {
+            let found = type_name(other);
+            return Err(format!("field references: expected an array of strings, found {found}"));
+        }
+    };
+    Ok(Row { line, task, task_id, input, target, references, raw })
 }
 
 /// A field that is there and not null.

@@ -131,6 +131,16 @@ impl Dataset {
         Ok(dataset)
     }
 
+    /// Leaves these rows, by their places in increasing order.
+    pub fn keep(&mut self, kept: &[usize]) {
+        let mut flags = vec![false; self.rows.len()];
+        kept.iter().for_each(|&place| flags[place] = true);
+        let mut flag = flags.iter();
+        self.rows.retain(|_| *flag.next().unwrap_or(&false));
+        let mut flag = flags.iter();
+        self.examples.retain(|_| *flag.next().unwrap_or(&false));
+    }
+
     /// A fingerprint of what the model sees, in order.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut print = Fingerprint::default();

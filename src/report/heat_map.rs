@@ -119,7 +119,7 @@ fn color(share: f64) -> String {
 }
 
 /// Text as XML; characters that XML has no place for become U+FFFD.
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

@@ -42,6 +42,53 @@ pub fn agreement(config: &PolyConfig, modules: &Modules) -> Vec<f64> {
     sum.into_iter().map(|s| s / n).collect()
 }
 
+/// How decided the routers are: the three numbers of the authors' code, over all routers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sharpness {
+    /// Mean entropy of the Bernoulli variables σ(z), in bits: 0 is decided, 1 is not at all.
+    pub discreteness: f64,
+    /// Share of the skills with σ(z) > 1/2.
+    pub sparsity: f64,
+    /// Entropy of the skills' shares of all σ(z), over its largest value: 1 where all are used alike.
+    pub usage: f64,
+}
+
+/// [`Sharpness`] of an adapter, averaged over its linears and splits.
+pub fn sharpness(config: &PolyConfig, modules: &Modules) -> Sharpness {
+    let n_skills = config.n_skills;
+    let (mut entropy, mut on, mut n) = (0.0, 0.0, 0.0);
+    let (mut usage, mut n_usages) = (0.0, 0.0);
+    let of = |p: f64| if p > 0.0 { -p * p.ln() } else { 0.0 };
+    for module in modules.values() {
+        let mut sums = vec![0.0; config.n_splits * n_skills];
+        for row in module.router_logits.chunks_exact(sums.len()) {
+            for (sum, &z) in sums.iter_mut().zip(row) {
+                let p = 1.0 / (1.0 + (-f64::from(z)).exp());
+                entropy += (of(p) + of(1.0 - p)) / std::f64::consts::LN_2;
+                on += f64::from(u8::from(p > 0.5));
+                n += 1.0;
+                *sum += p;
+            }
+        }
+        for split in sums.chunks_exact(n_skills) {
+            let total: f64 = split.iter().sum();
+            if n_skills > 1 && total > 0.0 {
+                let entropy: f64 = split.iter().map(|sum| of(sum / total)).sum();
+                usage += entropy / (n_skills as f64).ln();
+            } else {
+                usage += 1.0;
+            }
+            n_usages += 1.0;
+        }
+    }
+    let mean = |sum: f64, n: f64| if n > 0.0 { sum / n } else { 0.0 };
+    Sharpness {
+        discreteness: mean(entropy, n),
+        sparsity: mean(on, n),
+        usage: mean(usage, n_usages),
+    }
+}
+
 /// One linear's mixing weights in inference, `[n_tasks, n_splits, n_skills]`.
 fn weights(config: &PolyConfig, module: &AdapterModule) -> Vec<f64> {
     let mut weights: Vec<f64> =
@@ -117,6 +164,21 @@ mod tests {
         for (found, expected) in shared.iter().zip([1.0, 0.5, 0.5, 1.0]) {
             assert!((found - expected).abs() < 1e-9, "{shared:?}");
         }
+    }
+
+    #[test]
+    fn sharpness_tells_decided_routers_from_others() {
+        let config = PolyConfig { n_tasks: 2, n_splits: 1, n_skills: 2, ..Default::default() };
+        let of = |logits: &[f32]| {
+            sharpness(&config, &BTreeMap::from([("a".to_owned(), module(logits))]))
+        };
+        let open = of(&[0.0; 4]);
+        assert_eq!(open, Sharpness { discreteness: 1.0, sparsity: 0.0, usage: 1.0 });
+        let decided = of(&[200.0, -200.0, -200.0, 200.0]);
+        assert!(decided.discreteness < 1e-9, "{decided:?}");
+        assert_eq!((decided.sparsity, decided.usage), (0.5, 1.0));
+        let one_skill = of(&[200.0, -200.0, 200.0, -200.0]);
+        assert!(one_skill.usage < 1e-9 && one_skill.sparsity == 0.5);
     }
 
     #[test]

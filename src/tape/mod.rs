@@ -130,6 +130,7 @@ pub struct Tape<'m, B: Backend> {
     adapted: Option<Adapted<'m, B>>,
     order: Order,
     recording: bool,
+    loss_shape: Option<ops::LossShape<'m>>,
     nodes: Vec<Box<dyn Operation<'m, B> + 'm>>,
     n_vars: usize,
 }
@@ -142,7 +143,15 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// A tape that records nothing, for evaluation and generation.
     pub fn inference(backend: &'m B, adapted: Option<Adapted<'m, B>>, order: Order) -> Self {
-        Self { backend, adapted, order, recording: false, nodes: Vec::new(), n_vars: 0 }
+        Self {
+            backend,
+            adapted,
+            order,
+            recording: false,
+            loss_shape: None,
+            nodes: Vec::new(),
+            n_vars: 0,
+        }
     }
 
     /// The backend that computes.

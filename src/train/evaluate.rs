@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::metrics;
+use super::{
+    choices::{self, Choices},
+    metrics,
+};
 use crate::{
     error::Result,
     formats::rows::{Row, Sequence},
@@ -38,6 +41,9 @@ pub struct Scores {
     pub exact_match: Option<f64>,
     /// Mean Rouge-L F-measure against the best reference (of ids: over ids).
     pub rouge_l: Option<f64>,
+    /// Share of the rows with choices whose answer has the best length-normalised score.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank_accuracy: Option<f64>,
     /// Rows.
     pub n_rows: usize,
     /// Label tokens.
@@ -61,6 +67,29 @@ pub struct Evaluation {
     pub rows: Vec<(f64, usize)>,
 }
 
+impl Evaluation {
+    /// A table in Markdown: a line a task, and one for all.
+    pub fn markdown(&self) -> String {
+        let percent = |score: Option<f64>| {
+            score.map_or_else(|| "-".to_owned(), |score| format!("{:.2}", 100.0 * score))
+        };
+        let line = |name: &str, scores: &Scores| {
+            let Scores { loss, exact_match, rouge_l, n_rows, n_tokens, .. } = scores;
+            let (exact, rouge) = (percent(*exact_match), percent(*rouge_l));
+            format!("| {name} | {n_rows} | {n_tokens} | {loss:.4} | {exact} | {rouge} |\n")
+        };
+        let mut table =
+            "| task | rows | label tokens | loss (nats) | exact match (%) | Rouge-L (%) |\n\
+                         |---|---:|---:|---:|---:|---:|\n"
+                .to_owned();
+        for (name, scores) in &self.tasks {
+            // A bar or a line break in a name would end the cell.
+            table += &line(&name.replace('|', "\\|").replace(['\n', '\r'], " "), scores);
+        }
+        table + &line("**all**", &self.overall)
+    }
+}
+
 #[derive(Default)]
 struct Sums {
     nll: f64,
@@ -68,6 +97,8 @@ struct Sums {
     n_rows: usize,
     exact: f64,
     rouge: f64,
+    n_ranked: usize,
+    right: f64,
 }
 
 impl Sums {
@@ -77,13 +108,14 @@ impl Sums {
             loss: self.nll / self.n_tokens.max(1) as f64,
             exact_match: mean(self.exact),
             rouge_l: mean(self.rouge),
+            rank_accuracy: (self.n_ranked > 0).then(|| self.right / self.n_ranked as f64),
             n_rows: self.n_rows,
             n_tokens: self.n_tokens,
         }
     }
 }
 
-/// Evaluates a data set; `generate` adds exact match and Rouge-L of greedy outputs. `name_of` names
+/// Evaluates a data set; `choices` adds the accuracy of ranking them, `generate` adds exact match and Rouge-L of greedy outputs. `name_of` names
 /// the task of a row.
 ///
 /// # Errors
@@ -93,11 +125,15 @@ pub fn evaluate<B: Backend>(
     data: &Dataset,
     generate: Option<&GenerateOptions>,
     decoder: Option<&dyn Decode>,
+    choices: Option<&Choices>,
     name_of: impl Fn(&Row, &Example) -> String,
 ) -> Result<Evaluation> {
     let examples: Vec<&Example> = data.examples.iter().collect();
     let nll = engine.nll(&examples);
     let outputs = generate.map(|options| engine.generate(&examples, options, |_, _| ()));
+    let wrong: Vec<&Example> = choices.iter().flat_map(|c| c.wrong.iter().flatten()).collect();
+    let wrong_nll = engine.nll(&wrong);
+    let mut wrong_nll = wrong_nll.iter().map(|nll| (nll.iter().sum(), nll.len()));
     let mut overall = Sums::default();
     let mut tasks: BTreeMap<String, Sums> = BTreeMap::new();
     let mut rows = Vec::with_capacity(examples.len());
@@ -108,12 +144,20 @@ pub fn evaluate<B: Backend>(
             Some(outputs) => score(data, i, &outputs[i], decoder)?,
             None => (0.0, 0.0),
         };
+        let n_wrong = choices.map_or(0, |choices| choices.wrong[i].len());
+        // The answer comes last, so that a draw counts against it.
+        let ranked: Vec<(f64, usize)> =
+            wrong_nll.by_ref().take(n_wrong).chain(std::iter::once((sum, n))).collect();
         for sums in [&mut overall, tasks.entry(name_of(&data.rows[i], example)).or_default()] {
             sums.nll += sum;
             sums.n_tokens += n;
             sums.n_rows += 1;
             sums.exact += exact;
             sums.rouge += rouge;
+            if n_wrong > 0 {
+                sums.n_ranked += 1;
+                sums.right += f64::from(u8::from(choices::rank(&ranked) == n_wrong));
+            }
         }
     }
     let generated = outputs.is_some();
@@ -147,4 +191,32 @@ fn score(
     }
     let labels = &data.examples[i].labels;
     Ok((f64::from(u8::from(output == labels)), metrics::rouge_l_ids(output, labels)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_have_a_line_a_task() {
+        let scores = |loss, exact_match| Scores {
+            loss,
+            exact_match,
+            rouge_l: exact_match,
+            rank_accuracy: None,
+            n_rows: 2,
+            n_tokens: 7,
+        };
+        let evaluation = Evaluation {
+            overall: scores(1.5, None),
+            tasks: BTreeMap::from([("a|b".to_owned(), scores(0.25, Some(0.5)))]),
+            n_truncated: 0,
+            n_skipped: 0,
+            rows: Vec::new(),
+        };
+        let table = evaluation.markdown();
+        assert_eq!(table.lines().count(), 4);
+        assert!(table.contains("| a\\|b | 2 | 7 | 0.2500 | 50.00 | 50.00 |"), "{table}");
+        assert!(table.ends_with("| **all** | 2 | 7 | 1.5000 | - | - |\n"), "{table}");
+    }
 }

@@ -9,8 +9,10 @@
 //! any number of threads, and one that is resumed from a [`checkpoint`] ends with the bits of one that
 //! never stopped.
 
+pub mod adafactor;
 pub mod adapt;
 pub mod checkpoint;
+pub mod choices;
 pub mod evaluate;
 pub mod metrics;
 pub mod order;
@@ -20,4 +22,4 @@ pub mod schedule;
 mod trainer;
 
 pub use schedule::Schedule;
-pub use trainer::{RouterRows, StepReport, TrainConfig, Trainable, Trainer};
+pub use trainer::{Optimizer, RouterRows, StepReport, TrainConfig, Trainable, Trainer};

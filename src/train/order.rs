@@ -5,9 +5,90 @@
 //! ```
 //!
 //! The batch of a step is a function of the seed and the step's number, so a run that is resumed in
-//! the middle of an epoch goes on with the rows that it would have seen.
+//! the middle of an epoch goes on with the rows that it would have seen. That holds for every
+//! [`Sampling`]: where tasks are drawn, their rows are drawn with replacement, which needs no memory.
 
-use crate::kernels::philox::{Key, Purpose};
+use std::collections::BTreeMap;
+
+use crate::kernels::philox::{Key, Purpose, unit};
+
+/// How often a task is seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Sampling {
+    /// As often as it has rows: every row once an epoch.
+    #[default]
+    Proportional,
+    /// With a probability proportional to `n_rows^(1/T)`: 1 is proportional, more is more even (T5).
+    Temperature(f64),
+    /// All alike.
+    Uniform,
+}
+
+/// Where tasks are drawn: their rows, and how they are drawn.
+#[derive(Clone, Debug)]
+struct Drawn {
+    /// By task: its rows, and the sum of the tasks' shares up to and with it.
+    tasks: Vec<(Vec<usize>, f64)>,
+    /// Different tasks in a step at most.
+    per_step: Option<usize>,
+}
+
+impl Drawn {
+    fn task(&self, draw: f64) -> usize {
+        let total = self.tasks.last().map_or(0.0, |task| task.1);
+        self.tasks.partition_point(|task| task.1 <= draw * total).min(self.tasks.len() - 1)
+    }
+
+    /// The rows of a step: place `i` has the words of block `i` of the step's stream.
+    fn step(&self, seed: u64, step: u64, n: usize) -> Vec<usize> {
+        let key = Key::new(seed, Purpose::Shuffle, step);
+        let word = |i: usize, part: u32| f64::from(unit(key.block([i as u32, part, 0, 0])[0]));
+        let chosen: Vec<usize> = match self.per_step {
+            None => Vec::new(),
+            Some(k) => {
+                let mut chosen = Vec::new();
+                // Drawn until there are k different ones; a task without a share never comes.
+                let possible = k.min(self.tasks.len()).min(n);
+                for i in 0.. {
+                    let task = self.task(word(i, 2));
+                    if !chosen.contains(&task) {
+                        chosen.push(task);
+                    }
+                    if chosen.len() == possible {
+                        break;
+                    }
+                }
+                chosen
+            }
+        };
+        (0..n)
+            .map(|i| {
+                let task = if chosen.is_empty() {
+                    self.task(word(i, 0))
+                } else {
+                    chosen[i % chosen.len()]
+                };
+                let rows = &self.tasks[task].0;
+                rows[((word(i, 1) * rows.len() as f64) as usize).min(rows.len() - 1)]
+            })
+            .collect()
+    }
+}
+
+/// At most `cap` examples of each task, drawn by the seed; in their order.
+pub fn capped(tasks: &[u32], cap: usize, seed: u64) -> Vec<usize> {
+    let mut rows: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    tasks.iter().enumerate().for_each(|(i, task)| rows.entry(*task).or_default().push(i));
+    let mut kept: Vec<usize> = rows
+        .values()
+        .flat_map(|rows| {
+            let order = epoch(rows.len(), true, seed, u64::MAX);
+            order.into_iter().take(cap).map(|i| rows[i]).collect::<Vec<_>>()
+        })
+        .collect();
+    kept.sort_unstable();
+    kept
+}
 
 /// The order of `n` examples in an epoch: a Fisher-Yates shuffle, or the file's order.
 pub fn epoch(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
@@ -30,7 +111,8 @@ pub struct Batches {
     per_step: usize,
     shuffle: bool,
     seed: u64,
-    /// The epoch whose order is at hand, and the order.
+    drawn: Option<Drawn>,
+    /// The epoch (of drawn batches: the step) whose order is at hand, and the order.
     current: Option<(u64, Vec<usize>)>,
 }
 
@@ -41,7 +123,41 @@ impl Batches {
     /// If either is 0.
     pub fn new(n_examples: usize, per_step: usize, shuffle: bool, seed: u64) -> Self {
         assert!(n_examples > 0 && per_step > 0, "there is something to put into batches");
-        Self { n_examples, per_step, shuffle, seed, current: None }
+        Self { n_examples, per_step, shuffle, seed, drawn: None, current: None }
+    }
+
+    /// Batches whose tasks are drawn. `tasks` has the task of each example; `tasks_per_step` limits
+    /// how many different ones are in a step. An epoch is as many steps as without.
+    ///
+    /// # Panics
+    /// If there is not a task for each example, or the temperature is not above 0.
+    pub fn drawing(
+        mut self,
+        sampling: Sampling,
+        tasks: &[u32],
+        tasks_per_step: Option<usize>,
+    ) -> Self {
+        assert_eq!(tasks.len(), self.n_examples, "a task for each example");
+        if sampling == Sampling::Proportional && tasks_per_step.is_none() {
+            return self;
+        }
+        let mut rows: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        tasks.iter().enumerate().for_each(|(i, task)| rows.entry(*task).or_default().push(i));
+        let share = |n: usize| match sampling {
+            Sampling::Proportional => n as f64,
+            Sampling::Uniform => 1.0,
+            Sampling::Temperature(t) => {
+                assert!(t > 0.0, "a temperature is above 0");
+                (n as f64).powf(1.0 / t)
+            }
+        };
+        let mut sum = 0.0;
+        let tasks = rows.into_values().map(|rows| {
+            sum += share(rows.len());
+            (rows, sum)
+        });
+        self.drawn = Some(Drawn { tasks: tasks.collect(), per_step: tasks_per_step });
+        self
     }
 
     /// Steps in an epoch.
@@ -51,6 +167,10 @@ impl Batches {
 
     /// The examples of step `step`, from 1.
     pub fn of_step(&mut self, step: u64) -> &[usize] {
+        if let Some(drawn) = &self.drawn {
+            let (_, rows) = self.current.insert((step, drawn.step(self.seed, step, self.per_step)));
+            return rows;
+        }
         let (epoch_number, index) =
             ((step - 1) / self.steps_per_epoch(), (step - 1) % self.steps_per_epoch());
         if self.current.as_ref().is_none_or(|(number, _)| *number != epoch_number) {
@@ -76,6 +196,57 @@ mod tests {
         first.sort_unstable();
         assert_eq!(first, epoch(100, false, 1, 0));
         assert!(epoch(0, true, 1, 0).is_empty());
+    }
+
+    #[test]
+    fn tasks_are_drawn_by_their_share() {
+        // 90 rows of task 3, 9 of task 5, 1 of task 8.
+        let tasks: Vec<u32> = (0..100)
+            .map(|i| {
+                if i < 90 {
+                    3
+                } else if i < 99 {
+                    5
+                } else {
+                    8
+                }
+            })
+            .collect();
+        let count = |sampling, per_step| {
+            let mut batches = Batches::new(100, 10, true, 1).drawing(sampling, &tasks, per_step);
+            let mut counts = BTreeMap::new();
+            for step in 1..=2000 {
+                let rows = batches.of_step(step).to_vec();
+                let mut seen: Vec<u32> = rows.iter().map(|&row| tasks[row]).collect();
+                seen.iter().for_each(|task| *counts.entry(*task).or_insert(0_u32) += 1);
+                seen.sort_unstable();
+                seen.dedup();
+                assert!(per_step.is_none_or(|n| seen.len() == n), "{seen:?}");
+                assert_eq!(rows, batches.of_step(step), "a step has its batch");
+            }
+            [3, 5, 8].map(|task| f64::from(counts.get(&task).copied().unwrap_or(0)) / 20_000.0)
+        };
+        for (sampling, expected) in [
+            (Sampling::Uniform, [1.0 / 3.0; 3]),
+            (Sampling::Temperature(2.0), [9.49 / 13.49, 3.0 / 13.49, 1.0 / 13.49]),
+            (Sampling::Temperature(1.0), [0.9, 0.09, 0.01]),
+        ] {
+            for (found, expected) in count(sampling, None).iter().zip(expected) {
+                // Five standard deviations of 20,000 draws.
+                assert!((found - expected).abs() < 0.018, "{sampling:?}: {found}, not {expected}");
+            }
+        }
+        let three = count(Sampling::Uniform, Some(3));
+        assert!(three.iter().all(|share| (0.29..0.41).contains(share)), "{three:?}");
+        let one = count(Sampling::Uniform, Some(1));
+        assert!(one.iter().all(|share| (share - 1.0 / 3.0).abs() < 0.06), "{one:?}");
+    }
+
+    #[test]
+    fn proportional_is_every_row_once() {
+        let mut drawn = Batches::new(5, 2, true, 1).drawing(Sampling::Proportional, &[0; 5], None);
+        let mut plain = Batches::new(5, 2, true, 1);
+        assert!((1..9).all(|step| drawn.of_step(step) == plain.of_step(step)));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 //! A batch is that of one of their GPUs. mttl's SuperNI scripts leave the number of splits to the
 //! caller; 64 is what its T0 scripts have. It must divide the base's widths, so small bases want less.
 
-use super::{Schedule, TrainConfig};
+use super::{Optimizer, Schedule, TrainConfig, adafactor::Adafactor};
 use crate::model::routing::InitA;
 
 /// How long a run is.
@@ -117,7 +117,12 @@ impl Recipe {
                 n_splits: 64,
                 target_modules: Some("q,k,v,o,wi_0,wi_1,wo"),
                 init_a: InitA::Authors,
-                train: TrainConfig { weight_decay: 0.0, router_sampling: false, ..paper },
+                train: TrainConfig {
+                    weight_decay: 0.0,
+                    router_sampling: false,
+                    optimizer: Optimizer::Adafactor(Adafactor { scale_parameter: false }),
+                    ..paper
+                },
                 gradient_accumulation_steps: 2,
                 warmup_steps: 0.06,
                 length: Length::Steps(100_000),
@@ -134,6 +139,7 @@ impl Recipe {
                     weight_decay: 0.01,
                     router_weight_decay: 0.01,
                     max_grad_norm: 0.1,
+                    label_smoothing: 0.1,
                     ..paper
                 },
                 gradient_accumulation_steps: 1,

@@ -2,7 +2,12 @@
 
 use std::path::Path;
 
-use super::{checkpoint::OPTIMIZER_FILE, prior};
+use super::{
+    adafactor::{self, Adafactor, Matrices, Moments},
+    checkpoint::OPTIMIZER_FILE,
+    choices::{Counts, t_few_weights},
+    prior,
+};
 use crate::{
     error::{Error, Result},
     formats::safetensors::{SafetensorsFile, write_safetensors},
@@ -12,10 +17,35 @@ use crate::{
         philox::Purpose,
     },
     model::{Adapter, Batch, Example, Model, network::Sides},
-    tape::{Gradients, Tape},
+    tape::{
+        Gradients, Tape,
+        ops::{LossShape, TokenWeights, mean_row},
+    },
     tensor::Tensor,
     train::Schedule,
 };
+
+/// How gradients become steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Optimizer {
+    /// PyTorch's AdamW, betas 0.9 and 0.999, eps 1e-8.
+    AdamW,
+    /// [`Adafactor`] without relative steps, warm-up and first moment.
+    Adafactor(Adafactor),
+}
+
+/// What an optimiser remembers.
+enum Memory<B: Backend> {
+    AdamW {
+        m: Tensor<B>,
+        v: Tensor<B>,
+    },
+    /// By tensor that learns.
+    Adafactor {
+        rule: Adafactor,
+        tensors: Vec<(Matrices, Moments)>,
+    },
+}
 
 /// Which parameters learn. The others keep their bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +98,10 @@ pub struct TrainConfig {
     pub max_steps: u64,
     /// Examples that are computed together; a step has one or more such micro-batches.
     pub batch_size: usize,
+    /// The share of a label's probability that goes to all ids; the reported loss is without.
+    pub label_smoothing: f64,
+    /// How gradients become steps.
+    pub optimizer: Optimizer,
     /// What learns.
     pub trainable: Trainable,
     /// Weight of the [`prior`](super::prior) of the routing; 0: none. Not part of the reported loss.
@@ -94,6 +128,8 @@ impl Default for TrainConfig {
             warmup_steps: 0,
             max_steps: 1000,
             batch_size: 8,
+            label_smoothing: 0.0,
+            optimizer: Optimizer::AdamW,
             trainable: Trainable::ALL,
             ibp_prior: 0.0,
             router_sampling: true,
@@ -129,6 +165,10 @@ impl TrainConfig {
                 return Err(Error::Usage(format!("{name} must be at most 10000, not {value}")));
             }
         }
+        if !(0.0..1.0).contains(&self.label_smoothing) {
+            let found = self.label_smoothing;
+            return Err(Error::Usage(format!("label_smoothing must be in 0..1, not {found}")));
+        }
         if self.batch_size == 0 {
             return Err(Error::Usage("batch_size must be at least 1".into()));
         }
@@ -158,14 +198,26 @@ pub struct StepReport {
     pub n_tokens: usize,
 }
 
+/// Examples that are computed together.
+struct Micro<'a> {
+    examples: &'a [&'a Example],
+    /// The wrong choices of each.
+    wrong: Option<&'a [&'a [Example]]>,
+    /// The number of the first within the step.
+    first: usize,
+    step: u64,
+    counts: Counts,
+}
+
 /// An adapter in training: its parameters, gradients and moments.
 pub struct Trainer<'m, B: Backend> {
     model: &'m Model<B>,
     adapter: Adapter<B>,
     config: TrainConfig,
     grads: Tensor<B>,
-    m: Tensor<B>,
-    v: Tensor<B>,
+    memory: Memory<B>,
+    /// The mean row of the head, where labels are smoothed.
+    mean_row: Vec<f64>,
     step: u64,
     noise: Option<Vec<f64>>,
 }
@@ -186,8 +238,26 @@ impl<'m, B: Backend> Trainer<'m, B> {
             }
         }
         let zeros = || model.backend().zeros(1, adapter.n_params(), Precision::Full);
-        let (grads, m, v) = (zeros(), zeros(), zeros());
-        Ok(Self { model, adapter, config, grads, m, v, step: 0, noise: None })
+        let grads = zeros();
+        let memory = match config.optimizer {
+            Optimizer::AdamW => Memory::AdamW { m: zeros(), v: zeros() },
+            Optimizer::Adafactor(rule) => {
+                let matrices = adapter_matrices(&adapter, &config.trainable)?;
+                let with_moments = |tensor: Matrices| {
+                    let moments = Moments::new(&tensor);
+                    (tensor, moments)
+                };
+                let tensors = matrices.into_iter().map(with_moments).collect();
+                Memory::Adafactor { rule, tensors }
+            }
+        };
+        let mean_row = if config.label_smoothing > 0.0 {
+            let head = &model.network().head().linear.weight;
+            mean_row(model.backend(), head, model.vocab_size())
+        } else {
+            Vec::new()
+        };
+        Ok(Self { model, adapter, config, grads, memory, mean_row, step: 0, noise: None })
     }
 
     /// The adapter as it is now.
@@ -226,38 +296,64 @@ impl<'m, B: Backend> Trainer<'m, B> {
         self.noise = noise;
     }
 
-    /// Writes the moments: `exp_avg` and `exp_avg_sq`, flat as the parameters.
+    /// Writes what the optimiser remembers: `exp_avg` and `exp_avg_sq`, flat as the parameters, or
+    /// Adafactor's `exp_avg_sq_row` and `exp_avg_sq_col`, tensor after tensor.
     ///
     /// # Errors
     /// If the file cannot be written.
     pub fn save_optimizer(&self, path: &Path) -> Result<()> {
-        let values = |tensor| -> Vec<f32> {
-            self.model.backend().download(tensor).into_iter().map(|v| v as f32).collect()
+        let narrow = |values: Vec<f64>| -> Vec<f32> { values.iter().map(|&v| v as f32).collect() };
+        let backend = self.model.backend();
+        let [(first, a), (second, b)] = match &self.memory {
+            Memory::AdamW { m, v } => {
+                [("exp_avg", backend.download(m)), ("exp_avg_sq", backend.download(v))]
+            }
+            Memory::Adafactor { tensors, .. } => {
+                let rows = tensors.iter().flat_map(|(_, moments)| &moments.row).copied();
+                let cols = tensors.iter().flat_map(|(_, moments)| &moments.col).copied();
+                [("exp_avg_sq_row", rows.collect()), ("exp_avg_sq_col", cols.collect())]
+            }
         };
-        let (m, v) = (values(&self.m), values(&self.v));
-        write_safetensors(path, &[("exp_avg", &[m.len()], &m), ("exp_avg_sq", &[v.len()], &v)])
+        let (a, b) = (narrow(a), narrow(b));
+        write_safetensors(path, &[(first, &[a.len()], &a), (second, &[b.len()], &b)])
     }
 
-    /// Goes on from step `step` with the moments in a checkpoint's folder. The adapter is the
-    /// checkpoint's already.
+    /// Goes on from step `step` with what the optimiser remembers in a checkpoint's folder. The
+    /// adapter is the checkpoint's already.
     ///
     /// # Errors
-    /// If the moments are missing, or not as many as the parameters.
+    /// If the moments are missing, or not as many as they must be.
     pub fn restore(&mut self, checkpoint_dir: &Path, step: u64) -> Result<()> {
         let path = checkpoint_dir.join(OPTIMIZER_FILE);
         let file = SafetensorsFile::open(&path)?;
-        let backend = self.model.backend();
-        let n = self.adapter.n_params();
-        for (name, to) in [("exp_avg", &mut self.m), ("exp_avg_sq", &mut self.v)] {
+        let read = |name: &str, n: usize| -> Result<Vec<f64>> {
             let Some((tensor, shape)) = file.tensor(name)? else {
-                return Err(Error::Tensors { path, detail: format!("tensor {name} is missing") });
+                let detail = format!("tensor {name} is missing");
+                return Err(Error::Tensors { path: path.clone(), detail });
             };
             if shape != [n] {
-                let (name, found) = (name.to_owned(), shape.to_vec());
+                let (path, name, found) = (path.clone(), name.to_owned(), shape.to_vec());
                 return Err(Error::Shape { path, name, expected: vec![n], found });
             }
-            let values: Vec<f64> = tensor.to_f32().iter().map(|&v| f64::from(v)).collect();
-            *to = backend.upload(&values, 1, n, Precision::Full);
+            Ok(tensor.to_f32().iter().map(|&v| f64::from(v)).collect())
+        };
+        match &mut self.memory {
+            Memory::AdamW { m, v } => {
+                let (backend, n) = (self.model.backend(), self.adapter.n_params());
+                for (name, to) in [("exp_avg", m), ("exp_avg_sq", v)] {
+                    *to = backend.upload(&read(name, n)?, 1, n, Precision::Full);
+                }
+            }
+            Memory::Adafactor { tensors, .. } => {
+                let count = |of: fn(&Moments) -> usize| tensors.iter().map(|(_, m)| of(m)).sum();
+                let rows = read("exp_avg_sq_row", count(|m| m.row.len()))?;
+                let cols = read("exp_avg_sq_col", count(|m| m.col.len()))?;
+                let (mut rows, mut cols) = (rows.into_iter(), cols.into_iter());
+                for (_, moments) in tensors {
+                    moments.row.iter_mut().zip(&mut rows).for_each(|(to, from)| *to = from);
+                    moments.col.iter_mut().zip(&mut cols).for_each(|(to, from)| *to = from);
+                }
+            }
         }
         self.step = step;
         Ok(())
@@ -272,10 +368,32 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// If an example's task is not below the adapter's `n_tasks`.
     pub fn step(&mut self, examples: &[&Example]) -> Result<StepReport> {
         let model = self.model;
-        model.backend().scope(|| self.step_inside(examples))
+        model.backend().scope(|| self.step_inside(examples, None))
     }
 
-    fn step_inside(&mut self, examples: &[&Example]) -> Result<StepReport> {
+    /// One optimiser step on T-Few's losses ([`choices`](super::choices)): `wrong` has the wrong
+    /// choices of each example. The reported loss is that of the answers.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`].
+    ///
+    /// # Panics
+    /// As [`Trainer::step`], and if there are not choices for each example.
+    pub fn step_on_choices(
+        &mut self,
+        examples: &[&Example],
+        wrong: &[&[Example]],
+    ) -> Result<StepReport> {
+        assert_eq!(examples.len(), wrong.len(), "the wrong choices of each example");
+        let model = self.model;
+        model.backend().scope(|| self.step_inside(examples, Some(wrong)))
+    }
+
+    fn step_inside(
+        &mut self,
+        examples: &[&Example],
+        wrong: Option<&[&[Example]]>,
+    ) -> Result<StepReport> {
         let step = self.step + 1;
         let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
         let n_inputs: usize = examples.iter().map(|e| e.input.len()).sum();
@@ -283,9 +401,15 @@ impl<'m, B: Backend> Trainer<'m, B> {
         backend.clear(&mut self.grads);
         let mut total = 0.0;
         let size = self.config.batch_size;
-        for (i, micro) in examples.chunks(size).enumerate() {
-            let d_nll = 1.0 / n_labels.max(1) as f32;
-            total += self.accumulate(micro, i * size, step, d_nll);
+        let all_wrong = || wrong.unwrap_or_default().iter().copied().flatten();
+        let counts = Counts {
+            n_label_tokens: n_labels,
+            n_wrong_tokens: all_wrong().map(|e| e.labels.len()).sum(),
+            n_rows: wrong.unwrap_or_default().iter().filter(|wrong| !wrong.is_empty()).count(),
+        };
+        for (i, examples) in examples.chunks(size).enumerate() {
+            let wrong = wrong.map(|wrong| &wrong[i * size..][..examples.len()]);
+            total += self.accumulate(Micro { examples, wrong, first: i * size, step, counts });
         }
         self.add_prior();
         let loss = total / n_labels.max(1) as f64;
@@ -305,11 +429,22 @@ impl<'m, B: Backend> Trainer<'m, B> {
         Ok(StepReport { step, loss, lr, router_lr, grad_norm, n_tokens: n_labels + n_inputs })
     }
 
-    /// Adds the gradients of one micro-batch; returns the sum of its nll.
-    fn accumulate(&mut self, examples: &[&Example], first: usize, step: u64, d_nll: f32) -> f64 {
+    /// Adds the gradients of one micro-batch; returns the sum of its examples' nll.
+    fn accumulate(&mut self, micro: Micro<'_>) -> f64 {
+        let Micro { examples, wrong, first, step, counts } = micro;
         let (model, config, adapter) = (self.model, &self.config, &self.adapter);
         let backend = model.backend();
-        let batch = Batch::new(examples.iter().copied(), model.layout(), first);
+        let d_nll = 1.0 / counts.n_label_tokens.max(1) as f32;
+        let others = || wrong.unwrap_or_default().iter().copied().flatten();
+        let mut batch = Batch::new(examples.iter().copied().chain(others()), model.layout(), first);
+        if let Some(wrong) = wrong {
+            // A choice shares the noise of its row.
+            let row_of =
+                wrong.iter().enumerate().flat_map(|(i, w)| std::iter::repeat_n(i, w.len()));
+            for (number, row) in batch.numbers[examples.len()..].iter_mut().zip(row_of) {
+                *number = (first + row) as u32;
+            }
+        }
         let rows = if config.router_sampling { batch.own_rows() } else { batch.rows_by_task() };
         let noise = match (&self.noise, config.router_sampling) {
             (Some(noise), _) => Noise::Given(noise),
@@ -327,6 +462,17 @@ impl<'m, B: Backend> Trainer<'m, B> {
         sides.target.keep = !config.checkpointing;
 
         let mut tape = Tape::recording(backend, Some(adapter.on_tape(&mixture, None)));
+        if wrong.is_some() || config.label_smoothing > 0.0 {
+            let n_wrong = wrong.map(|wrong| wrong.iter().map(|w| w.len()).collect::<Vec<_>>());
+            let lens = &batch.label_spans.lens;
+            tape.shape_loss(LossShape {
+                smoothing: (config.label_smoothing > 0.0)
+                    .then_some((config.label_smoothing, &self.mean_row[..])),
+                weights: n_wrong.map(|n_wrong| -> TokenWeights<'_> {
+                    Box::new(move |nll| t_few_weights(nll, lens, &n_wrong, counts))
+                }),
+            });
+        }
         let nll = model.network().loss(&mut tape, &batch, &sides, d_nll);
         let (n_rows, width) = (mixture.routing.weights.rows(), mixture.routing.weights.cols());
         let params = std::mem::replace(&mut self.grads, backend.zeros(0, 0, Precision::Full));
@@ -340,7 +486,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
             grads: &mut gradients.params,
         });
         self.grads = gradients.params;
-        nll.iter().sum()
+        let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
+        nll[..n_labels].iter().sum()
     }
 
     /// Adds the gradient of the router's prior.
@@ -423,17 +570,88 @@ impl<'m, B: Backend> Trainer<'m, B> {
         let clip = self.config.max_grad_norm;
         // torch.nn.utils.clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
         let grad_scale = if clip > 0.0 { (clip / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
-        self.model.backend().adamw(AdamW {
-            params: self.adapter.params_mut(),
-            m: &mut self.m,
-            v: &mut self.v,
-            grads: &self.grads,
-            groups,
-            grad_scale: grad_scale as f32,
-            step,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-        });
+        let backend = self.model.backend();
+        match &mut self.memory {
+            Memory::AdamW { m, v } => backend.adamw(AdamW {
+                params: self.adapter.params_mut(),
+                m,
+                v,
+                grads: &self.grads,
+                groups,
+                grad_scale: grad_scale as f32,
+                step,
+                beta1: 0.9,
+                beta2: 0.999,
+                eps: 1e-8,
+            }),
+            Memory::Adafactor { rule, tensors } => {
+                let mut params = backend.download(self.adapter.params());
+                let mut grads = backend.download(&self.grads);
+                grads.iter_mut().for_each(|g| *g *= grad_scale);
+                for (tensor, moments) in tensors {
+                    let range = tensor.range.clone();
+                    let group = groups
+                        .iter()
+                        .find(|g| g.range.start <= range.start && range.end <= g.range.end);
+                    let Some(group) = group else { continue };
+                    rule.update(
+                        tensor,
+                        adafactor::Step {
+                            params: &mut params[range.clone()],
+                            grads: &grads[range],
+                            moments,
+                            lr: f64::from(group.lr),
+                            weight_decay: f64::from(group.weight_decay),
+                            step,
+                        },
+                    );
+                    moments.round();
+                }
+                let n = params.len();
+                *self.adapter.params_mut() = backend.upload(&params, 1, n, Precision::Full);
+            }
+        }
     }
+}
+
+/// The tensors that learn, as Adafactor sees them: A and B of each linear, and each router.
+fn adapter_matrices<B: Backend>(
+    adapter: &Adapter<B>,
+    trainable: &Trainable,
+) -> Result<Vec<Matrices>> {
+    let mut tensors = Vec::new();
+    if trainable.bank {
+        for bank in adapter.banks().iter().flatten() {
+            let (d_in, d_out) = (bank.d_in / bank.n_splits, bank.d_out / bank.n_splits);
+            tensors.push(Matrices { range: bank.a(), rows: d_in, cols: bank.rank });
+            tensors.push(Matrices { range: bank.b(), rows: bank.rank, cols: d_out });
+        }
+    }
+    let n_tasks = adapter.config().n_tasks as u32;
+    let tasks: Vec<u32> = match &trainable.router {
+        RouterRows::None => return Ok(tensors),
+        RouterRows::All => (0..n_tasks).collect(),
+        RouterRows::Only(tasks) => tasks.clone(),
+        RouterRows::Present => {
+            return Err(Error::Usage(
+                "lazy router updates are for AdamW: Adafactor shares its moments among the rows"
+                    .into(),
+            ));
+        }
+    };
+    for rows in adapter.router_rows(&tasks).chunks(tasks.len().max(1)) {
+        // Rows that learn on their own are tensors of one row, as the authors make a new table of one.
+        if trainable.router == RouterRows::All {
+            let (first, last) = (&rows[0], &rows[rows.len() - 1]);
+            let range = first.start..last.end;
+            tensors.push(Matrices { range, rows: rows.len(), cols: first.len() });
+        } else {
+            tensors.extend(rows.iter().map(|row| Matrices {
+                range: row.clone(),
+                rows: 1,
+                cols: row.len(),
+            }));
+        }
+    }
+    Ok(tensors)
 }

@@ -6,6 +6,7 @@
 mod adapt;
 mod resume;
 mod routing;
+mod seeing;
 
 use std::{
     fs,

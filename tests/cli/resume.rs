@@ -93,6 +93,39 @@ fn a_resumed_run_ends_with_the_same_bits() {
     }
 }
 
+/// Adafactor's moments, and batches whose tasks are drawn.
+#[test]
+fn other_optimisers_and_samplings_resume_as_well() {
+    let dir = scratch("resume-others");
+    let rows = data(&dir, 20);
+    let runs: [&[&str]; 3] = [
+        &["--optim", "adafactor", "--scale-parameter", "on"],
+        &["--optim", "adafactor", "--task-sampling", "uniform", "--num-tasks-per-batch", "2"],
+        &[
+            "--task-sampling",
+            "temperature",
+            "--max-examples-per-task",
+            "3",
+            "--router-updates",
+            "lazy",
+        ],
+    ];
+    for (i, flags) in runs.into_iter().enumerate() {
+        let common = ["--max-steps", "6", "--save-steps", "2", "--batch-size", "4"];
+        let (full, part) = (dir.join(format!("full-{i}")), dir.join(format!("part-{i}")));
+        ok(&train(&rows, &full, &[&common[..], flags].concat()));
+        let from = full.join("checkpoint-2");
+        ok(&train(&rows, &part, &[&common[..], flags, &["--resume", str(&from)]].concat()));
+        let file = "adapter_model.safetensors";
+        assert!(bytes(&full, file) == bytes(&part, file), "{flags:?}");
+        assert_eq!(losses(&full), losses(&part), "{flags:?}");
+        let (first, last) = (losses(&full)[0].1, losses(&full)[5].1);
+        assert_ne!(first, last);
+    }
+    let lazy = ["--optim", "adafactor", "--router-updates", "lazy"];
+    fails(&train(&rows, &dir.join("no"), &lazy), 2, "lazy router updates are for AdamW");
+}
+
 #[test]
 fn an_interrupted_run_goes_on_where_it_stopped() {
     let dir = scratch("resume-interrupted");

@@ -1,6 +1,9 @@
 //! The adapter that a run starts from: a fresh one, a given one, or a checkpoint's.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, ValueEnum};
 
@@ -101,7 +104,7 @@ impl From<GranularityFlag> for Granularity {
 
 /// Where the tasks of the data come from.
 pub(super) struct Data<'a> {
-    pub(super) path: &'a PathBuf,
+    pub(super) path: &'a Path,
     pub(super) model_dir: &'a PathBuf,
     pub(super) seed: u64,
 }

@@ -7,16 +7,19 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
 
-use super::super::OnOff;
+use super::super::{OnOff, data::DataFile};
 use crate::{
     error::{Error, Result},
     formats::rows::Row,
+    model::dataset::Dataset,
     train::{
-        Schedule, TrainConfig,
+        Optimizer, Schedule, TrainConfig,
+        adafactor::Adafactor,
         checkpoint::{self, STATE_FILE, TrainerState},
         evaluate::Evaluation,
-        order,
+        order::{self, Batches, Sampling},
         recipe::{Length, Recipe},
     },
 };
@@ -54,6 +57,19 @@ pub(in crate::cli) struct Learning {
     /// Clip gradients to this global norm; 0: never [default: 1].
     #[arg(long)]
     max_grad_norm: Option<f64>,
+    /// The share of a label's probability that goes to all ids [default: 0].
+    #[arg(long)]
+    label_smoothing_factor: Option<f64>,
+    /// What is learned: the targets, or T-Few's three losses on rows with choices.
+    #[arg(long, default_value = "lm")]
+    pub(in crate::cli) loss: LossFlag,
+    /// How gradients become steps [default: adamw].
+    #[arg(long)]
+    optim: Option<OptimizerFlag>,
+    /// Whether Adafactor multiplies a tensor's rate by the root mean square of its values
+    /// [default: off].
+    #[arg(long)]
+    scale_parameter: Option<OnOff>,
     /// How the learning rates change after warm-up [default: linear].
     #[arg(long)]
     lr_scheduler_type: Option<Scheduler>,
@@ -66,6 +82,18 @@ pub(in crate::cli) struct Learning {
     /// Whether rows are shuffled each epoch.
     #[arg(long, default_value = "on")]
     pub(in crate::cli) shuffle: OnOff,
+    /// How often a task is seen: as often as it has rows, by n_rows^(1/T), or all alike.
+    #[arg(long, default_value = "proportional")]
+    task_sampling: SamplingFlag,
+    /// T of --task-sampling temperature.
+    #[arg(long, default_value_t = 2.0)]
+    sampling_temperature: f64,
+    /// Different tasks in a step at most [default: any number].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    num_tasks_per_batch: Option<u32>,
+    /// Rows of a task at most, drawn by --seed [default: all].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    max_examples_per_task: Option<u32>,
     /// Whether activations are computed again in the backward instead of kept.
     #[arg(
         long, visible_aliases = ["gradient-checkpointing", "activation-checkpointing"],
@@ -75,6 +103,26 @@ pub(in crate::cli) struct Learning {
     /// Dropout of the base [default: its configuration's dropout_rate].
     #[arg(long)]
     dropout: Option<f32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SamplingFlag {
+    Proportional,
+    Temperature,
+    Uniform,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum LossFlag {
+    Lm,
+    TFew,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum OptimizerFlag {
+    #[value(aliases = ["adamw_torch", "adamw_torch_fused"])]
+    Adamw,
+    Adafactor,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -90,6 +138,22 @@ impl Learning {
         self.checkpointing.is_on()
     }
 
+    fn optimizer(&self, default: Optimizer) -> Optimizer {
+        let optimizer = match self.optim {
+            None => default,
+            Some(OptimizerFlag::Adamw) => Optimizer::AdamW,
+            Some(OptimizerFlag::Adafactor) => {
+                Optimizer::Adafactor(Adafactor { scale_parameter: false })
+            }
+        };
+        match (optimizer, self.scale_parameter) {
+            (Optimizer::Adafactor(_), Some(scale)) => {
+                Optimizer::Adafactor(Adafactor { scale_parameter: scale.is_on() })
+            }
+            (optimizer, _) => optimizer,
+        }
+    }
+
     /// Examples of a micro-batch.
     pub(in crate::cli) fn batch_size(&self, recipe: &Recipe) -> usize {
         self.batch_size.map_or(recipe.train.batch_size, |n| n as usize)
@@ -99,6 +163,52 @@ impl Learning {
     pub(in crate::cli) fn per_step(&self, recipe: &Recipe) -> usize {
         let micro = self.gradient_accumulation_steps.unwrap_or(recipe.gradient_accumulation_steps);
         self.batch_size(recipe) * micro as usize
+    }
+
+    /// The batches of a run, over as much of the data as is asked for.
+    pub(in crate::cli) fn batches(
+        &self,
+        data: &mut Dataset,
+        recipe: &Recipe,
+        seed: u64,
+    ) -> Result<Batches> {
+        let tasks = |data: &Dataset| -> Vec<u32> { data.examples.iter().map(|e| e.task).collect() };
+        if let Some(cap) = self.max_examples_per_task {
+            let n = data.examples.len();
+            data.keep(&order::capped(&tasks(data), cap as usize, seed));
+            tracing::info!(
+                "{} of {n} rows are used (--max-examples-per-task)",
+                data.examples.len()
+            );
+        }
+        let temperature = self.sampling_temperature;
+        let sampling = match self.task_sampling {
+            SamplingFlag::Proportional => Sampling::Proportional,
+            SamplingFlag::Uniform => Sampling::Uniform,
+            SamplingFlag::Temperature if temperature.is_finite() && temperature > 0.0 => {
+                Sampling::Temperature(temperature)
+            }
+            SamplingFlag::Temperature => {
+                return Err(Error::Usage(format!(
+                    "--sampling-temperature must be above 0, not {temperature}"
+                )));
+            }
+        };
+        let (n, shuffle) = (data.examples.len(), self.shuffle.is_on());
+        let per_step = self.num_tasks_per_batch.map(|n| n as usize);
+        let batches = Batches::new(n, self.per_step(recipe), shuffle, seed);
+        Ok(batches.drawing(sampling, &tasks(data), per_step))
+    }
+
+    /// How rows are drawn, for the settings.
+    pub(in crate::cli) fn sampling(&self) -> Value {
+        let name = self.task_sampling.to_possible_value().map(|v| v.get_name().to_owned());
+        let temperature =
+            (self.task_sampling == SamplingFlag::Temperature).then_some(self.sampling_temperature);
+        json!({
+            "task_sampling": name, "sampling_temperature": temperature,
+            "num_tasks_per_batch": self.num_tasks_per_batch,
+        })
     }
 
     /// Steps in all.
@@ -135,6 +245,8 @@ impl Learning {
             },
             warmup_steps: warmup as u64,
             max_steps,
+            label_smoothing: self.label_smoothing_factor.unwrap_or(defaults.label_smoothing),
+            optimizer: self.optimizer(defaults.optimizer),
             batch_size: self.batch_size(recipe),
             router_sampling: self.router_sampling.map_or(defaults.router_sampling, OnOff::is_on),
             dropout: self.dropout.or(defaults.dropout),
@@ -185,37 +297,50 @@ impl Evaluating {
     /// Rows to train on, and the rows that `--validation-split` holds out.
     pub(in crate::cli) fn split(
         &self,
-        rows: Vec<Row>,
+        files: Vec<DataFile>,
         seed: u64,
-    ) -> Result<(Vec<Row>, Option<Vec<Row>>)> {
-        let Some(share) = self.validation_split else { return Ok((rows, None)) };
+    ) -> Result<(Vec<DataFile>, Option<Vec<DataFile>>)> {
+        let Some(share) = self.validation_split else { return Ok((files, None)) };
         if !(share > 0.0 && share < 1.0) {
             return Err(Error::Usage(format!("--validation-split must be in 0..1, not {share}")));
         }
-        let of_task = |row: &Row| (row.task.clone(), row.task_id);
-        let mut by_task: BTreeMap<_, Vec<usize>> = BTreeMap::new();
-        for (i, row) in rows.iter().enumerate() {
-            by_task.entry(of_task(row)).or_default().push(i);
-        }
-        let mut held_out = vec![false; rows.len()];
-        for indices in by_task.values() {
-            let n = ((share * indices.len() as f64).round() as usize).min(indices.len() - 1);
-            for &drawn in &order::epoch(indices.len(), true, seed, u64::MAX)[..n] {
-                held_out[indices[drawn]] = true;
+        let (mut training, mut validation) = (Vec::new(), Vec::new());
+        for DataFile { path, rows } in files {
+            let held_out = held_out(&rows, share, seed);
+            let (out, kept): (Vec<_>, Vec<_>) =
+                rows.into_iter().zip(held_out).partition(|(_, out)| *out);
+            for (part, rows) in [(&mut training, kept), (&mut validation, out)] {
+                if !rows.is_empty() {
+                    let rows = rows.into_iter().map(|(row, _)| row).collect();
+                    part.push(DataFile { path: path.clone(), rows });
+                }
             }
         }
-        let (validation, training): (Vec<_>, Vec<_>) =
-            rows.into_iter().zip(held_out).partition(|(_, out)| *out);
-        let rows =
-            |part: Vec<(Row, bool)>| part.into_iter().map(|(row, _)| row).collect::<Vec<_>>();
         if validation.is_empty() {
             return Err(Error::Usage(format!(
                 "--validation-split {share} is less than a row of any task"
             )));
         }
-        tracing::info!("{} rows are held out for evaluation", validation.len());
-        Ok((rows(training), Some(rows(validation))))
+        let n: usize = validation.iter().map(|file| file.rows.len()).sum();
+        tracing::info!("{n} rows are held out for evaluation");
+        Ok((training, Some(validation)))
     }
+}
+
+/// Which rows are held out: so many of each task, one is always left.
+fn held_out(rows: &[Row], share: f64, seed: u64) -> Vec<bool> {
+    let mut by_task: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+    for (i, row) in rows.iter().enumerate() {
+        by_task.entry((row.task.clone(), row.task_id)).or_default().push(i);
+    }
+    let mut held_out = vec![false; rows.len()];
+    for indices in by_task.values() {
+        let n = ((share * indices.len() as f64).round() as usize).min(indices.len() - 1);
+        for &drawn in &order::epoch(indices.len(), true, seed, u64::MAX)[..n] {
+            held_out[indices[drawn]] = true;
+        }
+    }
+    held_out
 }
 
 impl Metric {
@@ -257,9 +382,18 @@ pub(in crate::cli) struct Saving {
     /// is none).
     #[arg(long, visible_alias = "resume", value_name = "DIR", num_args = 0..=1)]
     resume_from_checkpoint: Option<Option<PathBuf>>,
+    /// Also write TensorBoard event files, to runs/ in --output-dir.
+    #[arg(long, default_value = "none")]
+    pub(in crate::cli) report_to: ReportTo,
     /// Remove the checkpoints of an earlier run in --output-dir.
     #[arg(long)]
     overwrite_output_dir: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum ReportTo {
+    None,
+    Tensorboard,
 }
 
 /// A run that goes on.

@@ -14,14 +14,14 @@ mod log;
 pub(super) mod run;
 pub(super) mod settings;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use self::{
     adapter::AdapterFlags,
-    flags::{Evaluating, Learning, Saving},
+    flags::{Evaluating, Learning, LossFlag, Saving},
     run::{Evaluator, Outcome, Plan, Run},
 };
 use super::{Common, Described, data, print, print_json, run_on_device};
@@ -29,11 +29,8 @@ use crate::{
     error::{Error, Result},
     formats::{rows::Targets, tasks::TaskNames},
     kernels::Backend,
-    model::{
-        Model,
-        dataset::{Dataset, read_rows},
-    },
-    train::{RouterRows, Trainer, evaluate::Decode, order::Batches, recipe::Recipe},
+    model::{Model, dataset::Dataset},
+    train::{RouterRows, Trainer, evaluate::Decode, recipe::Recipe},
 };
 
 #[derive(Args)]
@@ -92,36 +89,36 @@ impl Train {
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
         let resumed = self.saving.resumed(&self.output_dir)?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let rows = read_rows(&self.data.data, Targets::Required)?;
+        let files = self.data.read(Targets::Required)?;
         let recipe = match &self.preset {
             Some(name) => Recipe::named(name).unwrap_or_default(), // clap knows the names.
             None => Recipe::default(),
         };
-        let source =
-            adapter::Data { path: &self.data.data, model_dir: &self.model, seed: self.common.seed };
+        let found =
+            || TaskNames::from_rows(files.iter().flat_map(|file| &file.rows), self.data.first());
+        let source = adapter::Data {
+            path: self.data.first(),
+            model_dir: &self.model,
+            seed: self.common.seed,
+        };
         let mut adapter =
-            self.adapter.adapter(&model, resumed.as_ref(), &recipe, &source, || {
-                TaskNames::from_rows(&rows, &self.data.data)
-            })?;
+            self.adapter.adapter(&model, resumed.as_ref(), &recipe, &source, found)?;
         let tasks = match adapter.tasks() {
             Some(tasks) => tasks.clone(),
-            None => {
-                let found = TaskNames::from_rows(&rows, &self.data.data)?;
-                named(&found, adapter.config().n_tasks)
-            }
+            None => named(&found()?, adapter.config().n_tasks),
         };
-        let encode = |rows, path: &Path| {
-            let limits = self.data.limits.with_defaults(&recipe);
-            limits.encode(rows, path, &model, tokenizer.as_ref(), Some(&tasks), Targets::Required)
-        };
-        let (rows, held_out) = self.evaluating.split(rows, self.common.seed)?;
-        let data = encode(rows, &self.data.data)?;
         if tasks.to_list().is_some() {
             adapter.set_tasks(Some(tasks.clone()));
         }
+        let encode = |files| {
+            let tokenizer = tokenizer.as_ref();
+            self.data.encode(files, &recipe, &model, tokenizer, Some(&tasks), Targets::Required)
+        };
+        let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
+        let mut data = encode(files)?;
         let eval_data = match (&self.evaluating.eval_data, held_out) {
-            (Some(path), _) => Some(encode(read_rows(path, Targets::Required)?, path)?),
-            (None, Some(rows)) => Some(encode(rows, &self.data.data)?),
+            (Some(path), _) => Some(encode(vec![self.data.read_file(path, Targets::Required)?])?),
+            (None, Some(files)) => Some(encode(files)?),
             (None, None) => None,
         };
         let evaluator = eval_data.map(|data| Evaluator {
@@ -134,8 +131,14 @@ impl Train {
         });
 
         let per_step = self.learning.per_step(&recipe);
-        let shuffle = self.learning.shuffle.is_on();
-        let batches = Batches::new(data.examples.len(), per_step, shuffle, self.common.seed);
+        let batches = self.learning.batches(&mut data, &recipe, self.common.seed)?;
+        let choices = match self.learning.loss {
+            LossFlag::Lm => None,
+            LossFlag::TFew => {
+                let tokenizer = tokenizer.as_ref();
+                Some(self.data.choices(&data, &recipe, &model, tokenizer, Some(&tasks))?)
+            }
+        };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
         let mut config = self.learning.config(&recipe, self.common.seed, n_steps);
         config.ibp_prior = self.ibp_prior;
@@ -154,7 +157,7 @@ impl Train {
         let trainer = Trainer::new(&model, adapter, config)?;
         let interrupted = run::interruption();
         let eval_data = evaluator.as_ref().map(|evaluator| &evaluator.data);
-        let arguments = settings::arguments(&trainer, per_step, shuffle, &data, eval_data);
+        let arguments = settings::arguments(&trainer, per_step, &self.learning, &data, eval_data);
         let plan = Plan {
             common: &self.common,
             evaluating: &self.evaluating,
@@ -165,6 +168,7 @@ impl Train {
             output_dir: &self.output_dir,
             trainer,
             data: &data,
+            choices: choices.as_ref(),
             batches,
             evaluator,
             n_steps,
@@ -174,7 +178,7 @@ impl Train {
         let mut known = settings::settings(&model, &self.evaluating, &self.saving, &self.learning);
         known.extend([
             ("model".to_owned(), json!(self.model)),
-            ("data".to_owned(), json!(self.data.data)),
+            ("data".to_owned(), json!(self.data.paths())),
             ("adapter_init".to_owned(), json!(self.adapter.adapter_init)),
             ("preset".to_owned(), json!(self.preset)),
             ("max_steps".to_owned(), json!(n_steps)),

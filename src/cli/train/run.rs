@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{Common, eval::task_name, print},
-    flags::{Evaluating, Metric, Resumed, Saving},
+    flags::{Evaluating, Metric, ReportTo, Resumed, Saving},
     log::Log,
 };
 use crate::{
@@ -24,13 +24,21 @@ use crate::{
     kernels::{Backend, cuda::catch_faults},
     model::{Adapter, Example, Model, dataset::Dataset},
     process::Memory,
+    report::{
+        routing::{Sharpness, sharpness},
+        tensorboard::EventWriter,
+    },
     train::{
         StepReport, Trainer,
         checkpoint::{self, TrainerState},
+        choices::Choices,
         evaluate::{Decode, Evaluation, evaluate},
         order::Batches,
     },
 };
+
+/// With more tasks the log has their mean alone.
+const MAX_TASKS_IN_LOG: usize = 256;
 
 /// Evaluation rows and what scores them.
 pub(in crate::cli) struct Evaluator<'a, B: Backend> {
@@ -48,7 +56,7 @@ impl<B: Backend> Evaluator<'_, B> {
         let engine = Engine::new(self.model, Some(adapter), present, self.batch_size);
         let options = GenerateOptions::default();
         let generate = (self.metric != Metric::Loss).then_some(&options);
-        evaluate(&engine, &self.data, generate, self.decoder, |_, example| {
+        evaluate(&engine, &self.data, generate, self.decoder, None, |_, example| {
             task_name(Some(self.tasks), example.task)
         })
     }
@@ -68,6 +76,8 @@ pub(in crate::cli) struct Plan<'a, B: Backend> {
     pub(in crate::cli) output_dir: &'a Path,
     pub(in crate::cli) trainer: Trainer<'a, B>,
     pub(in crate::cli) data: &'a Dataset,
+    /// The wrong choices of the rows, where T-Few's losses are learned.
+    pub(in crate::cli) choices: Option<&'a Choices>,
     pub(in crate::cli) batches: Batches,
     pub(in crate::cli) evaluator: Option<Evaluator<'a, B>>,
     /// Steps in all.
@@ -90,6 +100,7 @@ pub(in crate::cli) struct Outcome<'a, B: Backend> {
 pub(in crate::cli) struct Run<'a, B: Backend> {
     plan: Plan<'a, B>,
     log: Log,
+    events: Option<EventWriter>,
     state: TrainerState,
 }
 
@@ -111,10 +122,14 @@ impl<'a, B: Backend> Run<'a, B> {
     /// Begins anew, or where a checkpoint stood.
     pub(in crate::cli) fn start(mut plan: Plan<'a, B>, resumed: Option<&Resumed>) -> Result<Self> {
         let out = plan.output_dir;
+        let events = match plan.saving.report_to {
+            ReportTo::Tensorboard => Some(EventWriter::create(&out.join("runs"))?),
+            ReportTo::None => None,
+        };
         let Some(Resumed { dir, state }) = resumed else {
             let log = Log::open(out, None)?;
             remove_best(out)?;
-            return Ok(Self { log, state: TrainerState::default(), plan });
+            return Ok(Self { log, events, state: TrainerState::default(), plan });
         };
         checkpoint::check_arguments(dir, &plan.arguments)?;
         plan.trainer.restore(dir, state.global_step)?;
@@ -135,7 +150,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let mut state = state.clone();
         state.best_model_checkpoint = state.best_global_step.map(|_| best);
         tracing::info!("going on from {} at step {}", dir.display(), state.global_step);
-        Ok(Self { log, state, plan })
+        Ok(Self { log, events, state, plan })
     }
 
     /// Where `best/` is.
@@ -198,11 +213,17 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     fn step(&mut self) -> Result<(StepReport, f64)> {
-        let Plan { trainer, batches, data, .. } = &mut self.plan;
-        let examples: Vec<&Example> =
-            batches.of_step(trainer.steps_done() + 1).iter().map(|&i| &data.examples[i]).collect();
+        let Plan { trainer, batches, data, choices, .. } = &mut self.plan;
+        let rows = batches.of_step(trainer.steps_done() + 1);
+        let examples: Vec<&Example> = rows.iter().map(|&i| &data.examples[i]).collect();
         let started = Instant::now();
-        let report = catch_faults(|| trainer.step(&examples))?;
+        let report = catch_faults(|| match choices {
+            None => trainer.step(&examples),
+            Some(choices) => {
+                let wrong: Vec<&[Example]> = rows.iter().map(|&i| &choices.wrong[i][..]).collect();
+                trainer.step_on_choices(&examples, &wrong)
+            }
+        })?;
         Ok((report, started.elapsed().as_secs_f64()))
     }
 
@@ -219,7 +240,23 @@ impl<'a, B: Backend> Run<'a, B> {
         if self.plan.common.json {
             print(&line.to_string())?;
         }
+        self.event("train", report.step, &line)?;
         self.log.line(&line)
+    }
+
+    /// The numbers of a line of the log, for TensorBoard.
+    fn event(&mut self, group: &str, step: u64, line: &Value) -> Result<()> {
+        let (Some(events), Some(fields)) = (&mut self.events, line.as_object()) else {
+            return Ok(());
+        };
+        let name = |key: &str| format!("{group}/{}", key.strip_prefix("eval_").unwrap_or(key));
+        let values: Vec<(String, f64)> = fields
+            .iter()
+            .filter(|(key, _)| *key != "step")
+            .filter_map(|(key, value)| Some((name(key), value.as_f64()?)))
+            .collect();
+        let values: Vec<_> = values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        events.scalars(step, &values)
     }
 
     fn epoch(&self) -> f64 {
@@ -239,15 +276,28 @@ impl<'a, B: Backend> Run<'a, B> {
             line["eval_exact_match"] = json!(exact);
             line["eval_rouge_l"] = json!(rouge);
         }
+        let modules = self.plan.trainer.adapter().modules(evaluator.model.backend());
+        let Sharpness { discreteness, sparsity, usage } =
+            sharpness(self.plan.trainer.adapter().config(), &modules);
+        line["router_discreteness"] = json!(discreteness);
+        line["router_sparsity"] = json!(sparsity);
+        line["router_usage"] = json!(usage);
+        if evaluation.tasks.len() <= MAX_TASKS_IN_LOG {
+            let losses =
+                evaluation.tasks.iter().map(|(name, task)| (name.clone(), json!(task.loss)));
+            line["eval_task_loss"] = Value::Object(losses.collect());
+        }
         if self.plan.common.json {
             print(&line.to_string())?;
         } else {
             tracing::info!("step {step}: evaluation loss {:.4}", scores.loss);
         }
+        let judged = evaluator_metric(evaluator, &evaluation);
+        self.event("eval", step, &line)?;
         self.log.line(&line)?;
         line["epoch"] = json!(self.epoch());
         self.state.log_history.push(line);
-        self.judge(evaluator_metric(evaluator, &evaluation), step)?;
+        self.judge(judged, step)?;
         Ok(Some(evaluation))
     }
 

@@ -26,7 +26,7 @@ fn object(value: Value) -> Map<String, Value> {
 pub(in crate::cli) fn arguments(
     trainer: &Trainer<'_, impl Described>,
     per_step: usize,
-    shuffle: bool,
+    learning: &Learning,
     data: &Dataset,
     eval_data: Option<&Dataset>,
 ) -> Map<String, Value> {
@@ -51,7 +51,11 @@ pub(in crate::cli) fn arguments(
         "lr_scheduler_type": format!("{:?}", config.schedule).to_lowercase(),
         "warmup_steps": config.warmup_steps,
         "router_sampling": config.router_sampling,
-        "shuffle": shuffle,
+        "shuffle": learning.shuffle.is_on(),
+        "sampling": learning.sampling(),
+        "label_smoothing_factor": config.label_smoothing,
+        "loss": format!("{:?}", learning.loss),
+        "optim": format!("{:?}", config.optimizer),
         "trainable": format!("{:?}", config.trainable),
         "ibp_prior": config.ibp_prior,
         "routing": trainer.adapter().routing(),
