@@ -112,6 +112,14 @@ impl Error {
         move |source| Self::Io { operation, path, source }
     }
 
+    /// A configuration's error as one of the file that it came from; others stay as they are.
+    pub(crate) fn in_file(self, path: &std::path::Path) -> Self {
+        match self {
+            Self::Config(detail) => Self::file(path, detail),
+            other => other,
+        }
+    }
+
     /// An [`Error::File`].
     pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
         Self::File { path: path.into(), detail: detail.into() }

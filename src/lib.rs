@@ -14,7 +14,7 @@
 //! let config = PolyConfig { n_tasks: 8, n_splits: 4, ..PolyConfig::default() };
 //! let adapter = Adapter::new(&base, &config, 42)?;
 //! let mut trainer = Trainer::new(&base, adapter, TrainConfig::default())?;
-//! let example = Example { input: vec![21, 7, 9, 1], labels: vec![4, 1], task: 3 };
+//! let example = Example { input: vec![21, 7, 9, 1], labels: vec![4, 1], task: 3, mixing: None };
 //! let report = trainer.step(&[&example])?;
 //! println!("loss {}", report.loss);
 //! trainer.adapter().save_peft(base.backend(), "out")

@@ -40,7 +40,7 @@ fn check_causal(name: &str) {
     for isa in Isa::available() {
         let cpu = Cpu::with_isa(isa, Dtype::F32, 2).unwrap().poisoned();
         let model = Model::open_on(cpu, &folder).unwrap();
-        let example = Example { input: prompt.clone(), labels: vec![0], task: 0 };
+        let example = Example { input: prompt.clone(), labels: vec![0], task: 0, mixing: None };
 
         let batch = Batch::new([&example], model.layout(), 0);
         let sides = Sides::new(&batch, &batch.rows_by_task(), None);
@@ -81,7 +81,12 @@ fn check_bart(name: &str) {
     let reference: Value = serde_json::from_slice(&reference).unwrap();
     let (mut examples, mut want) = (Vec::new(), Vec::new());
     for word in reference["examples"].as_array().unwrap() {
-        examples.push(Example { input: ids(&word["encoder_ids"]), labels: vec![], task: 0 });
+        examples.push(Example {
+            input: ids(&word["encoder_ids"]),
+            labels: vec![],
+            task: 0,
+            mixing: None,
+        });
         let mut output = ids(&word["decoder_ids"]).split_off(1); // Without the start id.
         output.push(2);
         want.push(output);

@@ -72,6 +72,7 @@ impl Case {
                 input: ids(&row["input_ids"]),
                 labels: ids(&row["label_ids"]),
                 task: row["task_id"].as_u64().unwrap() as u32,
+                mixing: None,
             })
             .collect();
         Self { dir, expected, tensors, rows }

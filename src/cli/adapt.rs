@@ -18,7 +18,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     formats::{adapter::AdapterFiles, json::list_names, rows::Targets, tasks::TaskNames},
-    model::{Adapter, Model},
+    model::{Adapter, Model, dataset::Routes},
     train::{
         Trainer,
         adapt::{self, Kept, Tune},
@@ -112,7 +112,14 @@ impl Adapt {
         let tokenizer = data::open_tokenizer(&model)?;
         let encode = |files| {
             let tokenizer = tokenizer.as_ref();
-            self.data.encode(files, &recipe, &model, tokenizer, Some(&tasks), Targets::Required)
+            self.data.encode(
+                files,
+                &recipe,
+                &model,
+                tokenizer,
+                Some(Routes::tasks(&tasks)),
+                Targets::Required,
+            )
         };
         let files = self.draw(self.of_task(self.data.read(Targets::Required)?, &tasks)?)?;
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
@@ -140,7 +147,13 @@ impl Adapt {
             LossFlag::Lm => None,
             LossFlag::TFew => {
                 let tokenizer = tokenizer.as_ref();
-                Some(self.data.choices(&data, &recipe, &model, tokenizer, Some(&tasks))?)
+                Some(self.data.choices(
+                    &data,
+                    &recipe,
+                    &model,
+                    tokenizer,
+                    Some(Routes::tasks(&tasks)),
+                )?)
             }
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;

@@ -182,7 +182,12 @@ impl Bench {
                     (Layout::Causal, What::Generate) => (self.src, 0),
                     (Layout::EncoderDecoder { .. }, _) => (self.src, self.tgt),
                 };
-                Example { input: ids(n_input), labels: ids(n_labels), task: i % self.n_tasks }
+                Example {
+                    input: ids(n_input),
+                    labels: ids(n_labels),
+                    task: i % self.n_tasks,
+                    mixing: None,
+                }
             })
             .collect()
     }

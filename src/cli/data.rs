@@ -15,8 +15,8 @@ use crate::{
     },
     kernels::Backend,
     model::{
-        Model,
-        dataset::{Dataset, Encode, Encoding, Overlong},
+        Adapter, Model,
+        dataset::{Dataset, Encode, Encoding, Overlong, Routes},
     },
     train::{choices::Choices, recipe::Recipe},
 };
@@ -75,6 +75,16 @@ pub(super) fn open_tokenizer(model: &Model<impl Backend>) -> Result<Option<Token
     Tokenizer::open(model.dir(), model.vocab_size()).map(Some)
 }
 
+/// What rows may say of routing in an inference: nothing that matters without tasks (the base alone, a
+/// plain LoRA).
+pub(super) fn routes<'a, B: Backend>(
+    adapter: Option<&'a Adapter<B>>,
+    tasks: Option<&'a TaskNames>,
+) -> Option<Routes<'a>> {
+    let mixes = adapter.map(Adapter::config);
+    tasks.map(|tasks| Routes { tasks, mixes })
+}
+
 impl Limits {
     /// These limits, and a recipe's where none is given.
     fn with_defaults(&self, recipe: &Recipe) -> Self {
@@ -93,10 +103,10 @@ impl Limits {
         path: &Path,
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
-        tasks: Option<&TaskNames>,
+        routes: Option<Routes<'_>>,
         targets: Targets,
     ) -> Result<Dataset> {
-        let dataset = self.quietly(rows, path, model, tokenizer, tasks, targets)?;
+        let dataset = self.quietly(rows, path, model, tokenizer, routes, targets)?;
         let Dataset { n_truncated, n_skipped, .. } = dataset;
         tracing::info!("{}: {} rows", path.display(), dataset.examples.len());
         if n_truncated + n_skipped > 0 {
@@ -114,7 +124,7 @@ impl Limits {
         path: &Path,
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
-        tasks: Option<&TaskNames>,
+        routes: Option<Routes<'_>>,
         targets: Targets,
     ) -> Result<Dataset> {
         let eos_token_ids = &model.generation().eos_token_ids;
@@ -133,7 +143,7 @@ impl Limits {
                 OverlongFlag::Skip => Overlong::Skip,
                 OverlongFlag::Truncate => Overlong::Truncate,
             },
-            tasks,
+            routes,
             targets: targets == Targets::Required,
         };
         Dataset::encode(rows, path, &encoding)
@@ -191,13 +201,13 @@ impl DataFlags {
         recipe: &Recipe,
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
-        tasks: Option<&TaskNames>,
+        routes: Option<Routes<'_>>,
         targets: Targets,
     ) -> Result<Dataset> {
         let limits = self.limits.with_defaults(recipe);
         let mut all = Dataset::default();
         for DataFile { path, rows } in files {
-            let one = limits.encode(rows, &path, model, tokenizer, tasks, targets)?;
+            let one = limits.encode(rows, &path, model, tokenizer, routes, targets)?;
             all.rows.extend(one.rows);
             all.examples.extend(one.examples);
             all.n_truncated += one.n_truncated;
@@ -214,7 +224,7 @@ impl DataFlags {
         recipe: &Recipe,
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
-        tasks: Option<&TaskNames>,
+        routes: Option<Routes<'_>>,
     ) -> Result<Choices> {
         let mut limits = self.limits.with_defaults(recipe);
         limits.overlong = OverlongFlag::Truncate; // What is too long was dealt with.
@@ -234,7 +244,7 @@ impl DataFlags {
                 Vec::new()
             } else {
                 let path = self.first();
-                limits.quietly(rows, path, model, tokenizer, tasks, Targets::Required)?.examples
+                limits.quietly(rows, path, model, tokenizer, routes, Targets::Required)?.examples
             });
         }
         Ok(Choices { wrong })
@@ -245,11 +255,11 @@ impl DataFlags {
         &self,
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
-        tasks: Option<&TaskNames>,
+        routes: Option<Routes<'_>>,
         targets: Targets,
     ) -> Result<Dataset> {
         let files = self.read(targets)?;
-        self.encode(files, &Recipe::default(), model, tokenizer, tasks, targets)
+        self.encode(files, &Recipe::default(), model, tokenizer, routes, targets)
     }
 }
 

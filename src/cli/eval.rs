@@ -54,19 +54,21 @@ impl Eval {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
-        let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
+        let adapter =
+            self.adapter.as_ref().map(|dir| Adapter::open_any(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let tasks = adapter.as_ref().map(Adapter::task_names);
-        let data = self.data.load(&model, tokenizer.as_ref(), tasks.as_ref(), Targets::Required)?;
-        let choices = self.data.choices(
-            &data,
-            &Recipe::default(),
+        let (adapter, tasks) =
+            adapter.map_or((None, None), |(adapter, tasks)| (Some(adapter), tasks));
+        let routes = data::routes(adapter.as_ref(), tasks.as_ref());
+        let data = self.data.load(&model, tokenizer.as_ref(), routes, Targets::Required)?;
+        let choices =
+            self.data.choices(&data, &Recipe::default(), &model, tokenizer.as_ref(), routes)?;
+        let engine = Engine::for_examples(
             &model,
-            tokenizer.as_ref(),
-            tasks.as_ref(),
-        )?;
-        let present = data.examples.iter().map(|example| example.task);
-        let engine = Engine::new(&model, adapter.as_ref(), present, self.batch_size as usize);
+            adapter.as_ref(),
+            &data.examples,
+            self.batch_size as usize,
+        );
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens as usize,
             ..GenerateOptions::default()
@@ -78,10 +80,12 @@ impl Eval {
             tokenizer.as_ref().map(|t| t as &dyn Decode),
             Some(&choices),
             |row, example| match (&tasks, &row.task, row.task_id) {
-                (Some(tasks), ..) => task_name(Some(tasks), example.task),
-                (None, Some(name), _) => name.clone(),
-                (None, None, Some(id)) => id.to_string(),
-                (None, None, None) => "none".to_owned(),
+                (Some(tasks), ..) if example.mixing.is_none() => {
+                    task_name(Some(tasks), example.task)
+                }
+                (_, Some(name), _) => name.clone(),
+                (_, None, Some(id)) => task_name(tasks.as_ref(), id),
+                (_, None, None) => "none".to_owned(),
             },
         )?;
         model.verify_unchanged()?;

@@ -61,13 +61,15 @@ impl Generate {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
-        let adapter = self.adapter.as_ref().map(|dir| Adapter::open(&model, dir)).transpose()?;
+        let adapter =
+            self.adapter.as_ref().map(|dir| Adapter::open_any(&model, dir)).transpose()?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let tasks = adapter.as_ref().map(Adapter::task_names);
-        let data = self.data.load(&model, tokenizer.as_ref(), tasks.as_ref(), Targets::Optional)?;
-        let present = data.examples.iter().map(|example| example.task);
+        let (adapter, tasks) =
+            adapter.map_or((None, None), |(adapter, tasks)| (Some(adapter), tasks));
+        let routes = data::routes(adapter.as_ref(), tasks.as_ref());
+        let data = self.data.load(&model, tokenizer.as_ref(), routes, Targets::Optional)?;
         let capacity = self.batch_size as usize;
-        let engine = Engine::new(&model, adapter.as_ref(), present, capacity);
+        let engine = Engine::for_examples(&model, adapter.as_ref(), &data.examples, capacity);
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens as usize,
             min_new_tokens: self.min_new_tokens as usize,

@@ -7,7 +7,9 @@ mod data;
 mod demo;
 mod doctor;
 mod eval;
+mod export;
 mod generate;
+mod import;
 mod init;
 mod inspect;
 mod preview;
@@ -49,6 +51,10 @@ enum Verb {
     Eval(eval::Eval),
     /// Generate an output for every row of a data file.
     Generate(generate::Generate),
+    /// Turn one task of an adapter into a plain LoRA folder, or merge it into the base.
+    Export(export::Export),
+    /// Make an adapter whose skills are plain LoRAs, or one of the authors' checkpoint.
+    Import(import::Import),
     /// Make one HTML page of a training run.
     Report(report::Report),
     /// Show rows as the model will see them.
@@ -302,6 +308,8 @@ pub fn run() -> ExitCode {
         Verb::Adapt(verb) => verb.run(),
         Verb::Eval(verb) => verb.run(),
         Verb::Generate(verb) => verb.run(),
+        Verb::Export(verb) => verb.run(),
+        Verb::Import(verb) => verb.run(),
         Verb::Report(verb) => verb.run(),
         Verb::Preview(verb) => verb.run(),
         Verb::Inspect(verb) => verb.run(),
@@ -326,6 +334,8 @@ impl Verb {
             Self::Adapt(verb) => &verb.common,
             Self::Eval(verb) => &verb.common,
             Self::Generate(verb) => &verb.common,
+            Self::Export(verb) => &verb.common,
+            Self::Import(verb) => &verb.common,
             Self::Report(verb) => &verb.common,
             Self::Preview(verb) => &verb.common,
             Self::Inspect(verb) => &verb.common,

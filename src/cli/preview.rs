@@ -9,6 +9,7 @@ use super::{Common, data, print, print_json};
 use crate::{
     error::Result,
     formats::{rows::Targets, tasks::TaskNames},
+    model::dataset::Routes,
     train::recipe::Recipe,
 };
 
@@ -44,7 +45,7 @@ impl Preview {
             &Recipe::default(),
             &model,
             tokenizer.as_ref(),
-            tasks,
+            tasks.map(Routes::tasks),
             Targets::Required,
         )?;
         let text = |ids: &[u32]| -> Result<Vec<String>> {

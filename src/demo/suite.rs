@@ -236,7 +236,12 @@ fn task(recipe: Recipe, id: u32, n_train: usize, n_test: usize, key: Key) -> Tas
     }
     let mut train: Vec<_> = words
         .iter()
-        .map(|word| Example { input: ids(word), labels: ids(&recipe.apply(word)), task: id })
+        .map(|word| Example {
+            input: ids(word),
+            labels: ids(&recipe.apply(word)),
+            task: id,
+            mixing: None,
+        })
         .collect();
     let test = train.split_off(n_train);
     Task { recipe, train, test }

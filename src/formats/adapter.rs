@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         checkpoint::near_names,
-        json::{excerpt, list_names},
+        json::{excerpt, list_names, open_regular},
         poly_config::{self, PolyConfig},
         safetensors::{SafetensorsFile, write_atomically, write_safetensors},
         tasks::{self, TaskNames},
@@ -36,7 +36,12 @@ use crate::{
 /// The name of the tensors' file in an adapter folder.
 pub const FILE_NAME: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
-const PREFIX: &str = "base_model.model.";
+/// Why a pickle is not read, and what to do.
+pub(crate) const PICKLED: &str = "this is a pickle, which can run code and is not read; convert it \
+    once, on a machine where that does not matter: python scripts/convert_pickled.py FILE, which \
+    writes safetensors beside it";
+/// What stands in front of a module's path.
+pub(super) const PREFIX: &str = "base_model.model.";
 const LORA_A: &str = ".poly_lora_A";
 const LORA_B: &str = ".poly_lora_B";
 const ROUTER: &str = ".poly_router.module_logits";
@@ -72,6 +77,20 @@ impl AdapterModule {
     pub fn d_out(&self) -> usize {
         self.lora_b.shape[0] * self.lora_b.shape[3]
     }
+
+    /// A task's mixing weights in inference, `[n_splits * n_skills]`: σ(z) over its sum in each split.
+    pub fn mixing_weights(&self, task: usize) -> Vec<f64> {
+        let [n_splits, n_skills, ..] = self.lora_a.shape;
+        let width = n_splits * n_skills;
+        let logits = &self.router_logits[task * width..][..width];
+        let mut weights: Vec<f64> =
+            logits.iter().map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp())).collect();
+        for split in weights.chunks_exact_mut(n_skills) {
+            let sum = split.iter().sum::<f64>() + 1e-12;
+            split.iter_mut().for_each(|w| *w /= sum);
+        }
+        weights
+    }
 }
 
 /// An adapter folder's content.
@@ -89,49 +108,21 @@ pub struct AdapterFiles {
     pub ignored: Vec<String>,
 }
 
-/// A tensor's part in its module.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
-    LoraA,
-    LoraB,
-    Router,
-}
-
-impl Part {
-    const ALL: [(Self, &str); 3] =
-        [(Self::LoraA, LORA_A), (Self::LoraB, LORA_B), (Self::Router, ROUTER)];
-}
-
 impl AdapterFiles {
     /// Reads and checks an adapter folder.
     pub fn open(adapter_dir: impl AsRef<Path>) -> Result<Self> {
         let dir = adapter_dir.as_ref().to_path_buf();
         let config = PolyConfig::open(&dir)?;
-        let path = dir.join(FILE_NAME);
-        if !path.exists() && dir.join(PICKLE).exists() {
-            return Err(Error::file(
-                dir.join(PICKLE),
-                "this is a pickle, which can run code and is not read; convert it once in \
-                Python: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR), which writes \
-                adapter_model.safetensors",
-            ));
-        }
-        let file = SafetensorsFile::open(&path)?;
-        let (parts, ignored) = sort_names(&file)?;
+        let file = open_tensors(&dir)?;
+        let (parts, ignored) = sort_names(&file, PREFIX, &[LORA_A, LORA_B, ROUTER])?;
 
         let mut modules = BTreeMap::new();
         for module in parts {
-            modules.insert(module.to_owned(), read_module(&file, &config, module)?);
+            let names = [LORA_A, LORA_B, ROUTER].map(|end| format!("{PREFIX}{module}{end}"));
+            modules.insert(module.to_owned(), read_module(&file, &config, &names)?);
         }
         if modules.is_empty() {
-            return Err(tensors_error(&path, "the file has no Poly tensor".to_owned()));
-        }
-        for name in &ignored {
-            tracing::warn!(
-                "{}: tensor {} is not needed and was ignored",
-                path.display(),
-                excerpt(name)
-            );
+            return Err(tensors_error(file.path(), "the file has no Poly tensor".to_owned()));
         }
         let tasks = TaskNames::open(&dir)?;
         if let Some(tasks) = &tasks
@@ -156,42 +147,97 @@ fn tensors_error(path: &Path, detail: String) -> Error {
     Error::Tensors { path: path.to_path_buf(), detail }
 }
 
-/// The paths of all adapted modules, each of which has its three tensors, and the names that are
-/// ignored. Any other name is an error.
-fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
-    let mut parts: BTreeMap<&str, Vec<Part>> = BTreeMap::new();
+/// Reads a checkpoint of the authors' code (mttl) that was converted to safetensors: the layout is the
+/// same, and so is the scale 1/r; the names differ.
+///
+/// ```text
+/// model.<path>.lora_a                   [n_splits, n_skills, d_in/n_splits, r]
+/// model.<path>.lora_b                   [n_splits, n_skills, r, d_out/n_splits]
+/// model.<path>.selector.module_logits   [n_tasks, n_splits·n_skills]
+/// ```
+pub fn open_authors(path: &Path) -> Result<(PolyConfig, BTreeMap<String, AdapterModule>)> {
+    const ENDS: [&str; 3] = [".lora_a", ".lora_b", ".selector.module_logits"];
+    let mut start = [0; 9];
+    let is_pickle = std::io::Read::read_exact(&mut open_regular(path)?, &mut start).is_ok()
+        // A zip, as torch writes it, or a bare pickle; a safetensors header begins behind 8 bytes.
+        && (start.starts_with(b"PK\x03\x04") || (start[0] == 0x80 && start[8] != b'{'));
+    if is_pickle {
+        return Err(Error::file(path, PICKLED));
+    }
+    let file = SafetensorsFile::open(path)?;
+    let (parts, _) = sort_names(&file, "model.", &ENDS)?;
+    let names = |module: &str| ENDS.map(|end| format!("model.{module}{end}"));
+    let Some(first) = parts.first() else {
+        return Err(tensors_error(path, "the file has no Poly tensor".to_owned()));
+    };
+    // The sizes are in the shapes of any module; those of the others must agree.
+    let shape = |name: &str| file.header().tensors.get(name).map_or(&[][..], |info| &info.shape);
+    let [a, _, router] = names(first);
+    let (&[n_splits, n_skills, _, r], &[n_tasks, _]) = (shape(&a), shape(&router)) else {
+        return Err(shape_error(&file, &a, &[1, 1, 1, 1], shape(&a)));
+    };
+    let config = PolyConfig { r, n_tasks, n_skills, n_splits, ..PolyConfig::default() };
+    config.validate().map_err(|error| error.in_file(path))?;
+    let mut modules = BTreeMap::new();
+    for module in parts {
+        modules.insert(module.to_owned(), read_module(&file, &config, &names(module))?);
+    }
+    Ok((config, modules))
+}
+
+/// The tensors of an adapter folder.
+pub(super) fn open_tensors(dir: &Path) -> Result<SafetensorsFile> {
+    let path = dir.join(FILE_NAME);
+    if !path.exists() && dir.join(PICKLE).exists() {
+        return Err(Error::file(dir.join(PICKLE), PICKLED));
+    }
+    SafetensorsFile::open(&path)
+}
+
+/// The paths of all adapted modules, each of which has a tensor of each of these ends, and the names
+/// that are ignored. Any other name is an error.
+pub(super) fn sort_names<'f>(
+    file: &'f SafetensorsFile,
+    prefix: &str,
+    ends: &[&str],
+) -> Result<(Vec<&'f str>, Vec<String>)> {
+    let mut parts: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     let (mut ignored, mut unexpected) = (Vec::new(), Vec::new());
     for name in file.header().tensors.keys() {
-        let inner = name.strip_prefix(PREFIX);
-        let part = inner.and_then(|inner| {
-            Part::ALL.iter().find_map(|&(part, suffix)| Some((inner.strip_suffix(suffix)?, part)))
-        });
+        let inner = name.strip_prefix(prefix);
+        let part = inner
+            .and_then(|inner| ends.iter().find_map(|&end| Some((inner.strip_suffix(end)?, end))));
         match (inner, part) {
             // Paths go into messages and files, so they must be printable.
-            (_, Some((module, part)))
+            (_, Some((module, end)))
                 if !module.is_empty() && !module.contains(char::is_control) =>
             {
-                parts.entry(module).or_default().push(part);
+                parts.entry(module).or_default().push(end);
             }
             (Some(inner), _) if inner.ends_with(BASE) => ignored.push(name.clone()),
             _ => unexpected.push(name.as_str()),
         }
     }
+    let all_ends = || match ends.split_last() {
+        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+        None => String::new(),
+    };
     if !unexpected.is_empty() {
+        let kind = if ends.len() == 3 { "Poly" } else { "LoRA" };
         return Err(tensors_error(
             file.path(),
             format!(
-                "{} tensors are not of a Poly adapter: {}; expected {PREFIX}<path> with \
-                {LORA_A}, {LORA_B} or {ROUTER}",
+                "{} tensors are not of a {kind} adapter: {}; expected {prefix}<path> with {}",
                 unexpected.len(),
-                list_names(unexpected.iter().copied())
+                list_names(unexpected.iter().copied()),
+                all_ends()
             ),
         ));
     }
     let mut missing = Vec::new();
     for (module, found) in &parts {
-        for (_, suffix) in Part::ALL.iter().filter(|(part, _)| !found.contains(part)) {
-            missing.push(format!("{PREFIX}{module}{suffix}"));
+        for end in ends.iter().filter(|end| !found.contains(end)) {
+            missing.push(format!("{prefix}{module}{end}"));
         }
     }
     if let Some(first) = missing.first() {
@@ -206,22 +252,28 @@ fn sort_names(file: &SafetensorsFile) -> Result<(Vec<&str>, Vec<String>)> {
             ),
         ));
     }
+    for name in &ignored {
+        tracing::warn!(
+            "{}: tensor {} is not needed and was ignored",
+            file.path().display(),
+            excerpt(name)
+        );
+    }
     Ok((parts.into_keys().collect(), ignored))
 }
 
-fn read_module(file: &SafetensorsFile, config: &PolyConfig, module: &str) -> Result<AdapterModule> {
+fn read_module(
+    file: &SafetensorsFile,
+    config: &PolyConfig,
+    [a, b, router]: &[String; 3],
+) -> Result<AdapterModule> {
     let &PolyConfig { r, n_tasks, n_skills, n_splits, .. } = config;
-    let lora_a = read_bank(file, &format!("{PREFIX}{module}{LORA_A}"), |[.., d_in, _]| {
-        [n_splits, n_skills, d_in, r]
-    })?;
-    let lora_b = read_bank(file, &format!("{PREFIX}{module}{LORA_B}"), |[.., d_out]| {
-        [n_splits, n_skills, r, d_out]
-    })?;
-    let name = format!("{PREFIX}{module}{ROUTER}");
-    let (shape, router_logits) = read_values(file, &name)?;
+    let lora_a = read_bank(file, a, |[.., d_in, _]| [n_splits, n_skills, d_in, r])?;
+    let lora_b = read_bank(file, b, |[.., d_out]| [n_splits, n_skills, r, d_out])?;
+    let (shape, router_logits) = read_values(file, router)?;
     let expected = [n_tasks, n_splits * n_skills];
     if shape != expected {
-        return Err(shape_error(file, &name, &expected, shape));
+        return Err(shape_error(file, router, &expected, shape));
     }
     Ok(AdapterModule { lora_a, lora_b, router_logits })
 }
@@ -243,7 +295,10 @@ fn read_bank(
 }
 
 /// A tensor's shape and its values, widened to f32 and all finite.
-fn read_values<'a>(file: &'a SafetensorsFile, name: &str) -> Result<(&'a [usize], Vec<f32>)> {
+pub(super) fn read_values<'a>(
+    file: &'a SafetensorsFile,
+    name: &str,
+) -> Result<(&'a [usize], Vec<f32>)> {
     let Some((tensor, shape)) = file.tensor(name)? else {
         return Err(tensors_error(file.path(), format!("tensor {name} is missing")));
     };
@@ -260,7 +315,12 @@ fn read_values<'a>(file: &'a SafetensorsFile, name: &str) -> Result<(&'a [usize]
     Ok((shape, values))
 }
 
-fn shape_error(file: &SafetensorsFile, name: &str, expected: &[usize], found: &[usize]) -> Error {
+pub(super) fn shape_error(
+    file: &SafetensorsFile,
+    name: &str,
+    expected: &[usize],
+    found: &[usize],
+) -> Error {
     Error::Shape {
         path: file.path().to_path_buf(),
         name: name.to_owned(),

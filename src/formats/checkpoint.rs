@@ -170,6 +170,11 @@ impl Checkpoint {
         &self.dir
     }
 
+    /// The files that have the tensors.
+    pub fn files(&self) -> &[SafetensorsFile] {
+        &self.files
+    }
+
     /// The names of all tensors, sorted.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.keys().map(String::as_str)

@@ -7,6 +7,7 @@
 //!                 tokenizer.json       -> tokenizer    -> ids
 //! adapter folder  adapter_config.json  -> poly_config  -> PolyConfig
 //!                 adapter_model.*      -> adapter      -> lora_a, lora_b, router_logits
+//!                 the same of LoRA     -> lora         -> pairs
 //!                 tasks.json           -> tasks        -> names of task ids
 //! data            rows.jsonl, .csv     -> rows, csv    -> Row, with its line number
 //! ```
@@ -18,6 +19,7 @@
 
 mod fields;
 pub mod fingerprint;
+pub mod folder;
 pub mod json;
 pub mod mmap;
 pub mod safetensors;
@@ -28,6 +30,7 @@ pub mod config;
 pub mod tokenizer;
 // Adapter folders:
 pub mod adapter;
+pub mod lora;
 pub mod poly_config;
 // Data:
 #[cfg(feature = "cli")]

@@ -284,7 +284,7 @@ impl PolyConfig {
 }
 
 /// A list of paths, or a pattern.
-fn modules(fields: &mut Fields, key: &str) -> Result<Option<TargetModules>> {
+pub(super) fn modules(fields: &mut Fields, key: &str) -> Result<Option<TargetModules>> {
     let expected = "a list of strings or a string";
     Ok(match fields.take_value(key) {
         None => None,
@@ -319,7 +319,7 @@ fn init_weights(fields: &mut Fields) -> Result<Option<bool>> {
 }
 
 /// Python's `json` writes ASCII only. Outside strings there is nothing else, so escapes go anywhere.
-fn escape_as_python(json: &str) -> String {
+pub(super) fn escape_as_python(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
     for c in json.chars() {
         if c <= '~' {

@@ -83,7 +83,7 @@ impl<B: Backend> Engine<'_, B> {
         };
         for n_new in 0..options.max_new_tokens {
             let of_row: Vec<usize> = active.iter().map(|&i| rows.of_example[i]).collect();
-            let segments = &Arc::new(Segments::new(&lens, &of_row, rows.tasks.len()));
+            let segments = &Arc::new(Segments::new(&lens, &of_row, rows.n_rows));
             let step = Step { ids: &ids, slots: &active, lens: &lens, segments };
             let logits = network.next_logits(tape, &mut decoding, &step);
             let forbidden: &[u32] =

@@ -1,22 +1,18 @@
 //! Inference: an engine that evaluates and generates.
 //!
-//! An [`Engine`] is made for a set of tasks and a capacity (the most rows that it decodes together).
+//! An [`Engine`] is made for a set of mixtures (tasks, most of all) and a capacity (the most rows that it decodes together).
 //! Both fix how it computes: the mixtures are formed once, the routed LoRA runs one way, and sums
 //! are ordered one way. So a row's bits never depend on which rows are beside it.
 
 mod greedy;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 pub use greedy::GenerateOptions;
 
 use crate::{
-    kernels::{
-        Backend,
-        ops::{Noise, Order},
-        planner::Mode,
-    },
-    model::{Adapter, Batch, Example, Model, batch::RoutingRows, network::Sides},
+    kernels::{Backend, ops::Order, planner::Mode},
+    model::{Adapter, Batch, Example, Mixing, Model, batch::RoutingRows, network::Sides},
     tape::{Adapted, Mixture, Tape},
 };
 
@@ -30,13 +26,12 @@ pub struct Engine<'m, B: Backend> {
     capacity: usize,
 }
 
-/// An adapter with the mixtures of an engine's tasks.
+/// An adapter with the mixtures of an engine.
 struct Attached<'m, B: Backend> {
     adapter: &'m Adapter<B>,
     mixture: Mixture<B>,
     mode: Mode,
-    row_of_task: HashMap<u32, usize>,
-    tasks: Vec<u32>,
+    row_of: HashMap<Mixing, usize>,
 }
 
 impl<'m, B: Backend> Engine<'m, B> {
@@ -51,19 +46,49 @@ impl<'m, B: Backend> Engine<'m, B> {
         tasks: impl IntoIterator<Item = u32>,
         capacity: usize,
     ) -> Self {
+        // Without an adapter nothing is mixed.
+        let tasks: BTreeSet<u32> =
+            adapter.map_or_else(BTreeSet::new, |_| tasks.into_iter().collect());
+        let mixings = tasks.into_iter().map(Mixing::Task).collect();
+        Self::with_mixings(model, adapter, mixings, capacity)
+    }
+
+    /// An engine for these examples and others that are mixed like one of them.
+    ///
+    /// # Panics
+    /// If [`Mixing::check`] fails for an example's mixing, or `capacity` is 0.
+    pub fn for_examples<'e>(
+        model: &'m Model<B>,
+        adapter: Option<&'m Adapter<B>>,
+        examples: impl IntoIterator<Item = &'e Example>,
+        capacity: usize,
+    ) -> Self {
+        let mut seen = HashSet::new();
+        let mut mixings: Vec<Mixing> = Vec::new();
+        for example in examples {
+            let mixing = example.mixing();
+            if !seen.contains(&mixing) {
+                seen.insert(mixing.clone());
+                mixings.push(mixing);
+            }
+        }
+        Self::with_mixings(model, adapter, mixings, capacity)
+    }
+
+    fn with_mixings(
+        model: &'m Model<B>,
+        adapter: Option<&'m Adapter<B>>,
+        mixings: Vec<Mixing>,
+        capacity: usize,
+    ) -> Self {
         assert!(capacity > 0, "an engine that holds no row");
         let adapter = adapter.map(|adapter| {
-            let mut tasks: Vec<u32> = tasks.into_iter().collect();
-            tasks.sort_unstable();
-            tasks.dedup();
             // By the adapter, not by who is here: a row's bits must not depend on other rows' tasks.
             let mode = Mode::for_engine(adapter.pair_bytes(adapter.config().n_tasks));
-            let rows = RoutingRows { tasks, of_example: Vec::new() };
             let keep = mode == Mode::Mixed;
-            let mixture = adapter.mixture(model.backend(), &rows, Noise::Off, keep);
-            let tasks = rows.tasks;
-            let row_of_task = tasks.iter().enumerate().map(|(row, &task)| (task, row)).collect();
-            Attached { adapter, mixture, mode, row_of_task, tasks }
+            let mixture = adapter.mixture_of(model.backend(), &mixings, keep);
+            let row_of = mixings.into_iter().enumerate().map(|(row, m)| (m, row)).collect();
+            Attached { adapter, mixture, mode, row_of }
         });
         Self { model, adapter, capacity }
     }
@@ -91,14 +116,25 @@ impl<'m, B: Backend> Engine<'m, B> {
         })
     }
 
+    /// The logits of every label token of an example, `[labels, vocabulary]`.
+    pub fn logits(&self, example: &Example) -> Vec<f64> {
+        self.model.backend().scope(|| {
+            let (batch, rows) = self.batch(&[example]);
+            let sides = Sides::new(&batch, &rows, None);
+            let mut tape = self.tape(Order::Panel);
+            self.model.network().logits(&mut tape, &batch, &sides)
+        })
+    }
+
     fn batch(&self, examples: &[&Example]) -> (Batch, RoutingRows) {
         let batch = Batch::new(examples.iter().copied(), self.model.layout(), 0);
         let rows = match &self.adapter {
             Some(attached) => RoutingRows {
-                tasks: attached.tasks.clone(),
-                of_example: batch.tasks.iter().map(|task| attached.row_of_task[task]).collect(),
+                tasks: Vec::new(),
+                n_rows: attached.row_of.len(),
+                of_example: examples.iter().map(|e| attached.row_of[&e.mixing()]).collect(),
             },
-            None => RoutingRows { tasks: vec![0], of_example: vec![0; batch.n()] },
+            None => RoutingRows { tasks: Vec::new(), n_rows: 1, of_example: vec![0; batch.n()] },
         };
         (batch, rows)
     }

@@ -17,6 +17,7 @@
 
 use std::sync::Arc;
 
+use super::Mixing;
 use crate::kernels::ops::{Segments, Spans, TokenKey};
 
 /// One example as ids.
@@ -28,6 +29,15 @@ pub struct Example {
     pub labels: Vec<u32>,
     /// The task, below the adapter's `n_tasks`; unused without an adapter.
     pub task: u32,
+    /// In inference, what is mixed instead of the task's own mixture; training passes over it.
+    pub mixing: Option<Mixing>,
+}
+
+impl Example {
+    /// What is mixed for it in inference.
+    pub fn mixing(&self) -> Mixing {
+        self.mixing.clone().unwrap_or(Mixing::Task(self.task))
+    }
 }
 
 /// How examples become a decoder's tokens.
@@ -125,7 +135,8 @@ impl Batch {
 
     /// Routing rows where every example has its own (the router samples).
     pub fn own_rows(&self) -> RoutingRows {
-        RoutingRows { tasks: self.tasks.clone(), of_example: (0..self.n()).collect() }
+        let (tasks, n_rows) = (self.tasks.clone(), self.n());
+        RoutingRows { tasks, n_rows, of_example: (0..n_rows).collect() }
     }
 
     /// Routing rows where examples of one task share one (the router does not sample).
@@ -141,7 +152,8 @@ impl Batch {
                 })
             })
             .collect();
-        RoutingRows { tasks, of_example }
+        let n_rows = tasks.len();
+        RoutingRows { tasks, n_rows, of_example }
     }
 
     /// The keys of the source tokens.
@@ -168,8 +180,10 @@ impl Batch {
 /// Which mixture each example uses.
 #[derive(Clone, Debug)]
 pub struct RoutingRows {
-    /// The task of each routing row.
+    /// The task of each routing row, where they are tasks'; none of an engine's mixtures.
     pub tasks: Vec<u32>,
+    /// Routing rows.
+    pub n_rows: usize,
     /// The routing row of each example.
     pub of_example: Vec<usize>,
 }
@@ -177,7 +191,7 @@ pub struct RoutingRows {
 impl RoutingRows {
     /// The segments of a batch whose examples have these tokens.
     pub fn segments(&self, spans: &Spans) -> Arc<Segments> {
-        Arc::new(Segments::new(&spans.lens, &self.of_example, self.tasks.len()))
+        Arc::new(Segments::new(&spans.lens, &self.of_example, self.n_rows))
     }
 }
 
@@ -188,9 +202,9 @@ mod tests {
     #[test]
     fn labels_are_shifted_right_behind_the_start_id() {
         let examples = [
-            Example { input: vec![5, 6, 1], labels: vec![9, 1], task: 2 },
-            Example { input: vec![7, 1], labels: vec![8, 3, 1], task: 0 },
-            Example { input: vec![4], labels: vec![], task: 2 },
+            Example { input: vec![5, 6, 1], labels: vec![9, 1], task: 2, mixing: None },
+            Example { input: vec![7, 1], labels: vec![8, 3, 1], task: 0, mixing: None },
+            Example { input: vec![4], labels: vec![], task: 2, mixing: None },
         ];
         let batch = Batch::new(&examples, Layout::EncoderDecoder { start: 0 }, 10);
         assert_eq!(batch.source, [5, 6, 1, 7, 1, 4]);
@@ -206,9 +220,9 @@ mod tests {
     #[test]
     fn labels_follow_the_input_of_a_causal_model() {
         let examples = [
-            Example { input: vec![5, 6, 1], labels: vec![9, 1], task: 2 },
-            Example { input: vec![7], labels: vec![8], task: 0 },
-            Example { input: vec![4, 3], labels: vec![], task: 2 },
+            Example { input: vec![5, 6, 1], labels: vec![9, 1], task: 2, mixing: None },
+            Example { input: vec![7], labels: vec![8], task: 0, mixing: None },
+            Example { input: vec![4, 3], labels: vec![], task: 2, mixing: None },
         ];
         let batch = Batch::new(&examples, Layout::Causal, 0);
         assert_eq!(batch.target, [5, 6, 1, 9, 7, 4, 3]);

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use super::{Example, Layout};
+use super::{Example, Layout, Mixing};
 use crate::{
     error::{Error, Result},
     formats::{
         fingerprint::Fingerprint,
+        poly_config::PolyConfig,
         rows::{Row, RowReader, Sequence, Targets},
         tasks::TaskNames,
     },
@@ -32,6 +33,22 @@ pub enum Overlong {
     Error,
 }
 
+/// What rows may say of routing.
+#[derive(Clone, Copy)]
+pub struct Routes<'a> {
+    /// The tasks' names and number.
+    pub tasks: &'a TaskNames,
+    /// The adapter whose mixtures they may name in a field `routing`; none: they may not.
+    pub mixes: Option<&'a PolyConfig>,
+}
+
+impl<'a> Routes<'a> {
+    /// Tasks alone, as in training.
+    pub fn tasks(tasks: &'a TaskNames) -> Self {
+        Self { tasks, mixes: None }
+    }
+}
+
 /// How rows become examples.
 pub struct Encoding<'a> {
     /// For text; rows of ids need none.
@@ -52,8 +69,8 @@ pub struct Encoding<'a> {
     pub max_target_length: usize,
     /// What happens to longer rows.
     pub overlong: Overlong,
-    /// The tasks' names and number; none: tasks do not matter.
-    pub tasks: Option<&'a TaskNames>,
+    /// What rows may say of routing; none: it does not matter.
+    pub routes: Option<Routes<'a>>,
     /// Whether targets matter: for generation alone they do not.
     pub targets: bool,
 }
@@ -89,11 +106,9 @@ impl Dataset {
         let mut dataset = Self::default();
         for row in rows {
             let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
-            let task = match encoding.tasks {
-                Some(tasks) => tasks.resolve(&row, path)?.ok_or_else(|| {
-                    fail("the row has neither task nor task_id, but the adapter needs one".into())
-                })?,
-                None => 0,
+            let (task, mixing) = match encoding.routes {
+                Some(routes) => route(&row, routes, path)?,
+                None => (0, None),
             };
             let source_limit = encoding
                 .max_source_length
@@ -122,7 +137,7 @@ impl Dataset {
                 }
             }
             encoding.check_positions(input.len(), labels.len()).map_err(fail)?;
-            dataset.examples.push(Example { input, labels, task });
+            dataset.examples.push(Example { input, labels, task, mixing });
             dataset.rows.push(row);
         }
         if dataset.examples.is_empty() {
@@ -144,7 +159,7 @@ impl Dataset {
     /// A fingerprint of what the model sees, in order.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut print = Fingerprint::default();
-        for Example { input, labels, task } in &self.examples {
+        for Example { input, labels, task, .. } in &self.examples {
             print.add(&task.to_le_bytes());
             print.add_ids(input);
             print.add_ids(labels);
@@ -166,6 +181,27 @@ impl Fault {
             Self::Other(error) => error,
         }
     }
+}
+
+/// A row's task, and what it mixes instead of the task's own mixture. With a field `routing` the task
+/// is only what the row is counted under, so the adapter need not know it.
+fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixing>)> {
+    let Routes { tasks, mixes } = routes;
+    let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
+    let Some(value) = row.raw.get("routing").filter(|value| !value.is_null()) else {
+        let task = tasks.resolve(row, path)?.ok_or_else(|| {
+            fail("the row has neither task nor task_id, but the adapter needs one".into())
+        })?;
+        return Ok((task, None));
+    };
+    let Some(config) = mixes else {
+        return Err(fail(
+            "field routing: is for eval and generate; in training a row's task routes it".into(),
+        ));
+    };
+    let mixing = Mixing::parse(value, tasks, config)
+        .map_err(|detail| fail(format!("field routing: {detail}")))?;
+    Ok((0, Some(mixing)))
 }
 
 impl Encoding<'_> {
@@ -274,6 +310,7 @@ mod tests {
         let path = Path::new("rows.jsonl");
         let rows: Result<Vec<Row>> =
             RowReader::new(lines.as_bytes(), path, Targets::Required).collect();
+        let tasks = TaskNames::unnamed(2);
         let encoding = Encoding {
             tokenizer: Some(&Bytes),
             vocab_size: 256,
@@ -284,7 +321,7 @@ mod tests {
             max_source_length: Some(max),
             max_target_length: max,
             overlong,
-            tasks: Some(&TaskNames::unnamed(2)),
+            routes: Some(Routes::tasks(&tasks)),
             targets: true,
         };
         Dataset::encode(rows?, path, &encoding)

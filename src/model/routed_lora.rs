@@ -10,13 +10,13 @@
 //! are two ranges.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::Path,
 };
 
 use super::{
-    Model,
+    Mixing, Model,
     batch::RoutingRows,
     routing::{self, InitA, ON, Routing},
     targets::{self, Target},
@@ -25,12 +25,12 @@ use crate::{
     error::{Error, Result},
     formats::{
         adapter::{self, AdapterFiles, AdapterModule, save_adapter},
-        poly_config::{PolyConfig, TargetModules},
+        poly_config::{self, PolyConfig, TargetModules},
         tasks::TaskNames,
     },
     kernels::{
         Backend, Precision,
-        ops::{Bank, Key, Mix, Noise, Route, Stacked},
+        ops::{self, Bank, Key, Mix, Noise, Route, Stacked},
         philox::Purpose,
         planner::Mode,
     },
@@ -102,7 +102,17 @@ impl<B: Backend> Adapter<B> {
     pub fn open(base: &Model<B>, dir: impl AsRef<Path>) -> Result<Self> {
         let files = AdapterFiles::open(dir)?;
         let routing = Routing::open(&files.dir)?;
-        let (mut adapter, n) = Self::layout(base, &files.config, routing)?;
+        Self::from_files(base, files, routing)
+    }
+
+    /// Loads what a folder has onto a base.
+    pub(super) fn from_files(
+        base: &Model<B>,
+        files: AdapterFiles,
+        routing: Routing,
+    ) -> Result<Self> {
+        let (mut adapter, n) = Self::layout(base, &files.config, routing)
+            .map_err(|error| error.in_file(&files.dir.join(poly_config::FILE_NAME)))?;
         let path = files.dir.join(adapter::FILE_NAME);
         let missing: Vec<_> = adapter
             .targets
@@ -368,7 +378,56 @@ impl<B: Backend> Adapter<B> {
             assert!((task as usize) < self.config.n_tasks, "task {task} is out of range");
         }
         let routing = backend.route(&self.route(&rows.tasks, noise));
-        let n_rows = rows.tasks.len();
+        self.mixture_from(backend, routing, rows.tasks.len(), keep_pairs)
+    }
+
+    /// The mixtures of an inference, a routing row each.
+    ///
+    /// # Panics
+    /// If [`Mixing::check`] fails for one.
+    pub fn mixture_of(&self, backend: &B, mixings: &[Mixing], keep_pairs: bool) -> Mixture<B> {
+        for mixing in mixings {
+            if let Err(error) = mixing.check(&self.config) {
+                panic!("{error}");
+            }
+        }
+        let PolyConfig { n_tasks, n_skills, n_splits, .. } = self.config;
+        // Every task that has a part in one is routed once.
+        let needed: BTreeSet<u32> =
+            mixings.iter().flat_map(|m| m.parts(n_tasks)).map(|(task, _)| task).collect();
+        let needed: Vec<u32> = needed.into_iter().collect();
+        let rows_of: HashMap<u32, usize> =
+            needed.iter().enumerate().map(|(row, &task)| (task, row)).collect();
+        let (width, n_needed) = (n_splits * n_skills, needed.len());
+        let learned = if needed.is_empty() {
+            Vec::new()
+        } else {
+            let routing = backend.route(&self.route(&needed, Noise::Off));
+            backend.download(&routing.weights)
+        };
+        let mut weights = Vec::with_capacity(self.targets.len() * mixings.len() * width);
+        for linear in 0..self.targets.len() {
+            for mixing in mixings {
+                weights.extend(mixing.weights(&self.config, |task| {
+                    let row = linear * n_needed + rows_of[&task];
+                    learned[row * width..][..width].into()
+                }));
+            }
+        }
+        let rows = self.targets.len() * mixings.len();
+        let weights = backend.upload(&weights, rows, width, Precision::Full);
+        // Samples are for a backward.
+        let routing = ops::Routing { samples: weights.clone(), weights };
+        self.mixture_from(backend, routing, mixings.len(), keep_pairs)
+    }
+
+    fn mixture_from(
+        &self,
+        backend: &B,
+        routing: ops::Routing<B>,
+        n_rows: usize,
+        keep_pairs: bool,
+    ) -> Mixture<B> {
         let pairs = keep_pairs.then(|| {
             let (params, weights) = (&self.params, &routing.weights);
             self.banks

@@ -105,7 +105,11 @@ pub fn resolve(
             }
         }
     }
-    let written = if all_linear { suffixes(&targets, modules) } else { written };
+    let written = if all_linear {
+        named(targets.iter().map(|target| &target.path), modules)
+    } else {
+        written
+    };
     Ok((targets, written))
 }
 
@@ -159,15 +163,21 @@ impl Matcher {
     }
 }
 
+/// `target_modules` for these paths: their last parts where they select no other module.
+pub fn named<'p>(paths: impl IntoIterator<Item = &'p String>, modules: &[Module]) -> TargetModules {
+    let paths: BTreeSet<&str> = paths.into_iter().map(String::as_str).collect();
+    suffixes(&paths, modules)
+}
+
 /// The last parts of the targets' names where they select exactly the targets, else full paths.
-fn suffixes(targets: &[Target], modules: &[Module]) -> TargetModules {
+fn suffixes(paths: &BTreeSet<&str>, modules: &[Module]) -> TargetModules {
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
-    let short: BTreeSet<String> = targets.iter().map(|t| last(&t.path)).collect();
+    let short: BTreeSet<String> = paths.iter().map(|path| last(path)).collect();
     let selected = modules.iter().filter(|m| short.contains(&last(&m.path))).count();
-    if selected == targets.len() {
+    if selected == paths.len() {
         TargetModules::List(short)
     } else {
-        TargetModules::List(targets.iter().map(|t| t.path.clone()).collect())
+        TargetModules::List(paths.iter().map(|&path| path.to_owned()).collect())
     }
 }
 

@@ -7,6 +7,7 @@ mod adapt;
 mod resume;
 mod routing;
 mod seeing;
+mod travel;
 
 use std::{
     fs,

@@ -29,7 +29,10 @@ use crate::{
     error::{Error, Result},
     formats::{rows::Targets, tasks::TaskNames},
     kernels::Backend,
-    model::{Model, dataset::Dataset},
+    model::{
+        Model,
+        dataset::{Dataset, Routes},
+    },
     train::{RouterRows, Trainer, evaluate::Decode, recipe::Recipe},
 };
 
@@ -112,7 +115,14 @@ impl Train {
         }
         let encode = |files| {
             let tokenizer = tokenizer.as_ref();
-            self.data.encode(files, &recipe, &model, tokenizer, Some(&tasks), Targets::Required)
+            self.data.encode(
+                files,
+                &recipe,
+                &model,
+                tokenizer,
+                Some(Routes::tasks(&tasks)),
+                Targets::Required,
+            )
         };
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
         let mut data = encode(files)?;
@@ -136,7 +146,13 @@ impl Train {
             LossFlag::Lm => None,
             LossFlag::TFew => {
                 let tokenizer = tokenizer.as_ref();
-                Some(self.data.choices(&data, &recipe, &model, tokenizer, Some(&tasks))?)
+                Some(self.data.choices(
+                    &data,
+                    &recipe,
+                    &model,
+                    tokenizer,
+                    Some(Routes::tasks(&tasks)),
+                )?)
             }
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
