@@ -3,16 +3,24 @@
 use std::{collections::BTreeMap, io::Write, path::PathBuf};
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Common, print, print_json};
 use crate::{
     error::{Error, Result},
     formats::{
-        adapter::AdapterFiles, checkpoint::Fate, poly_config::PolyConfig,
+        adapter::{AdapterFiles, AdapterModule},
+        checkpoint::Fate,
+        poly_config::PolyConfig,
         safetensors::write_atomically,
     },
-    report::routing::{mixing_weights, mixing_weights_svg},
+    report::{
+        dendrogram::dendrogram_svg,
+        routing::{
+            Sharpness, agreement, effective_skills, mixing_weights, mixing_weights_svg, sharpness,
+            skill_similarity, skill_similarity_svg,
+        },
+    },
 };
 
 #[derive(Args)]
@@ -24,6 +32,15 @@ pub(super) struct Inspect {
     /// Of an adapter: writes the task-skill heat map.
     #[arg(long)]
     svg: Option<PathBuf>,
+    /// Of an adapter: writes the tree of tasks by the skills that they share.
+    #[arg(long)]
+    dendrogram: Option<PathBuf>,
+    /// Of an adapter: writes how alike its skills are.
+    #[arg(long)]
+    skills: Option<PathBuf>,
+    /// Of an adapter: the mixing weights of every linear, too (--json has them always).
+    #[arg(long)]
+    layers: bool,
 }
 
 impl Inspect {
@@ -41,8 +58,10 @@ impl Inspect {
     }
 
     fn model(&self) -> Result<()> {
-        if self.svg.is_some() {
-            return Err(Error::Usage("--svg is for adapter folders".into()));
+        let pictures =
+            [("--svg", &self.svg), ("--dendrogram", &self.dendrogram), ("--skills", &self.skills)];
+        if let Some((flag, _)) = pictures.iter().find(|(_, path)| path.is_some()) {
+            return Err(Error::Usage(format!("{flag} is for adapter folders")));
         }
         self.common.cpu_only("inspect")?;
         let model = self.common.open_model(&self.dir)?;
@@ -85,9 +104,9 @@ impl Inspect {
 
     fn adapter(&self) -> Result<()> {
         let files = AdapterFiles::open(&self.dir)?;
-        let PolyConfig { r, n_tasks, n_skills, n_splits, .. } = files.config;
-        let n_params: usize = files
-            .modules
+        let (config, modules) = (&files.config, &files.modules);
+        let &PolyConfig { r, n_tasks, n_skills, n_splits, .. } = config;
+        let n_params: usize = modules
             .values()
             .map(|m| m.lora_a.values.len() + m.lora_b.values.len() + m.router_logits.len())
             .sum();
@@ -95,35 +114,114 @@ impl Inspect {
             let known = files.tasks.as_ref().and_then(|tasks| tasks.name(task as u32));
             known.map_or_else(|| task.to_string(), str::to_owned)
         };
-        let mixing = mixing_weights(&files.config, &files.modules);
-        if let Some(path) = &self.svg {
-            let rows: Vec<String> = (0..n_tasks).map(name).collect();
-            let svg = mixing_weights_svg(&files.config, &files.modules, &rows);
+        let names: Vec<String> = (0..n_tasks).map(name).collect();
+        let mixing = mixing_weights(config, modules);
+        let has_pairs = n_tasks <= MAX_PAIRED_TASKS;
+        for (path, needs_pairs, picture) in [
+            (
+                &self.svg,
+                false,
+                &(|| mixing_weights_svg(config, modules, &names)) as &dyn Fn() -> String,
+            ),
+            (&self.dendrogram, true, &|| dendrogram_svg(&agreement(config, modules), &names)),
+            (&self.skills, false, &|| skill_similarity_svg(config, modules)),
+        ] {
+            let Some(path) = path else { continue };
+            if needs_pairs && !(2..=MAX_PAIRED_TASKS).contains(&n_tasks) {
+                return Err(Error::Usage(format!(
+                    "--dendrogram: {n_tasks} tasks; a tree has from 2 to {MAX_PAIRED_TASKS}"
+                )));
+            }
+            let svg = picture();
             write_atomically(path, |file| file.write_all(svg.as_bytes()))?;
         }
+        // Of a task in one linear: its weights, and how many skills that is.
+        let in_linear = |module: &AdapterModule, task: usize| {
+            let weights = module.mixing_weights(task);
+            let effective = effective_skills(config, &weights);
+            (weights, effective)
+        };
+        let effective = |task: usize| {
+            modules.values().map(|module| in_linear(module, task).1).sum::<f64>()
+                / modules.len() as f64
+        };
+        let sharp = |Sharpness { discreteness, sparsity, usage }| json!({"discreteness": discreteness, "sparsity": sparsity, "usage": usage});
         if self.common.json {
-            let tasks: BTreeMap<String, &[f64]> = (0..n_tasks)
-                .map(|t| (name(t), &mixing[t * n_splits * n_skills..(t + 1) * n_splits * n_skills]))
+            let width = n_splits * n_skills;
+            let tasks: BTreeMap<&str, &[f64]> = (0..n_tasks)
+                .map(|t| (names[t].as_str(), &mixing[t * width..(t + 1) * width]))
                 .collect();
+            let used: BTreeMap<&str, f64> =
+                (0..n_tasks).map(|t| (names[t].as_str(), effective(t))).collect();
+            let layers: Vec<Value> = modules
+                .iter()
+                .map(|(path, module)| {
+                    let tasks: BTreeMap<&str, Value> = (0..n_tasks)
+                        .map(|t| {
+                            let (weights, effective) = in_linear(module, t);
+                            let said =
+                                json!({"mixing_weights": weights, "effective_skills": effective});
+                            (names[t].as_str(), said)
+                        })
+                        .collect();
+                    json!({"module": path, "router": sharp(sharpness(config, [module])), "tasks": tasks})
+                })
+                .collect();
+            let square = |values: Vec<f64>, n: usize| -> Vec<Vec<f64>> {
+                values.chunks(n).map(<[f64]>::to_vec).collect()
+            };
             return print_json(&json!({
-                "kind": "adapter", "parameters": n_params, "linears": files.modules.len(), "r": r,
-                "n_tasks": n_tasks, "n_skills": n_skills, "n_splits": n_splits,
-                "modules": files.modules.keys().collect::<Vec<_>>(), "mixing_weights": tasks,
+                "kind": "adapter", "parameters": n_params, "linears": modules.len(), "r": r,
+                "n_tasks": n_tasks, "n_skills": n_skills, "n_splits": n_splits, "tasks": names,
+                "modules": modules.keys().collect::<Vec<_>>(), "mixing_weights": tasks,
+                "effective_skills": used, "router": sharp(sharpness(config, modules.values())),
+                "task_similarity": has_pairs.then(|| square(agreement(config, modules), n_tasks)),
+                "skill_similarity": square(skill_similarity(config, modules), n_skills),
+                "layers": layers,
             }));
         }
         print(&format!(
             "Poly adapter: {} linears, {n_params} parameters, r {r}, {n_skills} skills, {n_splits} splits, {n_tasks} tasks",
-            files.modules.len()
+            modules.len()
         ))?;
-        print("mixing weights, mean over the linears (a line a task, a group a split):")?;
-        for task in 0..n_tasks {
-            let row = &mixing[task * n_splits * n_skills..(task + 1) * n_splits * n_skills];
-            let groups: Vec<String> = row
+        let Sharpness { discreteness, sparsity, usage } = sharpness(config, modules.values());
+        print(&format!(
+            "routers: mean Bernoulli entropy {discreteness:.3} bits (0: decided), {:.1} % of the skills on, usage {usage:.3} (1: all alike)",
+            100.0 * sparsity
+        ))?;
+        let line = |name: &str, weights: &[f64], effective: f64| {
+            let groups: Vec<String> = weights
                 .chunks(n_skills)
                 .map(|g| g.iter().map(|w| format!("{w:.2}")).collect::<Vec<_>>().join(" "))
                 .collect();
-            print(&format!("  {:<24} {}", name(task), groups.join(" | ")))?;
+            print(&format!("  {name:<24} {}   {effective:.2}", groups.join(" | ")))
+        };
+        print(
+            "mixing weights, mean over the linears (a line a task, a group a split), and the effective number of skills:",
+        )?;
+        for (task, row) in mixing.chunks(n_splits * n_skills).enumerate() {
+            line(&names[task], row, effective(task))?;
+        }
+        if self.layers {
+            for (path, module) in modules {
+                let Sharpness { discreteness, .. } = sharpness(config, [module]);
+                print(&format!("{path}, entropy {discreteness:.3} bits:"))?;
+                for (task, name) in names.iter().enumerate() {
+                    let (weights, effective) = in_linear(module, task);
+                    line(name, &weights, effective)?;
+                }
+            }
+        }
+        if (2..=12).contains(&n_tasks) {
+            print("share of their skills that tasks have in common:")?;
+            for (row, name) in agreement(config, modules).chunks(n_tasks).zip(&names) {
+                let row: Vec<String> = row.iter().map(|shared| format!("{shared:.2}")).collect();
+                print(&format!("  {name:<24} {}", row.join(" ")))?;
+            }
         }
         Ok(())
     }
 }
+
+/// More tasks than this are not compared with each other.
+const MAX_PAIRED_TASKS: usize = 1000;

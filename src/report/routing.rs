@@ -7,6 +7,8 @@
 
 use std::collections::BTreeMap;
 
+use rayon::prelude::*;
+
 use super::heat_map::{HeatMap, Panel, heat_map_svg};
 use crate::formats::{adapter::AdapterModule, poly_config::PolyConfig};
 
@@ -53,13 +55,16 @@ pub struct Sharpness {
     pub usage: f64,
 }
 
-/// [`Sharpness`] of an adapter, averaged over its linears and splits.
-pub fn sharpness(config: &PolyConfig, modules: &Modules) -> Sharpness {
+/// [`Sharpness`] of some linears of an adapter, averaged over them and their splits.
+pub fn sharpness<'m>(
+    config: &PolyConfig,
+    modules: impl IntoIterator<Item = &'m AdapterModule>,
+) -> Sharpness {
     let n_skills = config.n_skills;
     let (mut entropy, mut on, mut n) = (0.0, 0.0, 0.0);
     let (mut usage, mut n_usages) = (0.0, 0.0);
     let of = |p: f64| if p > 0.0 { -p * p.ln() } else { 0.0 };
-    for module in modules.values() {
+    for module in modules {
         let mut sums = vec![0.0; config.n_splits * n_skills];
         for row in module.router_logits.chunks_exact(sums.len()) {
             for (sum, &z) in sums.iter_mut().zip(row) {
@@ -89,15 +94,98 @@ pub fn sharpness(config: &PolyConfig, modules: &Modules) -> Sharpness {
     }
 }
 
+/// How many skills a mixture uses, `[n_splits, n_skills]`: the exponential of its entropy, averaged over
+/// splits. One skill alone is 1, all in equal parts are n_skills.
+pub fn effective_skills(config: &PolyConfig, weights: &[f64]) -> f64 {
+    let of = |split: &[f64]| {
+        let sum: f64 = split.iter().sum();
+        let shares = split.iter().map(|w| w / sum).filter(|share| *share > 0.0);
+        if sum > 0.0 { shares.map(|p| -p * p.ln()).sum::<f64>().exp() } else { 0.0 }
+    };
+    weights.chunks_exact(config.n_skills).map(of).sum::<f64>() / config.n_splits as f64
+}
+
+/// How alike what two skills add is, `[n_skills, n_skills]`: the cosine of the angle between their
+/// products A·B (all splits of one skill), averaged over the linears where neither is zero. 1 is the
+/// same direction, 0 has nothing in common, below 0 is against it.
+pub fn skill_similarity(config: &PolyConfig, modules: &Modules) -> Vec<f64> {
+    let n = config.n_skills;
+    let (mut sum, mut count) = (vec![0.0; n * n], vec![0.0; n * n]);
+    let all: Vec<Vec<f64>> =
+        modules.values().collect::<Vec<_>>().into_par_iter().map(|m| products(config, m)).collect();
+    for dots in all {
+        for i in 0..n {
+            for j in 0..n {
+                let size = (dots[i * n + i] * dots[j * n + j]).sqrt();
+                if size > 0.0 {
+                    sum[i * n + j] += dots[i * n + j] / size;
+                    count[i * n + j] += 1.0;
+                }
+            }
+        }
+    }
+    sum.iter().zip(&count).map(|(sum, &n)| if n > 0.0 { sum / n } else { 0.0 }).collect()
+}
+
+/// The inner products of what a linear's skills add, `[n_skills, n_skills]`, without forming it:
+/// ⟨A_s·B_s, A_t·B_t⟩ = Σ (A_sᵀ·A_t)∘(B_s·B_tᵀ).
+fn products(config: &PolyConfig, module: &AdapterModule) -> Vec<f64> {
+    let &PolyConfig { n_skills: n, n_splits, r, .. } = config;
+    let (part_in, part_out) = (module.d_in() / n_splits, module.d_out() / n_splits);
+    let mut dots = vec![0.0; n * n];
+    for s in 0..n {
+        for t in 0..=s {
+            let mut a = vec![0.0; r * r];
+            let mut b = vec![0.0; r * r];
+            for q in 0..n_splits {
+                let of =
+                    |skill: usize, size: usize| (q * n + skill) * size..(q * n + skill + 1) * size;
+                let (a_s, a_t) = (
+                    &module.lora_a.values[of(s, part_in * r)],
+                    &module.lora_a.values[of(t, part_in * r)],
+                );
+                for (row_s, row_t) in a_s.chunks_exact(r).zip(a_t.chunks_exact(r)) {
+                    for (k, &x) in row_s.iter().enumerate() {
+                        for (l, &y) in row_t.iter().enumerate() {
+                            a[k * r + l] += f64::from(x) * f64::from(y);
+                        }
+                    }
+                }
+                let (b_s, b_t) = (
+                    &module.lora_b.values[of(s, part_out * r)],
+                    &module.lora_b.values[of(t, part_out * r)],
+                );
+                for (k, row_s) in b_s.chunks_exact(part_out).enumerate() {
+                    for (l, row_t) in b_t.chunks_exact(part_out).enumerate() {
+                        let dot =
+                            row_s.iter().zip(row_t).map(|(&x, &y)| f64::from(x) * f64::from(y));
+                        b[k * r + l] += dot.sum::<f64>();
+                    }
+                }
+            }
+            let dot = a.iter().zip(&b).map(|(a, b)| a * b).sum();
+            (dots[s * n + t], dots[t * n + s]) = (dot, dot);
+        }
+    }
+    dots
+}
+
+/// The picture of [`skill_similarity`]; what is below 0 is as pale as 0.
+pub fn skill_similarity_svg(config: &PolyConfig, modules: &Modules) -> String {
+    let skills: Vec<_> = (0..config.n_skills).map(|s| format!("skill {s}")).collect();
+    let panels = [Panel { name: String::new(), values: skill_similarity(config, modules) }];
+    heat_map_svg(&HeatMap {
+        title: "How alike what two skills add is",
+        note: "cosine of their products A·B within each adapted linear, averaged; 1 on the diagonal",
+        row_names: &skills,
+        column_names: &skills,
+        panels: &panels,
+    })
+}
+
 /// One linear's mixing weights in inference, `[n_tasks, n_splits, n_skills]`.
 fn weights(config: &PolyConfig, module: &AdapterModule) -> Vec<f64> {
-    let mut weights: Vec<f64> =
-        module.router_logits.iter().map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp())).collect();
-    for split in weights.chunks_exact_mut(config.n_skills) {
-        let sum = split.iter().sum::<f64>() + 1e-12;
-        split.iter_mut().for_each(|w| *w /= sum);
-    }
-    weights
+    (0..config.n_tasks).flat_map(|task| module.mixing_weights(task)).collect()
 }
 
 /// The picture of [`mixing_weights`]: tasks by skills, a panel a split.
@@ -169,9 +257,7 @@ mod tests {
     #[test]
     fn sharpness_tells_decided_routers_from_others() {
         let config = PolyConfig { n_tasks: 2, n_splits: 1, n_skills: 2, ..Default::default() };
-        let of = |logits: &[f32]| {
-            sharpness(&config, &BTreeMap::from([("a".to_owned(), module(logits))]))
-        };
+        let of = |logits: &[f32]| sharpness(&config, [&module(logits)]);
         let open = of(&[0.0; 4]);
         assert_eq!(open, Sharpness { discreteness: 1.0, sparsity: 0.0, usage: 1.0 });
         let decided = of(&[200.0, -200.0, -200.0, 200.0]);
@@ -179,6 +265,57 @@ mod tests {
         assert_eq!((decided.sparsity, decided.usage), (0.5, 1.0));
         let one_skill = of(&[200.0, -200.0, 200.0, -200.0]);
         assert!(one_skill.usage < 1e-9 && one_skill.sparsity == 0.5);
+    }
+
+    /// Against the products themselves, entry by entry.
+    #[test]
+    fn skills_are_compared_by_what_they_add() {
+        let config = PolyConfig { n_splits: 2, n_skills: 3, r: 2, ..Default::default() };
+        let values = |n: usize, seed: usize| -> Vec<f32> {
+            (0..n).map(|i| (((i + seed) * 7919 % 23) as f32 - 11.0) / 7.0).collect()
+        };
+        // 6 -> 4; the third skill is minus twice the first.
+        let mut lora_a = Bank { shape: [2, 3, 3, 2], values: values(36, 1) };
+        let mut lora_b = Bank { shape: [2, 3, 2, 2], values: values(24, 5) };
+        for q in 0..2 {
+            for i in 0..6 {
+                lora_a.values[q * 18 + 12 + i] = lora_a.values[q * 18 + i];
+            }
+            for i in 0..4 {
+                lora_b.values[q * 12 + 8 + i] = -2.0 * lora_b.values[q * 12 + i];
+            }
+        }
+        let delta = |s: usize| -> Vec<f64> {
+            let entry = |i: usize, o: usize| -> f64 {
+                let a = |k: usize| lora_a.values[((i / 3 * 3 + s) * 3 + i % 3) * 2 + k];
+                let b = |k: usize| lora_b.values[((o / 2 * 3 + s) * 2 + k) * 2 + o % 2];
+                (0..2).map(|k| f64::from(a(k)) * f64::from(b(k))).sum()
+            };
+            (0..6).flat_map(|i| (0..4).map(move |o| (i, o))).map(|(i, o)| entry(i, o)).collect()
+        };
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+        let deltas: Vec<_> = (0..3).map(delta).collect();
+        let module = AdapterModule { lora_a, lora_b, router_logits: vec![0.0; 6] };
+        let found = skill_similarity(&config, &BTreeMap::from([("a".to_owned(), module)]));
+        for s in 0..3 {
+            for t in 0..3 {
+                let size = dot(&deltas[s], &deltas[s]).sqrt() * dot(&deltas[t], &deltas[t]).sqrt();
+                let want = dot(&deltas[s], &deltas[t]) / size;
+                assert!((found[s * 3 + t] - want).abs() < 1e-9, "{s} {t}: {found:?}");
+            }
+        }
+        assert!((found[2] + 1.0).abs() < 1e-9, "opposite");
+    }
+
+    #[test]
+    fn effective_skills_count_what_is_used() {
+        let config = PolyConfig { n_splits: 2, n_skills: 4, ..Default::default() };
+        let near = |weights: [f64; 8], n: f64| {
+            assert!((effective_skills(&config, &weights) - n).abs() < 1e-9, "{weights:?}");
+        };
+        near([0.25; 8], 4.0);
+        near([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5], 1.5);
+        near([0.0; 8], 0.0);
     }
 
     #[test]

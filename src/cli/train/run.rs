@@ -278,7 +278,7 @@ impl<'a, B: Backend> Run<'a, B> {
         }
         let modules = self.plan.trainer.adapter().modules(evaluator.model.backend());
         let Sharpness { discreteness, sparsity, usage } =
-            sharpness(self.plan.trainer.adapter().config(), &modules);
+            sharpness(self.plan.trainer.adapter().config(), modules.values());
         line["router_discreteness"] = json!(discreteness);
         line["router_sparsity"] = json!(sparsity);
         line["router_usage"] = json!(usage);
