@@ -10,12 +10,11 @@ use crate::{
     formats::{
         csv,
         rows::{Columns, Row, RowReader, Sequence, Targets},
-        tasks::TaskNames,
         tokenizer::Tokenizer,
     },
     kernels::Backend,
     model::{
-        Adapter, Model,
+        Model,
         dataset::{Dataset, Encode, Encoding, Overlong, Routes},
     },
     train::{choices::Choices, recipe::Recipe},
@@ -73,16 +72,6 @@ pub(super) fn open_tokenizer(model: &Model<impl Backend>) -> Result<Option<Token
         return Ok(None);
     }
     Tokenizer::open(model.dir(), model.vocab_size()).map(Some)
-}
-
-/// What rows may say of routing in an inference: nothing that matters without tasks (the base alone, a
-/// plain LoRA).
-pub(super) fn routes<'a, B: Backend>(
-    adapter: Option<&'a Adapter<B>>,
-    tasks: Option<&'a TaskNames>,
-) -> Option<Routes<'a>> {
-    let mixes = adapter.map(Adapter::config);
-    tasks.map(|tasks| Routes { tasks, mixes })
 }
 
 impl Limits {

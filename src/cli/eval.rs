@@ -4,12 +4,15 @@ use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 
-use super::{Common, Described, OnOff, check_writable, data, print_json, run_on_device};
+use super::{
+    Common, Described, OnOff, adapters::AdapterFlags, check_writable, data, print_json,
+    run_on_device,
+};
 use crate::{
     error::Result,
     formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
-    model::{Adapter, Model},
+    model::Model,
     train::{
         evaluate::{Decode, evaluate},
         recipe::Recipe,
@@ -23,9 +26,8 @@ pub(super) struct Eval {
     /// The base model's folder.
     #[arg(long)]
     model: PathBuf,
-    /// The adapter's folder [default: the base alone].
-    #[arg(long)]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    adapters: AdapterFlags,
     #[command(flatten)]
     data: data::DataFlags,
     /// Writes a line of JSON a row: nll and n_tokens.
@@ -54,12 +56,9 @@ impl Eval {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
-        let adapter =
-            self.adapter.as_ref().map(|dir| Adapter::open_any(&model, dir)).transpose()?;
+        let opened = self.adapters.open(&model)?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let (adapter, tasks) =
-            adapter.map_or((None, None), |(adapter, tasks)| (Some(adapter), tasks));
-        let routes = data::routes(adapter.as_ref(), tasks.as_ref());
+        let (adapter, routes) = (&opened.adapter, opened.routes());
         let data = self.data.load(&model, tokenizer.as_ref(), routes, Targets::Required)?;
         let choices =
             self.data.choices(&data, &Recipe::default(), &model, tokenizer.as_ref(), routes)?;
@@ -68,7 +67,7 @@ impl Eval {
             adapter.as_ref(),
             &data.examples,
             self.batch_size as usize,
-        );
+        )?;
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens as usize,
             ..GenerateOptions::default()
@@ -79,12 +78,12 @@ impl Eval {
             self.generate.is_on().then_some(&options),
             tokenizer.as_ref().map(|t| t as &dyn Decode),
             Some(&choices),
-            |row, example| match (&tasks, &row.task, row.task_id) {
+            |row, example| match (&opened.tasks, &row.task, row.task_id) {
                 (Some(tasks), ..) if example.mixing.is_none() => {
                     task_name(Some(tasks), example.task)
                 }
                 (_, Some(name), _) => name.clone(),
-                (_, None, Some(id)) => task_name(tasks.as_ref(), id),
+                (_, None, Some(id)) => task_name(opened.tasks.as_ref(), id),
                 (_, None, None) => "none".to_owned(),
             },
         )?;

@@ -93,17 +93,17 @@ impl Export {
             None => None,
             Some((model, adapter)) => {
                 let rows = self.rows(model, &mixing);
-                let routed = Engine::for_examples(model, Some(adapter), &rows, N_ROWS);
+                let routed = Engine::for_examples(model, Some(adapter), &rows, N_ROWS)?;
                 Some(if self.merged {
                     let other = self.common.open_model(&self.output_dir)?;
-                    let merged = Engine::for_examples(&other, None, &rows, N_ROWS);
+                    let merged = Engine::for_examples(&other, None, &rows, N_ROWS)?;
                     compare((&routed, &rows), (&merged, &rows))
                 } else {
                     let lora = Adapter::open_lora(model, &self.output_dir)?;
                     // A LoRA has one task and no mixture.
                     let plain: Vec<Example> =
                         rows.iter().map(|row| Example { mixing: None, ..row.clone() }).collect();
-                    let exported = Engine::for_examples(model, Some(&lora), &plain, N_ROWS);
+                    let exported = Engine::for_examples(model, Some(&lora), &plain, N_ROWS)?;
                     compare((&routed, &rows), (&exported, &plain))
                 })
             }

@@ -5,12 +5,15 @@ use std::{io::Write, path::PathBuf, time::Instant};
 use clap::Args;
 use serde_json::Value;
 
-use super::{Common, Described, check_writable, data, print, print_json, run_on_device};
+use super::{
+    Common, Described, adapters::AdapterFlags, check_writable, data, print, print_json,
+    run_on_device,
+};
 use crate::{
     error::{Error, Result},
     formats::{rows::Targets, safetensors::write_atomically},
     generate::{Engine, GenerateOptions},
-    model::{Adapter, Example, Model},
+    model::{Example, Model},
 };
 
 #[derive(Args)]
@@ -20,9 +23,8 @@ pub(super) struct Generate {
     /// The base model's folder.
     #[arg(long)]
     model: PathBuf,
-    /// The adapter's folder [default: the base alone].
-    #[arg(long)]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    adapters: AdapterFlags,
     #[command(flatten)]
     data: data::DataFlags,
     /// Where the rows go, each with output and output_ids.
@@ -61,15 +63,12 @@ impl Generate {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
-        let adapter =
-            self.adapter.as_ref().map(|dir| Adapter::open_any(&model, dir)).transpose()?;
+        let opened = self.adapters.open(&model)?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let (adapter, tasks) =
-            adapter.map_or((None, None), |(adapter, tasks)| (Some(adapter), tasks));
-        let routes = data::routes(adapter.as_ref(), tasks.as_ref());
+        let (adapter, routes) = (&opened.adapter, opened.routes());
         let data = self.data.load(&model, tokenizer.as_ref(), routes, Targets::Optional)?;
         let capacity = self.batch_size as usize;
-        let engine = Engine::for_examples(&model, adapter.as_ref(), &data.examples, capacity);
+        let engine = Engine::for_examples(&model, adapter.as_ref(), &data.examples, capacity)?;
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens as usize,
             min_new_tokens: self.min_new_tokens as usize,

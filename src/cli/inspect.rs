@@ -11,6 +11,7 @@ use crate::{
     formats::{
         adapter::{AdapterFiles, AdapterModule},
         checkpoint::Fate,
+        lora::{LoraFiles, is_lora},
         poly_config::PolyConfig,
         safetensors::write_atomically,
     },
@@ -46,7 +47,7 @@ pub(super) struct Inspect {
 impl Inspect {
     pub(super) fn run(&self) -> Result<()> {
         if self.dir.join("adapter_config.json").exists() {
-            return self.adapter();
+            return if is_lora(&self.dir) { self.lora() } else { self.adapter() };
         }
         if self.dir.join("config.json").exists() {
             return self.model();
@@ -58,11 +59,7 @@ impl Inspect {
     }
 
     fn model(&self) -> Result<()> {
-        let pictures =
-            [("--svg", &self.svg), ("--dendrogram", &self.dendrogram), ("--skills", &self.skills)];
-        if let Some((flag, _)) = pictures.iter().find(|(_, path)| path.is_some()) {
-            return Err(Error::Usage(format!("{flag} is for adapter folders")));
-        }
+        self.no_pictures("adapter folders")?;
         self.common.cpu_only("inspect")?;
         let model = self.common.open_model(&self.dir)?;
         let mut by_dtype: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
@@ -100,6 +97,37 @@ impl Inspect {
             model.default_targets().join(", ")
         ))?;
         ignored.iter().try_for_each(|name| print(&format!("ignored    {name}")))
+    }
+
+    /// A plain LoRA folder.
+    fn lora(&self) -> Result<()> {
+        self.no_pictures("Poly adapters")?;
+        let LoraFiles { config, modules, .. } = LoraFiles::open(&self.dir)?;
+        let n_params: usize = modules.values().map(|pair| pair.a.len() + pair.b.len()).sum();
+        if self.common.json {
+            return print_json(&json!({
+                "kind": "lora", "parameters": n_params, "linears": modules.len(), "r": config.r,
+                "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora,
+                "modules": modules.keys().collect::<Vec<_>>(),
+            }));
+        }
+        print(&format!(
+            "plain LoRA: {} linears, {n_params} parameters, r {}, lora_alpha {}{}",
+            modules.len(),
+            config.r,
+            config.lora_alpha,
+            if config.use_rslora { ", rank-stabilised" } else { "" }
+        ))
+    }
+
+    /// Refuses the flags of pictures for what has none.
+    fn no_pictures(&self, whose: &str) -> Result<()> {
+        let pictures =
+            [("--svg", &self.svg), ("--dendrogram", &self.dendrogram), ("--skills", &self.skills)];
+        match pictures.iter().find(|(_, path)| path.is_some()) {
+            Some((flag, _)) => Err(Error::Usage(format!("{flag} is for {whose}"))),
+            None => Ok(()),
+        }
     }
 
     fn adapter(&self) -> Result<()> {

@@ -1,6 +1,7 @@
 //! The command line: one file a verb, flags and exit codes as in the README.
 
 mod adapt;
+mod adapters;
 mod bench;
 mod config;
 mod data;

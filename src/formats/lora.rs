@@ -361,7 +361,7 @@ impl LoraFiles {
             let (&[r, d_in], &[d_out, r_out]) = (a_shape, b_shape) else {
                 return Err(shape_error(&file, &names[0], &[wanted, 0], a_shape));
             };
-            if wanted as f64 != rank || r != wanted || d_in == 0 {
+            if wanted as f64 != rank || wanted == 0 || r != wanted || d_in == 0 {
                 return Err(shape_error(&file, &names[0], &[wanted, d_in.max(1)], a_shape));
             }
             if r_out != wanted || d_out == 0 {

@@ -11,6 +11,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 pub use greedy::GenerateOptions;
 
 use crate::{
+    error::{Error, Result},
     kernels::{Backend, ops::Order, planner::Mode},
     model::{Adapter, Batch, Example, Mixing, Model, batch::RoutingRows, network::Sides},
     tape::{Adapted, Mixture, Tape},
@@ -18,6 +19,15 @@ use crate::{
 
 /// Up to this capacity, decoding streams the weights in dot products.
 const DOT_ROWS: usize = 16;
+
+/// The most bytes of mixed pairs that an engine keeps for examples with mixtures of their own.
+const MAX_PAIRS_BYTES: usize = 4 << 30;
+
+/// How an adapter runs: by itself, not by who is here. A row's bits must not depend on other rows'
+/// mixtures.
+fn mode<B: Backend>(adapter: &Adapter<B>) -> Mode {
+    Mode::for_engine(adapter.pair_bytes(adapter.config().n_tasks))
+}
 
 /// A base, maybe with an adapter, ready to compute.
 pub struct Engine<'m, B: Backend> {
@@ -55,6 +65,9 @@ impl<'m, B: Backend> Engine<'m, B> {
 
     /// An engine for these examples and others that are mixed like one of them.
     ///
+    /// # Errors
+    /// If the examples have so many different mixtures that their pairs would not fit in memory.
+    ///
     /// # Panics
     /// If [`Mixing::check`] fails for an example's mixing, or `capacity` is 0.
     pub fn for_examples<'e>(
@@ -62,7 +75,7 @@ impl<'m, B: Backend> Engine<'m, B> {
         adapter: Option<&'m Adapter<B>>,
         examples: impl IntoIterator<Item = &'e Example>,
         capacity: usize,
-    ) -> Self {
+    ) -> Result<Self> {
         let mut seen = HashSet::new();
         let mut mixings: Vec<Mixing> = Vec::new();
         for example in examples {
@@ -72,7 +85,18 @@ impl<'m, B: Backend> Engine<'m, B> {
                 mixings.push(mixing);
             }
         }
-        Self::with_mixings(model, adapter, mixings, capacity)
+        if let Some(adapter) = adapter
+            && mode(adapter) == Mode::Mixed
+            && adapter.pair_bytes(mixings.len()) > MAX_PAIRS_BYTES
+        {
+            return Err(Error::Config(format!(
+                "the rows have {} different mixtures, whose matrices take {} MiB; at most {} MiB are kept: split the file",
+                mixings.len(),
+                adapter.pair_bytes(mixings.len()) >> 20,
+                MAX_PAIRS_BYTES >> 20
+            )));
+        }
+        Ok(Self::with_mixings(model, adapter, mixings, capacity))
     }
 
     fn with_mixings(
@@ -83,8 +107,7 @@ impl<'m, B: Backend> Engine<'m, B> {
     ) -> Self {
         assert!(capacity > 0, "an engine that holds no row");
         let adapter = adapter.map(|adapter| {
-            // By the adapter, not by who is here: a row's bits must not depend on other rows' tasks.
-            let mode = Mode::for_engine(adapter.pair_bytes(adapter.config().n_tasks));
+            let mode = mode(adapter);
             let keep = mode == Mode::Mixed;
             let mixture = adapter.mixture_of(model.backend(), &mixings, keep);
             let row_of = mixings.into_iter().enumerate().map(|(row, m)| (m, row)).collect();

@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
-use super::{Example, Layout, Mixing};
+use serde_json::Value;
+
+use super::{Example, Layout, Mixing, united::Member};
 use crate::{
     error::{Error, Result},
     formats::{
         fingerprint::Fingerprint,
+        json::{excerpt, list_names},
         poly_config::PolyConfig,
         rows::{Row, RowReader, Sequence, Targets},
         tasks::TaskNames,
@@ -40,12 +43,15 @@ pub struct Routes<'a> {
     pub tasks: &'a TaskNames,
     /// The adapter whose mixtures they may name in a field `routing`; none: they may not.
     pub mixes: Option<&'a PolyConfig>,
+    /// The adapters that `mixes` is made of, of which rows name some in a field `adapter`; none: there
+    /// is one.
+    pub members: &'a [Member],
 }
 
 impl<'a> Routes<'a> {
     /// Tasks alone, as in training.
     pub fn tasks(tasks: &'a TaskNames) -> Self {
-        Self { tasks, mixes: None }
+        Self { tasks, mixes: None, members: &[] }
     }
 }
 
@@ -186,22 +192,75 @@ impl Fault {
 /// A row's task, and what it mixes instead of the task's own mixture. With a field `routing` the task
 /// is only what the row is counted under, so the adapter need not know it.
 fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixing>)> {
-    let Routes { tasks, mixes } = routes;
+    let Routes { tasks, mixes, members } = routes;
     let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
-    let Some(value) = row.raw.get("routing").filter(|value| !value.is_null()) else {
-        let task = tasks.resolve(row, path)?.ok_or_else(|| {
-            fail("the row has neither task nor task_id, but the adapter needs one".into())
-        })?;
-        return Ok((task, None));
+    let used = match mixes {
+        Some(_) => used_members(row, members).map_err(|e| fail(format!("field adapter: {e}")))?,
+        None => Vec::new(), // In training the field is one of the row's own.
     };
-    let Some(config) = mixes else {
-        return Err(fail(
-            "field routing: is for eval and generate; in training a row's task routes it".into(),
-        ));
+    let Some(config) = mixes.filter(|_| !used.is_empty()) else {
+        let mixing = explicit(row, tasks, mixes).map_err(fail)?;
+        let task = if mixing.is_some() { 0 } else { resolve(row, tasks, path)? };
+        return Ok((task, mixing));
     };
-    let mixing = Mixing::parse(value, tasks, config)
-        .map_err(|detail| fail(format!("field routing: {detail}")))?;
+    let mut parts = Vec::with_capacity(used.len());
+    for member in used {
+        let unnamed = TaskNames::unnamed(1);
+        let own_tasks = member.tasks.as_ref().unwrap_or(&unnamed);
+        let mixing = match explicit(row, own_tasks, Some(&member.config))
+            .map_err(|e| fail(format!("adapter {}: {e}", excerpt(&member.name))))?
+        {
+            Some(mixing) => mixing,
+            None if member.tasks.is_none() => Mixing::Task(0),
+            None => Mixing::Task(resolve(row, own_tasks, path)?),
+        };
+        parts.push(member.among(mixing, config));
+    }
+    let mixing = if parts.len() == 1 { parts.remove(0) } else { Mixing::Sum(parts) };
     Ok((0, Some(mixing)))
+}
+
+/// The adapters that a row uses: those of its field `adapter`, else the first.
+fn used_members<'m>(row: &Row, members: &'m [Member]) -> Result<Vec<&'m Member>, String> {
+    let named = |name: &Value| -> Result<&'m Member, String> {
+        let name = name.as_str().ok_or("expected a name or a list of names")?;
+        members.iter().find(|member| member.name == name).ok_or_else(|| {
+            let known = list_names(members.iter().map(|member| member.name.as_str()));
+            format!("{} is not known; known: {known}", excerpt(name))
+        })
+    };
+    match row.raw.get("adapter").filter(|value| !value.is_null()) {
+        None => Ok(members.first().into_iter().collect()),
+        Some(_) if members.is_empty() => {
+            Err("rows choose where there are several, --adapter NAME=DIR NAME=DIR".to_owned())
+        }
+        Some(Value::Array(names)) if names.is_empty() => Err("the list is empty".to_owned()),
+        Some(Value::Array(names)) => names.iter().map(named).collect(),
+        Some(name) => Ok(vec![named(name)?]),
+    }
+}
+
+/// A row's field `routing`, if it has one.
+fn explicit(
+    row: &Row,
+    tasks: &TaskNames,
+    config: Option<&PolyConfig>,
+) -> Result<Option<Mixing>, String> {
+    let Some(value) = row.raw.get("routing").filter(|value| !value.is_null()) else {
+        return Ok(None);
+    };
+    let config = config
+        .ok_or("field routing: is for eval and generate; in training a row's task routes it")?;
+    let mixing = Mixing::parse(value, tasks, config);
+    mixing.map(Some).map_err(|detail| format!("field routing: {detail}"))
+}
+
+fn resolve(row: &Row, tasks: &TaskNames, path: &Path) -> Result<u32> {
+    tasks.resolve(row, path)?.ok_or_else(|| Error::Line {
+        path: path.to_path_buf(),
+        line: row.line,
+        detail: "the row has neither task nor task_id, but the adapter needs one".into(),
+    })
 }
 
 impl Encoding<'_> {

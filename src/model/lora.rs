@@ -41,7 +41,7 @@ pub fn mixed(files: &AdapterFiles, mixing: &Mixing) -> (LoraConfig, BTreeMap<Str
     }
     let &PolyConfig { r, n_splits, n_skills, .. } = config;
     let pair = |module: &AdapterModule| {
-        let weights = mixing.weights(config, |task| module.mixing_weights(task as usize).into());
+        let weights = mixing.weights(config, &|task| module.mixing_weights(task as usize).into());
         let (d_in, d_out) = (module.d_in(), module.d_out());
         let (part_in, part_out) = (d_in / n_splits, d_out / n_splits);
         let mix = |bank: &Bank, q: usize, len: usize, at: usize| {
@@ -123,6 +123,14 @@ pub fn imported<B: Backend>(
                     ),
                 });
             };
+            let factor = lora.factor(name, r);
+            if let Some(b) = pair.b.iter().find(|&&b| !((factor * f64::from(b)) as f32).is_finite())
+            {
+                return Err(Error::Tensors {
+                    path: lora.dir.clone(),
+                    detail: format!("{name}: the scale {factor:e} times {b} in B is not finite"),
+                });
+            }
             if (pair.d_in, pair.d_out) != (target.d_in, target.d_out) {
                 return Err(Error::Tensors {
                     path: lora.dir.clone(),
@@ -189,17 +197,24 @@ pub fn imported<B: Backend>(
     Ok((config, modules))
 }
 
+/// A plain LoRA folder as what a folder of an adapter of one skill and one task would have.
+///
+/// # Errors
+/// As [`Adapter::open_lora`].
+pub fn lora_as_poly<B: Backend>(base: &Model<B>, dir: impl AsRef<Path>) -> Result<AdapterFiles> {
+    let lora = LoraFiles::open(dir)?;
+    let import = Import { n_tasks: 1, n_splits: 1, one_hot: Some(ON as f32) };
+    let (config, modules) = imported(base, std::slice::from_ref(&lora), &import)?;
+    Ok(AdapterFiles { dir: lora.dir, config, modules, tasks: None, ignored: Vec::new() })
+}
+
 impl<B: Backend> Adapter<B> {
     /// Loads a plain LoRA folder onto a base, as an adapter of one skill for every task.
     ///
     /// # Errors
     /// As [`Adapter::open`].
     pub fn open_lora(base: &Model<B>, dir: impl AsRef<Path>) -> Result<Self> {
-        let lora = LoraFiles::open(dir)?;
-        let import = Import { n_tasks: 1, n_splits: 1, one_hot: Some(ON as f32) };
-        let (config, modules) = imported(base, std::slice::from_ref(&lora), &import)?;
-        let files =
-            AdapterFiles { dir: lora.dir, config, modules, tasks: None, ignored: Vec::new() };
+        let files = lora_as_poly(base, dir)?;
         Self::from_files(base, files, Routing { fixed: true, ..Routing::default() })
     }
 

@@ -6,11 +6,15 @@
 //! | weights | as given, the same in every linear | `{"weights": [0.5, 0.5, 0, 0]}` |
 //! | blend | Σ share·w\[task\] / Σ share | `{"blend": {"a": 1, "b": 3}}` |
 //! | average | the mean of w over all tasks | `"average"` |
+//! | sum | the sum of others' | `"adapter": ["a", "b"]` ([`super::united`]) |
 //!
 //! Weights are used as they are: those of a task sum to 1 in each split, and all zeros leave the base
 //! alone. A blend is of mixing weights, not of outputs: A and B are mixed before they are multiplied.
 
-use std::hash::{Hash, Hasher};
+use std::{
+    borrow::Cow,
+    hash::{Hash, Hasher},
+};
 
 use serde_json::Value;
 
@@ -31,6 +35,8 @@ pub enum Mixing {
     Blend(Vec<(u32, f32)>),
     /// All tasks', in equal parts.
     Average,
+    /// The sum of several: what adapters that are used together add.
+    Sum(Vec<Mixing>),
 }
 
 // Values that came through `check` are not NaN, and those of `parse` have no -0.
@@ -49,6 +55,7 @@ impl Hash for Mixing {
                 shares.iter().for_each(|(task, s)| (task, (s + 0.0).to_bits()).hash(state));
             }
             Self::Average => 3.hash(state),
+            Self::Sum(parts) => (4, parts).hash(state),
         }
     }
 }
@@ -146,6 +153,7 @@ impl Mixing {
                 }
             }
             Self::Average => Ok(()),
+            Self::Sum(parts) => parts.iter().try_for_each(|part| part.check(config)),
         }
     }
 
@@ -158,6 +166,7 @@ impl Mixing {
                 let sum: f64 = shares.iter().map(|&(_, share)| f64::from(share)).sum();
                 shares.iter().map(|&(task, share)| (task, f64::from(share) / sum)).collect()
             }
+            Self::Sum(parts) => parts.iter().flat_map(|part| part.parts(n_tasks)).collect(),
             Self::Average => (0..n_tasks as u32).map(|task| (task, 1.0 / n_tasks as f64)).collect(),
         }
     }
@@ -166,9 +175,17 @@ impl Mixing {
     pub(crate) fn weights<'w>(
         &self,
         config: &PolyConfig,
-        of_task: impl Fn(u32) -> std::borrow::Cow<'w, [f64]>,
+        of_task: &dyn Fn(u32) -> Cow<'w, [f64]>,
     ) -> Vec<f64> {
         let width = config.n_splits * config.n_skills;
+        if let Self::Sum(parts) = self {
+            let mut sum = vec![0.0; width];
+            for part in parts {
+                let weights = part.weights(config, of_task);
+                sum.iter_mut().zip(weights).for_each(|(sum, w)| *sum += w);
+            }
+            return sum;
+        }
         if let Self::Weights(weights) = self {
             return weights.iter().copied().map(f64::from).cycle().take(width).collect();
         }
@@ -262,9 +279,11 @@ mod tests {
     #[test]
     fn weights_are_as_the_table_says() {
         let config = PolyConfig { n_tasks: 2, n_skills: 2, n_splits: 2, ..PolyConfig::default() };
-        let of_task = |task: u32| match task {
-            0 => vec![1.0, 0.0, 0.5, 0.5].into(),
-            _ => vec![0.0, 1.0, 0.25, 0.75].into(),
+        let of_task = |task: u32| -> Cow<'static, [f64]> {
+            match task {
+                0 => vec![1.0, 0.0, 0.5, 0.5].into(),
+                _ => vec![0.0, 1.0, 0.25, 0.75].into(),
+            }
         };
         for (mixing, expected) in [
             (Mixing::Task(1), [0.0, 1.0, 0.25, 0.75]),
@@ -272,8 +291,9 @@ mod tests {
             (Mixing::Weights(vec![1.0, 2.0, 3.0, 4.0]), [1.0, 2.0, 3.0, 4.0]),
             (Mixing::Blend(vec![(0, 3.0), (1, 1.0)]), [0.75, 0.25, 0.4375, 0.5625]),
             (Mixing::Average, [0.5, 0.5, 0.375, 0.625]),
+            (Mixing::Sum(vec![Mixing::Task(0), Mixing::Average]), [1.5, 0.5, 0.875, 1.125]),
         ] {
-            assert_eq!(mixing.weights(&config, of_task), expected, "{mixing:?}");
+            assert_eq!(mixing.weights(&config, &of_task), expected, "{mixing:?}");
         }
     }
 }

@@ -10,6 +10,7 @@
 //! are two ranges.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     path::Path,
@@ -106,7 +107,7 @@ impl<B: Backend> Adapter<B> {
     }
 
     /// Loads what a folder has onto a base.
-    pub(super) fn from_files(
+    pub(crate) fn from_files(
         base: &Model<B>,
         files: AdapterFiles,
         routing: Routing,
@@ -408,10 +409,11 @@ impl<B: Backend> Adapter<B> {
         let mut weights = Vec::with_capacity(self.targets.len() * mixings.len() * width);
         for linear in 0..self.targets.len() {
             for mixing in mixings {
-                weights.extend(mixing.weights(&self.config, |task| {
+                let of_task = |task| {
                     let row = linear * n_needed + rows_of[&task];
-                    learned[row * width..][..width].into()
-                }));
+                    Cow::Borrowed(&learned[row * width..][..width])
+                };
+                weights.extend(mixing.weights(&self.config, &of_task));
             }
         }
         let rows = self.targets.len() * mixings.len();

@@ -509,9 +509,120 @@ fn an_adapter_is_looked_into() {
             }
         }
     }
+    assert!(ok(&["inspect", str(&lora("two"))]).contains("r 4, lora_alpha 2, rank-stabilised"));
     let shown = ok(&["inspect", str(&adapter), "--layers"]);
     assert!(shown.contains("decoder.block.0.layer.1.EncDecAttention.q, entropy "), "{shown}");
     assert!(shown.contains("share of their skills that tasks have in common"), "{shown}");
     let base = case("tiny").join("base");
     fails(&["inspect", str(&base), "--skills", str(&skills)], 2, "--skills is for adapter folders");
+}
+
+/// Several adapters together: each row uses its own, or the sum of some, and computes what it would
+/// with that alone.
+#[test]
+fn rows_choose_their_adapters() {
+    let dir = scratch("several");
+    let (base, poly) = (case("tiny").join("base"), case("tiny").join("adapter"));
+    let four = dir.join("four");
+    let (one, two) = (lora("one"), lora("two"));
+    let mut flags = vec!["import", "--model", str(&base), "--lora", str(&one), str(&two)];
+    flags.extend(["--n-splits", "4", "--one-hot", "--output-dir", str(&four)]);
+    ok(&flags);
+    // Two splits, four, and LoRAs: as PEFT lays named adapters out, and by name.
+    let peft = dir.join("peft");
+    for name in ["one", "two"] {
+        fs::create_dir_all(peft.join(name)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(lora(name).join(file), peft.join(name).join(file)).unwrap();
+        }
+    }
+    let (named, four_named) = (format!("poly={}", str(&poly)), format!("hot={}", str(&four)));
+    let several = [named.as_str(), four_named.as_str(), str(&peft)];
+    let eval = |rows: &Path, adapters: &[&str]| -> Vec<f64> {
+        let per_example = dir.join("nll.jsonl");
+        let mut flags = vec!["eval", "--model", str(&base), "--data", str(rows), "--dtype", "f32"];
+        flags.extend(["--generate", "off", "--per-example", str(&per_example), "--adapter"]);
+        flags.extend(adapters);
+        ok(&flags);
+        lines(&per_example).iter().map(|row| row["nll"].as_f64().unwrap()).collect()
+    };
+    let with = |fields: Value| {
+        lora_rows(&dir, move |row| {
+            row.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        })
+    };
+    // A task of the first, by default.
+    let of_poly = eval(&with(json!({"task_id": 1})), &[str(&poly)]);
+    assert_near(&eval(&with(json!({"task_id": 1})), &several), &of_poly, 1e-5, "the first");
+    let mut each = Vec::new();
+    let average = eval(&with(json!({"routing": "average"})), &[str(&poly)]);
+    let weights = json!({"weights": [0.25, 0.75, 0.5, 0.125]});
+    let weighted = eval(&with(json!({"routing": weights})), &[str(&poly)]);
+    for (fields, want) in [
+        (json!({"adapter": "poly", "task_id": 1}), of_poly.clone()),
+        (json!({"adapter": "one", "task": "of no account"}), lora_nll("one")),
+        (json!({"adapter": ["two"]}), lora_nll("two")),
+        (json!({"adapter": "hot", "task": "two"}), lora_nll("two")),
+        (json!({"adapter": "poly", "routing": "average"}), average),
+        (json!({"adapter": "poly", "routing": weights}), weighted),
+    ] {
+        let got = eval(&with(fields.clone()), &several);
+        assert_near(&got, &want, 1e-5, &fields.to_string());
+        each.push((fields, got));
+    }
+    // The sum of two: the one merged into the base, the other on it.
+    let merged = dir.join("merged");
+    let mut flags = vec!["export", "--merged", "--model", str(&base), "--adapter", str(&poly)];
+    flags.extend(["--task", "1", "--output-dir", str(&merged)]);
+    ok(&flags);
+    let want = nll(&dir, &merged, Some(&one), &with(json!({})));
+    let fields = json!({"adapter": ["poly", "one"], "task_id": 1});
+    let got = eval(&with(fields.clone()), &several);
+    assert_near(&got, &want, 1e-5, "the sum");
+    assert!(got.iter().zip(&of_poly).all(|(sum, one)| (sum - one).abs() > 1e-3));
+    each.push((fields, got));
+    // All in one file: a row's bits are its own.
+    let rows: Vec<Value> = lines(&with(json!({})));
+    let mixed = dir.join("mixed.jsonl");
+    let mut want = Vec::new();
+    let all = each.iter().enumerate().map(|(i, (fields, alone))| {
+        let mut row = rows[i % rows.len()].clone();
+        row.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        want.push(alone[i % rows.len()]);
+        format!("{row}\n")
+    });
+    fs::write(&mixed, all.collect::<String>()).unwrap();
+    assert_eq!(eval(&mixed, &several), want);
+
+    let bad = |fields: Value, adapters: &[&str], code, message: &str| {
+        let rows = with(fields);
+        let mut flags = vec!["eval", "--model", str(&base), "--data", str(&rows), "--adapter"];
+        flags.extend(adapters);
+        fails(&flags, code, message);
+    };
+    let known = "known: \"poly\", \"hot\", \"one\", \"two\"";
+    bad(
+        json!({"adapter": "x"}),
+        &several,
+        3,
+        &format!("rows.jsonl:1: field adapter: \"x\" is not known; {known}"),
+    );
+    bad(json!({"adapter": []}), &several, 3, "rows.jsonl:1: field adapter: the list is empty");
+    bad(json!({"adapter": 1}), &several, 3, "expected a name or a list of names");
+    bad(
+        json!({"adapter": "poly"}),
+        &several,
+        3,
+        "rows.jsonl:1: the row has neither task nor task_id",
+    );
+    bad(
+        json!({"adapter": "poly", "task_id": 0}),
+        &[str(&poly)],
+        3,
+        "rows choose where there are several",
+    );
+    bad(json!({"task_id": 0}), &[str(&poly), str(&poly)], 2, "two adapters are called \"adapter\"");
+    let empty = dir.join("empty");
+    fs::create_dir_all(&empty).unwrap();
+    bad(json!({"task_id": 0}), &[str(&empty)], 3, "neither adapter_config.json nor a sub-folder");
 }

@@ -1,0 +1,123 @@
+//! `--adapter` of `eval` and `generate`: none, one, or several with names.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+
+use crate::{
+    error::{Error, Result},
+    formats::{adapter::AdapterFiles, lora::is_lora, poly_config, tasks::TaskNames},
+    kernels::Backend,
+    model::{
+        Adapter, Model,
+        dataset::Routes,
+        lora::lora_as_poly,
+        routing::Routing,
+        united::{Member, united},
+    },
+};
+
+#[derive(Args)]
+pub(super) struct AdapterFlags {
+    /// The adapter's folder, Poly or plain LoRA [default: the base alone]. Of several (DIR, NAME=DIR, or
+    /// a folder of named sub-folders) a row uses what its field `adapter` names, of a list the sum;
+    /// without the field the first.
+    #[arg(long, num_args = 1..)]
+    adapter: Vec<PathBuf>,
+}
+
+/// What was opened, and what rows may say of it.
+pub(super) struct Opened<B: Backend> {
+    pub(super) adapter: Option<Adapter<B>>,
+    pub(super) tasks: Option<TaskNames>,
+    members: Vec<Member>,
+}
+
+impl<B: Backend> Opened<B> {
+    /// What rows may say of routing.
+    pub(super) fn routes(&self) -> Option<Routes<'_>> {
+        let (adapter, tasks) = (self.adapter.as_ref()?, self.tasks.as_ref()?);
+        Some(Routes { tasks, mixes: Some(adapter.config()), members: &self.members })
+    }
+}
+
+impl AdapterFlags {
+    /// Opens them on a base.
+    pub(super) fn open<B: Backend>(&self, base: &Model<B>) -> Result<Opened<B>> {
+        let mut named: Vec<(String, PathBuf)> = Vec::new();
+        for value in &self.adapter {
+            named.extend(expand(value)?);
+        }
+        if let [(_, dir)] = &named[..] {
+            let (adapter, tasks) = Adapter::open_any(base, dir)?;
+            return Ok(Opened { adapter: Some(adapter), tasks, members: Vec::new() });
+        }
+        if named.is_empty() {
+            return Ok(Opened { adapter: None, tasks: None, members: Vec::new() });
+        }
+        let mut all = Vec::with_capacity(named.len());
+        let mut are_loras = Vec::with_capacity(named.len());
+        for (name, dir) in named {
+            // Each by itself first, so that the message names the folder at fault.
+            let files = if is_lora(&dir) {
+                lora_as_poly(base, &dir)?
+            } else {
+                Adapter::open(base, &dir)?;
+                AdapterFiles::open(&dir)?
+            };
+            are_loras.push(is_lora(&dir));
+            all.push((name, files));
+        }
+        let (files, mut members) = united(all)?;
+        for (member, is_lora) in members.iter_mut().zip(are_loras) {
+            if is_lora {
+                member.tasks = None;
+            }
+        }
+        let adapter = Adapter::from_files(base, files, Routing::default())?;
+        let tasks = Some(adapter.task_names());
+        Ok(Opened { adapter: Some(adapter), tasks, members })
+    }
+}
+
+/// The adapters that a value of the flag means, with their names.
+fn expand(value: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let text = value.to_string_lossy();
+    if let Some((name, dir)) = text.split_once('=')
+        && !value.exists()
+        && !name.is_empty()
+        && !name.contains('/')
+    {
+        return Ok(vec![(name.to_owned(), dir.into())]);
+    }
+    let is_adapter = |dir: &Path| dir.join(poly_config::FILE_NAME).exists();
+    let name = |dir: &Path| {
+        let name = dir.file_name().map(|name| name.to_string_lossy().into_owned());
+        name.unwrap_or_else(|| dir.display().to_string())
+    };
+    if is_adapter(value) || !value.is_dir() {
+        return Ok(vec![(name(value), value.to_path_buf())]);
+    }
+    // As PEFT saves adapters that are not called "default": a sub-folder each.
+    let mut found = Vec::new();
+    for entry in fs::read_dir(value).map_err(Error::io("read", value))? {
+        let path = entry.map_err(Error::io("read", value))?.path();
+        if is_adapter(&path) && !name(&path).starts_with('.') {
+            found.push((name(&path), path));
+        }
+    }
+    found.sort();
+    if found.is_empty() {
+        return Err(Error::file(
+            value,
+            format!(
+                "not an adapter folder: neither {} nor a sub-folder with one",
+                poly_config::FILE_NAME
+            ),
+        ));
+    }
+    Ok(found)
+}
