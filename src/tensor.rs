@@ -14,6 +14,24 @@ pub trait Bytes: Send + Sync + 'static {
     fn bytes(&self) -> &[u8];
 }
 
+/// [`Bytes`] that can be written: a caller's memory that a tensor lies in.
+pub trait BytesMut: Bytes {
+    /// All of them, for writing.
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+impl Bytes for Vec<f32> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(self)
+    }
+}
+
+impl BytesMut for Vec<f32> {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(self)
+    }
+}
+
 impl Bytes for Vec<u8> {
     fn bytes(&self) -> &[u8] {
         self

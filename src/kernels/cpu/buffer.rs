@@ -16,6 +16,8 @@ use std::{
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::tensor::BytesMut;
+
 /// One cache line, so that vectors start at one.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
@@ -79,7 +81,7 @@ impl Pool {
         if self.poison {
             bytemuck::cast_slice_mut(&mut lines).fill(0xFF_u8); // NaN as f32 and as bf16.
         }
-        Buffer { lines, bytes, pool: Arc::clone(self) }
+        Buffer(Memory::Pooled(Pooled { lines, bytes, pool: Arc::clone(self) }))
     }
 
     /// Bytes handed out or waiting, at their peak.
@@ -89,21 +91,43 @@ impl Pool {
 }
 
 /// Memory of a tensor on the CPU.
-pub struct Buffer {
+pub struct Buffer(Memory);
+
+enum Memory {
+    Pooled(Pooled),
+    /// A caller's.
+    Lent(Box<dyn BytesMut>),
+}
+
+/// Goes back to its pool.
+struct Pooled {
     lines: Vec<Line>,
     bytes: usize,
     pool: Arc<Pool>,
 }
 
 impl Buffer {
+    /// Memory that a caller lends.
+    pub(super) fn lent(memory: Box<dyn BytesMut>) -> Self {
+        Self(Memory::Lent(memory))
+    }
+
     /// All bytes.
     pub(super) fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.bytes]
+        match &self.0 {
+            Memory::Pooled(Pooled { lines, bytes, .. }) => &bytemuck::cast_slice(lines)[..*bytes],
+            Memory::Lent(memory) => memory.bytes(),
+        }
     }
 
     /// All bytes, for writing.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+        match &mut self.0 {
+            Memory::Pooled(Pooled { lines, bytes, .. }) => {
+                &mut bytemuck::cast_slice_mut(lines)[..*bytes]
+            }
+            Memory::Lent(memory) => memory.bytes_mut(),
+        }
     }
 
     /// As elements.
@@ -117,7 +141,7 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Pooled {
     fn drop(&mut self) {
         let lines = mem::take(&mut self.lines);
         let mut shelves = self.pool.shelves.lock().unwrap_or_else(PoisonError::into_inner);

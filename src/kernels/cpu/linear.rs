@@ -22,23 +22,36 @@ use super::{
 use crate::{dtype::Dtype, tensor::Tensor};
 
 pub(super) fn linear(cpu: &Cpu, args: Linear<'_, Cpu>) -> Vec<Tensor<Cpu>> {
+    let alloc = |p: &Projection<'_, Cpu>| cpu.alloc(args.x.rows(), p.weight.rows(), args.output);
+    let mut outputs: Vec<_> = args.projections.iter().map(alloc).collect();
+    linear_into(cpu, args, false, &mut outputs);
+    outputs
+}
+
+pub(super) fn linear_into(
+    cpu: &Cpu,
+    args: Linear<'_, Cpu>,
+    add: bool,
+    outputs: &mut [Tensor<Cpu>],
+) {
     let Linear { x, projections, order, output } = args;
-    for projection in projections {
+    assert_eq!(projections.len(), outputs.len(), "an output for each projection");
+    for (projection, out) in projections.iter().zip(&*outputs) {
         assert_eq!(projection.weight.cols(), x.cols(), "a weight's columns are x's");
+        assert_eq!((out.rows(), out.cols()), (x.rows(), projection.weight.rows()));
+        assert_eq!(out.dtype(), cpu.dtype(output));
+        assert!(!add || projection.residual.is_none(), "what is added to is in the output");
     }
-    let mut outputs: Vec<_> =
-        projections.iter().map(|p| cpu.alloc(x.rows(), p.weight.rows(), output)).collect();
     match cpu.dtype(output) {
         Dtype::F32 => {
             let outs = outputs.iter_mut().map(Tensor::f32s_mut).collect();
-            write::<f32>(cpu, x, projections, order, outs);
+            write::<f32>(cpu, x, projections, order, add, outs);
         }
         _ => {
             let outs = outputs.iter_mut().map(bf16s_mut).collect();
-            write::<bf16>(cpu, x, projections, order, outs);
+            write::<bf16>(cpu, x, projections, order, add, outs);
         }
     }
-    outputs
 }
 
 fn bf16s_mut(tensor: &mut Tensor<Cpu>) -> &mut [bf16] {
@@ -56,13 +69,15 @@ fn write<T: ElementMut<Item = T> + Send>(
     x: &Tensor<Cpu>,
     projections: &[Projection<'_, Cpu>],
     order: Order,
+    add: bool,
     mut outs: Vec<&mut [T]>,
 ) {
+    let there = if add { Residual::Output } else { Residual::None };
     let biases: Vec<_> = projections.iter().map(|p| p.bias.map(|b| b.to_f32())).collect();
     let finish = |i: usize| Finish {
         bias: biases[i].as_deref(),
         dropout: projections[i].dropout,
-        residual: projections[i].residual.map_or(Residual::None, |r| {
+        residual: projections[i].residual.map_or(there, |r| {
             assert_eq!((r.rows(), r.cols()), (x.rows(), projections[i].weight.rows()));
             Residual::Of(Matrix::tensor(r))
         }),
@@ -370,10 +385,7 @@ pub(super) fn linear_backward(cpu: &Cpu, args: LinearBackward<'_, Cpu>) -> Tenso
         (Some(d_residual), None) => (d_residual.rows(), d_residual.cols()),
         (None, None) => panic!("a backward of nothing"),
     };
-    for LinearBackwardTerm { d_y, weight, .. } in terms {
-        assert_eq!((d_y.rows(), d_y.cols(), weight.cols()), (rows, weight.rows(), cols));
-    }
-    let in_place = d_residual.is_some();
+    let add = d_residual.is_some();
     let mut d_x = match d_residual {
         Some(d_residual) => {
             assert_eq!((d_residual.rows(), d_residual.cols()), (rows, cols));
@@ -381,13 +393,29 @@ pub(super) fn linear_backward(cpu: &Cpu, args: LinearBackward<'_, Cpu>) -> Tenso
         }
         None => cpu.alloc(rows, cols, Precision::Activation),
     };
-    let residual = if in_place { Residual::Output } else { Residual::None };
+    linear_backward_into(cpu, LinearBackward { terms, d_residual: None }, add, &mut d_x);
+    d_x
+}
+
+pub(super) fn linear_backward_into(
+    cpu: &Cpu,
+    args: LinearBackward<'_, Cpu>,
+    add: bool,
+    d_x: &mut Tensor<Cpu>,
+) {
+    let LinearBackward { terms, d_residual } = args;
+    assert!(d_residual.is_none(), "what is added to is in the output");
+    let cols = d_x.cols();
+    assert_eq!(d_x.dtype(), cpu.dtype(Precision::Activation));
+    for LinearBackwardTerm { d_y, weight, .. } in terms {
+        assert_eq!((d_y.rows(), d_y.cols(), weight.cols()), (d_x.rows(), weight.rows(), cols));
+    }
+    let residual = if add { Residual::Output } else { Residual::None };
     let finish = Finish { residual, ..Finish::default() };
     match d_x.slice_mut() {
         SliceMut::F32(d_x) => write_backward(cpu, terms, finish, cols, d_x),
         SliceMut::Bf16(d_x) => write_backward(cpu, terms, finish, cols, d_x),
     }
-    d_x
 }
 
 fn write_backward<T: ElementMut<Item = T> + Send>(

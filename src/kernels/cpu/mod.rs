@@ -39,7 +39,7 @@ use super::{Backend, Precision, ops::*};
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    tensor::{Frozen, Tensor},
+    tensor::{BytesMut, Frozen, Tensor},
 };
 
 /// The CPU backend: an instruction set, threads, a compute type and a pool of buffers.
@@ -102,6 +102,57 @@ impl Cpu {
     pub fn poisoned(mut self) -> Self {
         self.pool = Arc::new(Pool::poisoned());
         self
+    }
+
+    /// A matrix in a caller's memory, read and written in place. The tensor gives the memory back when
+    /// it is dropped.
+    ///
+    /// # Errors
+    /// If the memory is not exactly `rows * cols` elements, or not aligned to an element.
+    pub fn lend(
+        &self,
+        memory: impl BytesMut,
+        rows: usize,
+        cols: usize,
+        precision: Precision,
+    ) -> Result<Tensor<Self>> {
+        let dtype = self.dtype(precision);
+        let (found, size) = (memory.bytes().len(), dtype.size_bytes());
+        if rows.checked_mul(cols).and_then(|n| n.checked_mul(size)) != Some(found) {
+            return Err(Error::Usage(format!(
+                "a {dtype} matrix [{rows}, {cols}] was lent {found} bytes"
+            )));
+        }
+        if memory.bytes().as_ptr().addr() % size != 0 {
+            return Err(Error::Usage(format!(
+                "a {dtype} matrix was lent memory that is not aligned to {size} bytes"
+            )));
+        }
+        Ok(Tensor::new(Buffer::lent(Box::new(memory)), dtype, rows, cols))
+    }
+
+    /// [`Backend::linear`] into tensors that are there, one for each projection (memory that is
+    /// [lent](Cpu::lend), say); with `add` onto what is in them, and without residuals.
+    ///
+    /// # Panics
+    /// If an output has another shape or type than the result or is held twice; if there is a
+    /// residual to add to what is added to.
+    pub fn linear_into(&self, args: Linear<'_, Self>, add: bool, outputs: &mut [Tensor<Self>]) {
+        self.scope(|| linear::linear_into(self, args, add, outputs));
+    }
+
+    /// [`Backend::linear_backward`] into a tensor that is there; with `add` onto what is in it.
+    ///
+    /// # Panics
+    /// If the output has another shape or type than the result or is held twice; if there is a
+    /// `d_residual`, whose place the output takes.
+    pub fn linear_backward_into(
+        &self,
+        args: LinearBackward<'_, Self>,
+        add: bool,
+        d_x: &mut Tensor<Self>,
+    ) {
+        self.scope(|| linear::linear_backward_into(self, args, add, d_x));
     }
 
     /// An unwritten matrix. Kernels write every element.
