@@ -42,7 +42,7 @@ pub use t5::T5;
 
 use crate::{
     dtype::Dtype,
-    error::Result,
+    error::{Error, Result},
     formats::{
         checkpoint::{Checkpoint, TensorUse},
         config::{GenerationConfig, ModelConfig},
@@ -217,6 +217,39 @@ impl<B: Backend> Model<B> {
         match self.config.decoder_start() {
             Some(start) => Layout::EncoderDecoder { start },
             None => Layout::Causal,
+        }
+    }
+
+    /// Refuses an example that the model cannot compute: without input, with ids that are not in the
+    /// vocabulary, longer than there are positions, or of a task that is not below `n_tasks`. Rows of
+    /// a data file are checked when they are read; this is for examples from elsewhere.
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub fn check_example(&self, example: &Example, n_tasks: Option<usize>) -> Result<()> {
+        let Example { input, labels, task } = example;
+        let fail = |detail: String| Err(Error::Usage(detail));
+        if input.is_empty() {
+            return fail("the example has no input; the model needs at least one token".into());
+        }
+        let vocab_size = self.vocab_size();
+        if let Some(id) = input.iter().chain(labels).find(|&&id| id as usize >= vocab_size) {
+            return fail(format!(
+                "token id {id} is out of range: the model's vocabulary has {vocab_size} ids"
+            ));
+        }
+        let longest = match self.layout() {
+            Layout::EncoderDecoder { .. } => input.len().max(labels.len()),
+            Layout::Causal => input.len() + labels.len(),
+        };
+        match (self.config.max_positions(), n_tasks) {
+            (Some(max), _) if longest > max => fail(format!(
+                "the example has {longest} tokens, but the model has positions for {max}"
+            )),
+            (_, Some(n_tasks)) if *task as usize >= n_tasks => {
+                fail(format!("task {task} is out of range: the adapter has {n_tasks}"))
+            }
+            _ => Ok(()),
         }
     }
 

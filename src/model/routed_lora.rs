@@ -214,6 +214,19 @@ impl<B: Backend> Adapter<B> {
         Ok((Self { config, routing, targets, banks, logits, params, tasks: None }, n))
     }
 
+    /// A copy that changes apart from this one.
+    pub fn copy(&self, backend: &B) -> Self {
+        Self {
+            config: self.config.clone(),
+            routing: self.routing,
+            targets: self.targets.clone(),
+            banks: self.banks.clone(),
+            logits: self.logits.clone(),
+            params: backend.copy(&self.params),
+            tasks: self.tasks.clone(),
+        }
+    }
+
     /// The configuration, with `target_modules` resolved.
     pub fn config(&self) -> &PolyConfig {
         &self.config
