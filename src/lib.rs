@@ -40,6 +40,8 @@
 //! overflows in it).
 
 pub mod activation;
+#[cfg(feature = "capi")]
+pub mod capi;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod demo;

@@ -1,9 +1,11 @@
 //! What each fuzz target asserts about arbitrary bytes: one `check` a module; see `README.md`.
 //!
 //! The modules are also included by polytape's own tests, which replay the committed corpus:
-//! `tests/fuzz_corpus.rs` those of the formats, `tests/kernels` the one of the kernels.
+//! `tests/fuzz_corpus.rs` those of the formats, `tests/kernels` the one of the kernels, `tests/c` the one
+//! of the C library.
 
 pub mod adapter;
+pub mod capi;
 pub mod checkpoint;
 pub mod config;
 pub mod memory;

@@ -1,0 +1,310 @@
+//! Evaluation and generation.
+
+use std::{
+    ffi::{c_int, c_void},
+    panic::resume_unwind,
+    sync::Arc,
+};
+
+use super::{
+    adapter::{AdapterObject, polytape_adapter},
+    examples::{check_room, copied, polytape_example},
+    handles::{self, Handle},
+    memory::{self, Versioned, optional_settings, read},
+    model::polytape_model,
+    status::{Failure, Stopped, call},
+};
+use crate::{
+    generate::{Engine, GenerateOptions},
+    kernels::cpu::Cpu,
+    model::{Adapter, Example, Model},
+};
+
+/// A base, maybe with an adapter, ready to compute. Any thread may use it, several at a time.
+pub struct polytape_engine {
+    _private: [u8; 0],
+}
+
+/// An engine with what it borrows.
+pub(super) struct EngineObject {
+    // Before what it borrows, so that it goes first.
+    engine: Engine<'static, Cpu>,
+    /// The adapter's tasks, where there is one.
+    n_tasks: Option<usize>,
+    model: Arc<Model<Cpu>>,
+    _adapter: Option<Arc<Adapter<Cpu>>>,
+}
+
+impl Handle for polytape_engine {
+    type Object = EngineObject;
+    const NAME: &'static str = "engine";
+}
+
+/// What an [`Arc`] holds, for as long as somebody keeps the [`Arc`].
+///
+/// # Safety
+/// The result is not used after the last clone of `arc` is gone.
+pub(super) unsafe fn held<T>(arc: &Arc<T>) -> &'static T {
+    // SAFETY: an `Arc`'s content does not move; the caller keeps it.
+    unsafe { &*Arc::as_ptr(arc) }
+}
+
+/// The adapter of a handle, which must be of this base.
+fn adapter_of(
+    model: &Arc<Model<Cpu>>,
+    adapter: *const polytape_adapter,
+) -> Result<Arc<AdapterObject>, Failure> {
+    let object = handles::object(adapter)?;
+    if !Arc::ptr_eq(&object.model, model) {
+        return Err(Failure::usage("the adapter was made for another model handle"));
+    }
+    Ok(object)
+}
+
+/// An engine for examples of these tasks, that decodes up to `capacity` of them at a time. The tasks
+/// (all of the adapter's where `tasks` is null) and the capacity fix how it computes: a row's bits do
+/// not depend on the rows beside it. `adapter` may be null: the base alone.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_new(
+    model: *const polytape_model,
+    adapter: *const polytape_adapter,
+    tasks: *const u32,
+    n_tasks: usize,
+    capacity: usize,
+    engine: *mut *mut polytape_engine,
+) -> i32 {
+    call(|| {
+        memory::check_place(engine, "engine")?;
+        let model = Arc::clone(&handles::object(model)?.model);
+        check_capacity(capacity)?;
+        if adapter.is_null() {
+            // SAFETY: `EngineObject` keeps the model for longer than the engine.
+            let made = Engine::new(unsafe { held(&model) }, None, [], capacity);
+            let object = EngineObject { engine: made, n_tasks: None, model, _adapter: None };
+            return memory::put(engine, handles::give(object), "engine");
+        }
+        let adapter = Arc::clone(&adapter_of(&model, adapter)?.adapter);
+        let known = adapter.config().n_tasks;
+        let tasks = match tasks.is_null() {
+            true => (0..known as u32).collect(),
+            false => read(tasks, n_tasks, "tasks")?.to_vec(),
+        };
+        if let Some(task) = tasks.iter().find(|&&task| task as usize >= known) {
+            return Err(Failure::usage(format!(
+                "task {task} is out of range: the adapter has {known}"
+            )));
+        }
+        // SAFETY: `EngineObject` keeps both for longer than the engine.
+        let (held_model, held_adapter) = unsafe { (held(&model), held(&adapter)) };
+        let made = Engine::new(held_model, Some(held_adapter), tasks, capacity);
+        let object =
+            EngineObject { engine: made, n_tasks: Some(known), model, _adapter: Some(adapter) };
+        memory::put(engine, handles::give(object), "engine")
+    })
+}
+
+/// An engine that routes by given mixing weights instead of the adapter's router. `weights` is
+/// [n_linears, n_rows, n_splits, n_skills]; `n_weights` is their number. An example's task is its
+/// row.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_new_with_weights(
+    model: *const polytape_model,
+    adapter: *const polytape_adapter,
+    weights: *const f32,
+    n_weights: usize,
+    n_rows: usize,
+    capacity: usize,
+    engine: *mut *mut polytape_engine,
+) -> i32 {
+    call(|| {
+        memory::check_place(engine, "engine")?;
+        let model = Arc::clone(&handles::object(model)?.model);
+        check_capacity(capacity)?;
+        let adapter = Arc::clone(&adapter_of(&model, adapter)?.adapter);
+        let config = adapter.config();
+        let of_row = adapter.targets().len() * config.n_splits * config.n_skills;
+        if n_rows == 0
+            || n_rows > u32::MAX as usize
+            || n_rows.checked_mul(of_row) != Some(n_weights)
+        {
+            return Err(Failure::size(format!(
+                "there are {n_weights} weights; {n_rows} rows have {of_row} each"
+            )));
+        }
+        let weights = read(weights, n_weights, "weights")?;
+        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
+            return Err(Failure::usage(format!("a mixing weight is {weight}")));
+        }
+        let weights: Vec<f64> = weights.iter().map(|&weight| f64::from(weight)).collect();
+        // SAFETY: `EngineObject` keeps both for longer than the engine.
+        let (held_model, held_adapter) = unsafe { (held(&model), held(&adapter)) };
+        let made = Engine::with_weights(held_model, held_adapter, &weights, n_rows, capacity);
+        let object =
+            EngineObject { engine: made, n_tasks: Some(n_rows), model, _adapter: Some(adapter) };
+        memory::put(engine, handles::give(object), "engine")
+    })
+}
+
+fn check_capacity(capacity: usize) -> Result<(), Failure> {
+    if capacity == 0 { Err(Failure::usage("the capacity is 0")) } else { Ok(()) }
+}
+
+impl EngineObject {
+    fn examples(
+        &self,
+        examples: *const polytape_example,
+        n: usize,
+    ) -> Result<Vec<Example>, Failure> {
+        let examples = copied(&self.model, examples, n, self.n_tasks)?;
+        if let Some(tasks) = self.engine.tasks() {
+            let unknown = |example: &&Example| tasks.binary_search(&example.task).is_err();
+            if let Some(example) = examples.iter().find(unknown) {
+                let task = example.task;
+                return Err(Failure::usage(format!("the engine is not for task {task}")));
+            }
+        }
+        Ok(examples)
+    }
+}
+
+fn n_labels(examples: &[Example]) -> usize {
+    examples.iter().map(|example| example.labels.len()).sum()
+}
+
+/// The nll of every label token of every example, in nats: `nll` is [labels of all examples], one
+/// example after the other, and `n_nll` their number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_nll(
+    engine: *const polytape_engine,
+    examples: *const polytape_example,
+    n_examples: usize,
+    nll: *mut f64,
+    n_nll: usize,
+) -> i32 {
+    call(|| {
+        let object = handles::object(engine)?;
+        let examples = object.examples(examples, n_examples)?;
+        check_room(n_nll, n_labels(&examples), "nll")?;
+        let to = memory::write(nll, n_nll, "nll")?;
+        let found = object.engine.nll(&examples.iter().collect::<Vec<_>>());
+        to.iter_mut().zip(found.into_iter().flatten()).for_each(|(to, nll)| *to = nll);
+        Ok(())
+    })
+}
+
+/// The logits of every label token of every example: `logits` is [labels of all examples,
+/// vocabulary], and `n_logits` their number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_logits(
+    engine: *const polytape_engine,
+    examples: *const polytape_example,
+    n_examples: usize,
+    logits: *mut f32,
+    n_logits: usize,
+) -> i32 {
+    call(|| {
+        let object = handles::object(engine)?;
+        let examples = object.examples(examples, n_examples)?;
+        let needed = n_labels(&examples).saturating_mul(object.model.vocab_size());
+        check_room(n_logits, needed, "logits")?;
+        let to = memory::write(logits, n_logits, "logits")?;
+        let found = object.engine.logits(&examples.iter().collect::<Vec<_>>());
+        to.iter_mut().zip(found.into_iter().flatten()).for_each(|(to, l)| *to = l as f32);
+        Ok(())
+    })
+}
+
+/// How tokens are generated: greedily.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct polytape_generate_options {
+    /// sizeof(polytape_generate_options).
+    pub size: usize,
+    /// At most this many tokens a row.
+    pub max_new_tokens: usize,
+    /// No end token before this many.
+    pub min_new_tokens: usize,
+}
+
+impl Default for polytape_generate_options {
+    fn default() -> Self {
+        let GenerateOptions { max_new_tokens, min_new_tokens, .. } = GenerateOptions::default();
+        Self { size: size_of::<Self>(), max_new_tokens, min_new_tokens }
+    }
+}
+
+// SAFETY: `repr(C)`, begins with `size`, numbers only.
+unsafe impl Versioned for polytape_generate_options {
+    const NAME: &'static str = "polytape_generate_options";
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+/// The defaults. `size` is sizeof(polytape_generate_options).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_generate_options_init(
+    options: *mut polytape_generate_options,
+    size: usize,
+) -> i32 {
+    call(|| memory::init(options, size))
+}
+
+/// Sees each token as it is made: the example's index and the id. Not 0: stop. It runs in one of
+/// polytape's threads, one call at a time, and must return (no longjmp, no C++ exception).
+pub type polytape_on_token =
+    Option<unsafe extern "C" fn(user: *mut c_void, example: usize, token: u32) -> c_int>;
+
+/// A callback with its data, wherever it runs.
+struct Callback {
+    function: unsafe extern "C" fn(*mut c_void, usize, u32) -> c_int,
+    user: *mut c_void,
+}
+
+// SAFETY: the declaration says that it runs in another thread, one call at a time; what `user` points
+// to is the caller's business.
+unsafe impl Send for Callback {}
+
+impl Callback {
+    fn call(&mut self, example: usize, token: u32) {
+        // SAFETY: a function of this type, as the caller says.
+        if unsafe { (self.function)(self.user, example, token) } != 0 {
+            resume_unwind(Box::new(Stopped)); // Quiet: no panic hook runs.
+        }
+    }
+}
+
+/// The most probable continuation of each example, token by token: `on_token` sees new tokens only,
+/// with the end token where one comes. Rows of different tasks step together. `options` may be null.
+/// Returns POLYTAPE_STOPPED where the callback said so.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_generate(
+    engine: *const polytape_engine,
+    examples: *const polytape_example,
+    n_examples: usize,
+    options: *const polytape_generate_options,
+    on_token: polytape_on_token,
+    user: *mut c_void,
+) -> i32 {
+    call(|| {
+        let object = handles::object(engine)?;
+        let mut examples = object.examples(examples, n_examples)?;
+        examples.iter_mut().for_each(|example| example.labels.clear());
+        let options = optional_settings(options)?;
+        let options = GenerateOptions {
+            max_new_tokens: options.max_new_tokens,
+            min_new_tokens: options.min_new_tokens,
+        };
+        let Some(function) = on_token else {
+            return Err(Failure::new(super::POLYTAPE_NULL, "on_token is null"));
+        };
+        let mut callback = Callback { function, user };
+        let examples: Vec<_> = examples.iter().collect();
+        object.engine.generate(&examples, &options, move |row, id| callback.call(row, id));
+        Ok(())
+    })
+}
+
+/// Frees an engine; null is fine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn polytape_engine_free(engine: *mut polytape_engine) -> i32 {
+    call(|| handles::free(engine))
+}
