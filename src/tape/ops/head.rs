@@ -26,15 +26,15 @@ struct HeadNode<B: Backend> {
 }
 
 /// What the head and the loss are, beside their input.
-pub(crate) struct HeadSpec<'a, B: Backend> {
+pub struct HeadSpec<'a, B: Backend> {
     /// `[vocabulary, d_model]`.
-    pub(crate) weight: &'a B::Weight,
+    pub weight: &'a B::Weight,
     /// `[tokens]`.
-    pub(crate) labels: &'a [u32],
+    pub labels: &'a [u32],
     /// Multiplies the logits.
-    pub(crate) scale: f32,
+    pub scale: f32,
     /// The gradient of the loss with respect to each token's nll.
-    pub(crate) d_nll: f32,
+    pub d_nll: f32,
 }
 
 /// From the nll of each token, the gradient of the loss with respect to each.
@@ -72,7 +72,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `-ln p(label)` of each token, in nats. The loss that is differentiated is `d_nll` times their
     /// sum, or as [`Tape::shape_loss`] says.
-    pub(crate) fn head_loss(&mut self, x: &Var<B>, spec: HeadSpec<'_, B>) -> Vec<f64> {
+    pub fn head_loss(&mut self, x: &Var<B>, spec: HeadSpec<'_, B>) -> Vec<f64> {
         let HeadSpec { weight, labels, scale, d_nll } = spec;
         let needed = x.id().map(|_| d_nll);
         let shaped = self.loss_shape.as_ref().is_some_and(|shape| shape.weights.is_some());

@@ -11,6 +11,6 @@ mod norm;
 mod rope;
 
 pub use attention::{AttentionSpec, KeyValue};
-pub use head::{LossShape, TokenWeights, mean_row};
+pub use head::{HeadSpec, LossShape, TokenWeights, mean_row};
 pub use linear::{FrozenLinear, LinearSpec};
 pub use norm::LayerNorm;
