@@ -26,7 +26,7 @@ impl Doctor {
         let dtype = self.common.dtype().unwrap_or(Dtype::Bf16);
         let cpu = Cpu::new(dtype, self.common.n_threads())?;
         let available: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
-        let model = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into());
+        let model = cpu_model();
         let memory = field("/proc/meminfo", "MemTotal").unwrap_or_else(|| "unknown".into());
         let free = field("/proc/meminfo", "MemAvailable").unwrap_or_else(|| "unknown".into());
         let forced = std::env::var("POLYTAPE_ISA").ok().filter(|name| !name.is_empty());
@@ -69,6 +69,11 @@ impl Doctor {
         }
         Ok(())
     }
+}
+
+/// What the CPU calls itself.
+pub(super) fn cpu_model() -> String {
+    field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into())
 }
 
 /// The value of a field in one of Linux's `name: value` files.

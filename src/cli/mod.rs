@@ -16,6 +16,7 @@ mod inspect;
 mod preview;
 mod report;
 mod train;
+pub mod verify;
 
 use std::{
     io::{IsTerminal, Write},
@@ -68,6 +69,8 @@ enum Verb {
     Bench(bench::Bench),
     /// Say what this machine offers and what is used of it.
     Doctor(doctor::Doctor),
+    /// Test every kernel on this machine with random cases against its f64 definition.
+    Verify(verify::Verify),
     /// Compare four ways to share adapters among tasks; all that it needs is inside the binary.
     Demo(demo::Demo),
 }
@@ -275,8 +278,8 @@ fn kebab(argument: String) -> String {
     }
 }
 
-/// Runs the command line of this process.
-pub fn run() -> ExitCode {
+/// Runs the command line of this process. `kernels` is what `verify` verifies.
+pub fn run(kernels: &[verify::Kernel]) -> ExitCode {
     let arguments = std::env::args_os().map(|argument| match argument.into_string() {
         Ok(text) => kebab(text).into(),
         Err(raw) => raw,
@@ -317,6 +320,7 @@ pub fn run() -> ExitCode {
         Verb::Init(verb) => verb.run(),
         Verb::Bench(verb) => verb.run(),
         Verb::Doctor(verb) => verb.run(),
+        Verb::Verify(verb) => verb.run(kernels),
         Verb::Demo(verb) => verb.run(),
     };
     match done {
@@ -343,6 +347,7 @@ impl Verb {
             Self::Init(verb) => &verb.common,
             Self::Bench(verb) => &verb.common,
             Self::Doctor(verb) => &verb.common,
+            Self::Verify(verb) => &verb.common,
             Self::Demo(verb) => &verb.common,
         }
     }

@@ -8,6 +8,7 @@ mod resume;
 mod routing;
 mod seeing;
 mod travel;
+mod verify;
 
 use std::{
     fs,

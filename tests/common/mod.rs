@@ -26,6 +26,7 @@ pub mod guard;
 
 use std::{
     any::Any,
+    cell::Cell,
     fmt::Debug,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -506,8 +507,30 @@ fn agrees(class: Class, found: f64, expected: f64, tolerance: f64, dtype: Dtype)
     if class == Class::Special && tolerance.is_nan() {
         return true; // An infinity somewhere in what it was made of.
     }
-    let rounding = dtype.unit_roundoff() * (expected.abs() + tolerance);
-    (found - expected).abs() <= tolerance + rounding + TINY
+    (found - expected).abs() <= allowed(expected, tolerance, dtype)
+}
+
+/// How far a finite value may be from the oracle's: the tolerance, and one rounding to its type.
+fn allowed(expected: f64, tolerance: f64, dtype: Dtype) -> f64 {
+    tolerance + dtype.unit_roundoff() * (expected.abs() + tolerance) + TINY
+}
+
+/// The largest error of results that [`compare`] accepts, in units of what is allowed.
+fn worst(class: Class, found: &[Output], expected: &[Output], tolerance: &[Vec<f64>]) -> f64 {
+    if class == Class::Exact {
+        return 0.0;
+    }
+    let mut worst = 0.0_f64;
+    for ((found, expected), tolerance) in found.iter().zip(expected).zip(tolerance) {
+        for ((value, target), tolerance) in found.values.iter().zip(&expected.values).zip(tolerance)
+        {
+            let allowed = allowed(*target, *tolerance, found.dtype);
+            if target.is_finite() && allowed.is_finite() {
+                worst = worst.max((value - target).abs() / allowed);
+            }
+        }
+    }
+    worst
 }
 
 fn assert_same_bits(what: &str, found: &[Output], expected: &[Output]) {
@@ -649,9 +672,14 @@ fn seeds(name: &str) -> Vec<u64> {
     }
     let n = std::env::var("POLYTAPE_CASES").map_or(40, |n| parse(&n));
     let base = std::env::var("POLYTAPE_SEED").map_or(1, |seed| parse(&seed));
+    (0..n).map(|i| seed_of(name, base, i)).collect()
+}
+
+/// The seed of an operation's case `i`, from a base seed.
+pub fn seed_of(name: &str, base: u64, i: u64) -> u64 {
     let name_bits = name.bytes().fold(base, |h, b| Gen::new(h ^ u64::from(b)).word());
     let n_classes = Class::ALL.len() as u64;
-    (0..n).map(|i| Gen::new(name_bits ^ i).word() / 8 * n_classes + i % n_classes).collect()
+    Gen::new(name_bits ^ i).word() / 8 * n_classes + i % n_classes
 }
 
 /// The case of a seed.
@@ -663,24 +691,44 @@ pub fn case<O>(seed: u64, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) -> C
 
 /// Checks an operation on its cases.
 pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) {
+    for (i, seed) in seeds(name).into_iter().enumerate() {
+        let replay = format!("replay with POLYTAPE_CASE={name}/{seed}");
+        let passed = check_seed(seed, i % 40 < EMULATED_OF_40, &make)
+            .unwrap_or_else(|error| panic!("{name}: {error}\n{replay}"));
+        for Passed { backend, worst, executions } in passed {
+            assert!(worst <= 1.0 && executions > 1, "{name} on {backend}: {worst}\n{replay}");
+        }
+    }
+}
+
+/// Checks the case of a seed; what is wrong, if anything is.
+pub fn check_seed<O: Op>(
+    seed: u64,
+    emulate: bool,
+    make: impl Fn(&mut Gen, Class, Batch) -> Case<O>,
+) -> Result<Vec<Passed>, String> {
     let message = |panic: Box<dyn Any + Send>| {
         let text = panic.downcast_ref::<String>().cloned();
         text.or_else(|| panic.downcast_ref::<&str>().map(|&s| s.into())).unwrap_or_default()
     };
-    for (i, seed) in seeds(name).into_iter().enumerate() {
-        let run = AssertUnwindSafe(|| {
-            let case = case(seed, &make);
-            let run = AssertUnwindSafe(|| check_case(&case, seed, i % 40 < EMULATED_OF_40));
-            catch_unwind(run).map_err(|panic| {
-                let (op, class, lens) = (&case.op, case.class, &case.batch.lens);
-                format!("{}\n{op:?} {class:?}, sequences of {lens:?}", message(panic))
-            })
-        });
-        let outcome = catch_unwind(run).unwrap_or_else(|panic| Err(message(panic)));
-        if let Err(error) = outcome {
-            panic!("{name}: {error}\nreplay with POLYTAPE_CASE={name}/{seed}");
-        }
-    }
+    let run = AssertUnwindSafe(|| {
+        let case = case(seed, &make);
+        let run = AssertUnwindSafe(|| check_case(&case, seed, emulate));
+        catch_unwind(run).map_err(|panic| {
+            let (op, class, lens) = (&case.op, case.class, &case.batch.lens);
+            format!("{}\n{op:?} {class:?}, sequences of {lens:?}", message(panic))
+        })
+    });
+    catch_unwind(run).unwrap_or_else(|panic| Err(message(panic)))
+}
+
+/// What a backend did in a case that it passed.
+pub struct Passed {
+    pub backend: &'static str,
+    /// The largest error, in units of what is allowed.
+    pub worst: f64,
+    /// How often it ran the operation.
+    pub executions: u64,
 }
 
 /// Checks the case that a fuzzer chose.
@@ -691,7 +739,8 @@ pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batc
     check_case(&case, random.word(), true);
 }
 
-fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) {
+fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) -> Vec<Passed> {
+    let mut passed = Vec::new();
     for compute in [Dtype::F32, Dtype::Bf16] {
         let own_weights = case.inputs.rounded(compute);
         let own_answer = answer(case, &own_weights);
@@ -713,7 +762,9 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) {
                 (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),
                 _ => (&own_weights, &own_answer),
             };
+            let executions = Cell::new(0);
             let run = |variant: &Variant, batch: &Batch, inputs: &Inputs| {
+                executions.set(executions.get() + 1);
                 variant.run(&case.op, batch, inputs)
             };
             let [first, others @ ..] = &subject.variants[..] else { unreachable!() };
@@ -722,6 +773,7 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) {
             if let Err(error) = compare(case.class, &found, expected, tolerance) {
                 panic!("{name}: {error}");
             }
+            let worst = worst(case.class, &found, expected, tolerance);
             assert_same_bits(&format!("{name}, again"), &run(first, &case.batch, inputs), &found);
             for other in others {
                 let what = match other {
@@ -737,8 +789,10 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) {
                 let what = format!("{name}, tokens {tokens:?} alone");
                 assert_same_bits(&what, &alone, &rows_of(&found, &tokens));
             }
+            passed.push(Passed { backend: name, worst, executions: executions.get() });
         }
     }
+    passed
 }
 
 /// What the oracle says, and how far a backend may be from it.

@@ -2,7 +2,7 @@
 
 use polytape::kernels::{Backend, Precision, ops, oracle::Oracle};
 
-use crate::{
+use super::{
     common::{
         Batch, Case, Class, Cut, Gen, Inputs, Loaded, Matrix, Op, Output, SMALLEST, U, check,
     },

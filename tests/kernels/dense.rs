@@ -5,7 +5,7 @@ use polytape::{
     tensor::Tensor,
 };
 
-use crate::common::{
+use super::common::{
     Batch, Case, Class, Cut, Gen, Inputs, Loaded, Op, Output, SPECIALS, SPECIALS_FINITE, U, check,
 };
 
@@ -111,8 +111,8 @@ pub fn linear(random: &mut Gen, class: Class, batch: Batch) -> Case<Linear> {
                 inputs.full(batch.n_rows * rank, d_out, values);
                 Lora::Mixed
             } else {
-                let bank = crate::lora::bank(random, n_splits, d_in, d_out, rank);
-                crate::lora::stacked(random, class, &bank, batch.n_rows, inputs);
+                let bank = super::lora::bank(random, n_splits, d_in, d_out, rank);
+                super::lora::stacked(random, class, &bank, batch.n_rows, inputs);
                 Lora::Stacked(bank)
             }
         });
@@ -212,14 +212,16 @@ impl Op for Embed {
     }
 }
 
+pub fn embed(random: &mut Gen, class: Class, batch: Batch) -> Case<Embed> {
+    let (vocabulary, d_model) = (random.size(129), random.size(257));
+    let weights = vec![random.weight(class, vocabulary, d_model)];
+    let inputs = Inputs { weights, ..Inputs::default() };
+    Case { class, batch, inputs, op: Embed { vocabulary } }
+}
+
 #[test]
 fn embeddings() {
-    check("embed", |random, class, batch| {
-        let (vocabulary, d_model) = (random.size(129), random.size(257));
-        let weights = vec![random.weight(class, vocabulary, d_model)];
-        let inputs = Inputs { weights, ..Inputs::default() };
-        Case { class, batch, inputs, op: Embed { vocabulary } }
-    });
+    check("embed", embed);
 }
 
 #[derive(Debug)]
@@ -304,15 +306,17 @@ impl Op for Gather {
     }
 }
 
+pub fn gather(random: &mut Gen, class: Class, batch: Batch) -> Case<Gather> {
+    let (d, n) = (random.size(257), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+    let rows = (0..random.below(20)).map(|_| random.below(1 << 20)).collect();
+    Case { class, batch, inputs, op: Gather { rows } }
+}
+
 #[test]
 fn gathered_rows() {
-    check("gather", |random, class, batch| {
-        let (d, n) = (random.size(257), batch.n_tokens());
-        let mut inputs = Inputs::default();
-        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
-        let rows = (0..random.below(20)).map(|_| random.below(1 << 20)).collect();
-        Case { class, batch, inputs, op: Gather { rows } }
-    });
+    check("gather", gather);
 }
 
 #[derive(Debug)]
@@ -570,15 +574,17 @@ impl Op for Add {
     }
 }
 
+pub fn add(random: &mut Gen, class: Class, batch: Batch) -> Case<Add> {
+    let (d, n) = (random.size(257), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
+    Case { class, batch, inputs, op: Add }
+}
+
 #[test]
 fn additions() {
-    check("add", |random, class, batch| {
-        let (d, n) = (random.size(257), batch.n_tokens());
-        let mut inputs = Inputs::default();
-        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
-        inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
-        Case { class, batch, inputs, op: Add }
-    });
+    check("add", add);
 }
 
 #[derive(Debug)]
@@ -597,20 +603,22 @@ impl Op for CacheWrite {
     }
 }
 
+pub fn cache_write(random: &mut Gen, class: Class, batch: Batch) -> Case<CacheWrite> {
+    let (width, n) = (random.size(129), batch.n_tokens());
+    let n_rows = n + random.below(20);
+    let mut rows: Vec<_> = (0..n_rows).collect();
+    (1..n_rows).rev().for_each(|i| rows.swap(i, random.below(i + 1)));
+    rows.truncate(n);
+    let mut inputs = Inputs::default();
+    inputs.full(n_rows, width, activations(random, class, n_rows * width, &SPECIALS));
+    inputs.tensors[0].precision = Precision::Activation;
+    inputs.tokens(&batch, width, activations(random, class, n * width, &SPECIALS));
+    Case { class, batch, inputs, op: CacheWrite { rows } }
+}
+
 #[test]
 fn cache_writes() {
-    check("cache_write", |random, class, batch| {
-        let (width, n) = (random.size(129), batch.n_tokens());
-        let n_rows = n + random.below(20);
-        let mut rows: Vec<_> = (0..n_rows).collect();
-        (1..n_rows).rev().for_each(|i| rows.swap(i, random.below(i + 1)));
-        rows.truncate(n);
-        let mut inputs = Inputs::default();
-        inputs.full(n_rows, width, activations(random, class, n_rows * width, &SPECIALS));
-        inputs.tensors[0].precision = Precision::Activation;
-        inputs.tokens(&batch, width, activations(random, class, n * width, &SPECIALS));
-        Case { class, batch, inputs, op: CacheWrite { rows } }
-    });
+    check("cache_write", cache_write);
 }
 
 #[derive(Debug)]
@@ -708,18 +716,20 @@ impl Op for Argmax {
     }
 }
 
+pub fn argmax(random: &mut Gen, class: Class, batch: Batch) -> Case<Argmax> {
+    let (cols, n) = (random.size(300), batch.n_tokens());
+    let mut inputs = Inputs::default();
+    let infinities = [f64::INFINITY, f64::NEG_INFINITY];
+    inputs.tokens_full(&batch, cols, activations(random, class, n * cols, &infinities));
+    if n > 0 && class == Class::Special {
+        inputs.tensors[0].values[..cols].fill(f64::NEG_INFINITY);
+    }
+    Case { class, batch, inputs, op: Argmax }
+}
+
 #[test]
 fn argmaxes() {
-    check("argmax", |random, class, batch| {
-        let (cols, n) = (random.size(300), batch.n_tokens());
-        let mut inputs = Inputs::default();
-        let infinities = [f64::INFINITY, f64::NEG_INFINITY];
-        inputs.tokens_full(&batch, cols, activations(random, class, n * cols, &infinities));
-        if n > 0 && class == Class::Special {
-            inputs.tensors[0].values[..cols].fill(f64::NEG_INFINITY);
-        }
-        Case { class, batch, inputs, op: Argmax }
-    });
+    check("argmax", argmax);
 }
 
 #[derive(Debug)]
@@ -734,14 +744,16 @@ impl Op for SumOfSquares {
     }
 }
 
+pub fn sum_of_squares(random: &mut Gen, class: Class, batch: Batch) -> Case<SumOfSquares> {
+    let n = random.size(257) * random.size(257);
+    let mut inputs = Inputs::default();
+    inputs.full(1, n, activations(random, class, n, &SPECIALS));
+    Case { class, batch, inputs, op: SumOfSquares }
+}
+
 #[test]
 fn sums_of_squares() {
-    check("sum_of_squares", |random, class, batch| {
-        let n = random.size(257) * random.size(257);
-        let mut inputs = Inputs::default();
-        inputs.full(1, n, activations(random, class, n, &SPECIALS));
-        Case { class, batch, inputs, op: SumOfSquares }
-    });
+    check("sum_of_squares", sum_of_squares);
 }
 
 #[derive(Debug)]
@@ -841,6 +853,6 @@ fn uploads_copies_and_zeros() {
         }
     }
     round_trip(&Oracle);
-    crate::common::backends().for_each(round_trip);
-    crate::common::cuda_backends().for_each(round_trip);
+    super::common::backends().for_each(round_trip);
+    super::common::cuda_backends().for_each(round_trip);
 }

@@ -2,7 +2,7 @@
 
 use polytape::kernels::{Backend, ops, ops::Bank, oracle::Oracle, philox::Purpose};
 
-use crate::{
+use super::{
     common::{
         Batch, Case, Class, Cut, Gen, Inputs, Loaded, Op, Output, SPECIALS, SPECIALS_FINITE, U,
         check,

@@ -1,0 +1,36 @@
+//! The kernels' tests inside the binary.
+
+use serde_json::Value;
+
+use crate::{fails, ok, scratch, str, text};
+
+#[test]
+fn verify_reports_every_kernel_on_every_instruction_set() {
+    let path = scratch("verify").join("report.json");
+    let arguments = ["verify", "--minutes", "0", "--seed", "7", "--json", "--output", str(&path)];
+    let report: Value = serde_json::from_str(&ok(&arguments)).unwrap();
+    assert_eq!(report, serde_json::from_str::<Value>(&text(&path)).unwrap());
+    assert_eq!(report["n_failures"], 0);
+    let isas = report["isa_available"].as_array().unwrap();
+    let kernels = report["kernels"].as_array().unwrap();
+    for isa in isas {
+        for kernel in ["linear", "lora_backward", "attention_backward", "adamw", "head_loss"] {
+            for dtype in ["f32", "bf16"] {
+                let backend = format!("{} {dtype}", isa.as_str().unwrap());
+                let found =
+                    kernels.iter().find(|k| k["kernel"] == kernel && k["backend"] == *backend);
+                let found = found.unwrap_or_else(|| panic!("{kernel} on {backend}: {report}"));
+                // Once, again, on three other numbers of threads, and parts of it.
+                assert!(found["cases"] == 1 && found["executions"].as_u64() >= Some(5), "{found}");
+                assert!(found["worst_error"].as_f64().unwrap() <= 1.0, "{found}");
+            }
+        }
+    }
+    // A case alone, in words; what is none.
+    let case = kernels.iter().find(|k| k["kernel"] == "norm").unwrap()["worst_case"].as_str();
+    let printed = ok(&["verify", "--case", case.unwrap()]);
+    assert!(printed.contains("every kernel agrees") && printed.contains("\nnorm "), "{printed}");
+    assert!(!printed.contains("\nlinear "), "{printed}");
+    fails(&["verify", "--case", "softmax/1"], 2, "a kernel of linear, linear_backward");
+    fails(&["verify", "--minutes", "-1"], 2, "--minutes");
+}
