@@ -168,9 +168,11 @@ fn indices_that_lead_elsewhere() {
     refused("brackets", 4 * MIB, "index.json", || Checkpoint::open(&model));
 }
 
+type Read<'a> = Box<dyn Fn() -> Result<()> + 'a>;
+
 /// Every reader with the file that it reads.
-fn readers(dir: &Path) -> Vec<(&'static str, Box<dyn Fn() -> Result<()> + '_>)> {
-    fn of<'a, T>(read: impl Fn() -> Result<T> + 'a) -> Box<dyn Fn() -> Result<()> + 'a> {
+fn readers(dir: &Path) -> Vec<(&'static str, Read<'_>)> {
+    fn of<'a, T>(read: impl Fn() -> Result<T> + 'a) -> Read<'a> {
         Box::new(move || read().map(|_| ()))
     }
     let t5 = || {

@@ -90,7 +90,7 @@ fn the_examples_train_save_and_serve() {
     let dir = temporary("examples");
     let (data, adapter) = (dir.join("rows.jsonl"), dir.join("adapter"));
     let row = |i: usize| {
-        let (task, label) = if i % 2 == 0 { ("first", 7) } else { ("second", 9) };
+        let (task, label) = [("first", 7), ("second", 9)][i % 2];
         let input = [5 + i % 11, 4 + i % 7, 1];
         format!(r#"{{"task":"{task}","input_ids":{input:?},"label_ids":[{label},1]}}"#) + "\n"
     };

@@ -494,7 +494,7 @@ fn bank(args: &polytape_routed_linear) -> Result<Bank, Failure> {
             return Err(Failure::usage(format!("{name} is 0")));
         }
     }
-    if d_in % n_splits != 0 || d_out % n_splits != 0 {
+    if !d_in.is_multiple_of(n_splits) || !d_out.is_multiple_of(n_splits) {
         return Err(Failure::usage(format!(
             "n_splits {n_splits} does not divide d_in {d_in} and d_out {d_out}"
         )));

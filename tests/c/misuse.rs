@@ -301,7 +301,8 @@ fn one_thread_at_a_time_trains() {
 
 #[test]
 fn a_forked_process_is_told() {
-    ok(unsafe { polytape_kernels_free(null_mut()) }); // SAFETY: null is fine.
+    // SAFETY: null is fine.
+    ok(unsafe { polytape_kernels_free(null_mut()) });
     // SAFETY: the child calls nothing that waits for a thread, and leaves at once.
     unsafe {
         let child = libc::fork();

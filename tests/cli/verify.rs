@@ -32,5 +32,5 @@ fn verify_reports_every_kernel_on_every_instruction_set() {
     assert!(printed.contains("every kernel agrees") && printed.contains("\nnorm "), "{printed}");
     assert!(!printed.contains("\nlinear "), "{printed}");
     fails(&["verify", "--case", "softmax/1"], 2, "a kernel of linear, linear_backward");
-    fails(&["verify", "--minutes", "-1"], 2, "--minutes");
+    fails(&["verify", "--minutes=-1"], 2, "--minutes");
 }

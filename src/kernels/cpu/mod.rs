@@ -123,7 +123,7 @@ impl Cpu {
                 "a {dtype} matrix [{rows}, {cols}] was lent {found} bytes"
             )));
         }
-        if memory.bytes().as_ptr().addr() % size != 0 {
+        if !memory.bytes().as_ptr().addr().is_multiple_of(size) {
             return Err(Error::Usage(format!(
                 "a {dtype} matrix was lent memory that is not aligned to {size} bytes"
             )));
