@@ -58,8 +58,8 @@ fn serve(model: &str, adapter: &str) -> Result<()> {
         let Sequence::Ids(input) = row.input else {
             return Err(fail("the request has text; this example has no tokenizer"));
         };
-        let request = Example { input, labels: Vec::new(), task };
-        model.check_example(&request, Some(n_tasks))?;
+        let request = Example { input, labels: Vec::new(), task, mixing: None };
+        model.check_example(&request, Some(adapter.config()))?;
         requests.push(request);
     }
 

@@ -13,7 +13,7 @@ use polytape::{
     generate::Engine,
     model::{
         Adapter, Example, Model, Options,
-        dataset::{Dataset, Encoding, Overlong, read_rows},
+        dataset::{Dataset, Encoding, Overlong, Routes, read_rows},
     },
     train::{TrainConfig, Trainer},
 };
@@ -53,7 +53,7 @@ fn train(model: &str, data: &Path, output: &str) -> Result<()> {
         max_source_length: None,
         max_target_length: 128,
         overlong: Overlong::Error,
-        tasks: Some(&tasks),
+        routes: Some(Routes::tasks(&tasks)),
         targets: true,
     };
     let examples = Dataset::encode(rows, data, &encoding)?.examples;

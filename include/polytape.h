@@ -138,7 +138,8 @@ typedef struct polytape_example {
     const uint32_t *labels;
     // Their ids; 0 in generation.
     size_t n_labels;
-    // The task, below the adapter's `n_tasks`; unused without an adapter.
+    // The task, below the adapter's `n_tasks`, or the row of an engine's weights; unused without an
+    // adapter.
     uint32_t task;
     // 0.
     uint32_t reserved;
@@ -393,9 +394,9 @@ int32_t polytape_engine_new(const struct polytape_model *model,
                             size_t capacity,
                             struct polytape_engine **engine);
 
-// An engine that routes by given mixing weights instead of the adapter's router. `weights` is
-// [n_linears, n_rows, n_splits, n_skills]; `n_weights` is their number. An example's task is its
-// row.
+// An engine that routes by given mixing weights instead of the adapter's router: `weights` is
+// [n_rows, n_splits, n_skills], the same for every linear, and `n_weights` their number. An example's
+// task is its row.
 int32_t polytape_engine_new_with_weights(const struct polytape_model *model,
                                          const struct polytape_adapter *adapter,
                                          const float *weights,
@@ -578,9 +579,9 @@ int32_t polytape_engine_new(const struct polytape_model *model,
                             size_t capacity,
                             struct polytape_engine **engine);
 
-// An engine that routes by given mixing weights instead of the adapter's router. `weights` is
-// [n_linears, n_rows, n_splits, n_skills]; `n_weights` is their number. An example's task is its
-// row.
+// An engine that routes by given mixing weights instead of the adapter's router: `weights` is
+// [n_rows, n_splits, n_skills], the same for every linear, and `n_weights` their number. An example's
+// task is its row.
 int32_t polytape_engine_new_with_weights(const struct polytape_model *model,
                                          const struct polytape_adapter *adapter,
                                          const float *weights,

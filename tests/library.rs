@@ -146,7 +146,12 @@ fn work(name: &str, dtype: Dtype, n_threads: usize) -> Vec<u64> {
     let config = PolyConfig { n_tasks: 2, n_skills: 2, r: 4, ..PolyConfig::default() };
     let adapter = Adapter::new(&model, &config, 3).unwrap();
     let examples: Vec<_> = (0..6)
-        .map(|i| Example { input: vec![5 + i, 4, 1], labels: vec![7 + i % 3, 1], task: i % 2 })
+        .map(|i| Example {
+            input: vec![5 + i, 4, 1],
+            labels: vec![7 + i % 3, 1],
+            task: i % 2,
+            mixing: None,
+        })
         .collect();
     let examples: Vec<_> = examples.iter().collect();
     let mut trainer = Trainer::new(&model, adapter, TrainConfig::default()).unwrap();

@@ -106,11 +106,10 @@ int main(int argc, char **argv) {
     printf("tokens %zu\n", n_tokens);
     polytape_engine_free(engine);
 
-    // Routing by weights: every linear uses the first skill alone, in both splits.
+    // Routing by weights: the first skill alone, in both splits.
     polytape_adapter_info adapter_info = {.size = sizeof adapter_info};
     check(polytape_adapter_get_info(adapter, &adapter_info), "adapter info");
-    size_t width = adapter_info.n_splits * adapter_info.n_skills;
-    size_t n_weights = adapter_info.n_linears * width;
+    size_t n_weights = adapter_info.n_splits * adapter_info.n_skills;
     float *weights = calloc(n_weights, sizeof *weights);
     if (!weights) return 1;
     for (size_t i = 0; i < n_weights; i += adapter_info.n_skills) weights[i] = 1.0f;

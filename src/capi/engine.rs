@@ -1,6 +1,7 @@
 //! Evaluation and generation.
 
 use std::{
+    collections::BTreeSet,
     ffi::{c_int, c_void},
     panic::resume_unwind,
     sync::Arc,
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     generate::{Engine, GenerateOptions},
     kernels::cpu::Cpu,
-    model::{Adapter, Example, Model},
+    model::{Adapter, Example, Mixing, Model},
 };
 
 /// A base, maybe with an adapter, ready to compute. Any thread may use it, several at a time.
@@ -29,10 +30,19 @@ pub struct polytape_engine {
 pub(super) struct EngineObject {
     // Before what it borrows, so that it goes first.
     engine: Engine<'static, Cpu>,
-    /// The adapter's tasks, where there is one.
-    n_tasks: Option<usize>,
+    routes: Routes,
     model: Arc<Model<Cpu>>,
-    _adapter: Option<Arc<Adapter<Cpu>>>,
+    adapter: Option<Arc<Adapter<Cpu>>>,
+}
+
+/// What an example's task means to an engine.
+enum Routes {
+    /// Nothing: there is no adapter.
+    None,
+    /// One of these tasks.
+    Tasks(BTreeSet<u32>),
+    /// A row of given mixing weights.
+    Weights(Vec<Mixing>),
 }
 
 impl Handle for polytape_engine {
@@ -80,32 +90,29 @@ pub unsafe extern "C" fn polytape_engine_new(
         if adapter.is_null() {
             // SAFETY: `EngineObject` keeps the model for longer than the engine.
             let made = Engine::new(unsafe { held(&model) }, None, [], capacity);
-            let object = EngineObject { engine: made, n_tasks: None, model, _adapter: None };
-            return memory::put(engine, handles::give(object), "engine");
+            return give(engine, made, Routes::None, model, None);
         }
         let adapter = Arc::clone(&adapter_of(&model, adapter)?.adapter);
-        let known = adapter.config().n_tasks;
-        let tasks = match tasks.is_null() {
-            true => (0..known as u32).collect(),
-            false => read(tasks, n_tasks, "tasks")?.to_vec(),
+        let known = adapter.config().n_tasks as u32;
+        let tasks: BTreeSet<u32> = match tasks.is_null() {
+            true => (0..known).collect(),
+            false => read(tasks, n_tasks, "tasks")?.iter().copied().collect(),
         };
-        if let Some(task) = tasks.iter().find(|&&task| task as usize >= known) {
+        if let Some(task) = tasks.iter().find(|&&task| task >= known) {
             return Err(Failure::usage(format!(
                 "task {task} is out of range: the adapter has {known}"
             )));
         }
         // SAFETY: `EngineObject` keeps both for longer than the engine.
         let (held_model, held_adapter) = unsafe { (held(&model), held(&adapter)) };
-        let made = Engine::new(held_model, Some(held_adapter), tasks, capacity);
-        let object =
-            EngineObject { engine: made, n_tasks: Some(known), model, _adapter: Some(adapter) };
-        memory::put(engine, handles::give(object), "engine")
+        let made = Engine::new(held_model, Some(held_adapter), tasks.iter().copied(), capacity);
+        give(engine, made, Routes::Tasks(tasks), model, Some(adapter))
     })
 }
 
-/// An engine that routes by given mixing weights instead of the adapter's router. `weights` is
-/// [n_linears, n_rows, n_splits, n_skills]; `n_weights` is their number. An example's task is its
-/// row.
+/// An engine that routes by given mixing weights instead of the adapter's router: `weights` is
+/// [n_rows, n_splits, n_skills], the same for every linear, and `n_weights` their number. An example's
+/// task is its row.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn polytape_engine_new_with_weights(
     model: *const polytape_model,
@@ -122,27 +129,42 @@ pub unsafe extern "C" fn polytape_engine_new_with_weights(
         check_capacity(capacity)?;
         let adapter = Arc::clone(&adapter_of(&model, adapter)?.adapter);
         let config = adapter.config();
-        let of_row = adapter.targets().len() * config.n_splits * config.n_skills;
-        if n_rows == 0
-            || n_rows > u32::MAX as usize
-            || n_rows.checked_mul(of_row) != Some(n_weights)
-        {
+        let width = config.n_splits * config.n_skills;
+        if n_rows == 0 || n_rows.checked_mul(width) != Some(n_weights) {
             return Err(Failure::size(format!(
-                "there are {n_weights} weights; {n_rows} rows have {of_row} each"
+                "there are {n_weights} weights; {n_rows} rows have {width} each"
             )));
         }
-        let weights = read(weights, n_weights, "weights")?;
-        if let Some(weight) = weights.iter().find(|weight| !weight.is_finite()) {
-            return Err(Failure::usage(format!("a mixing weight is {weight}")));
+        let rows = read(weights, n_weights, "weights")?.chunks_exact(width);
+        // A weight of -0 is 0, so that rows that are equal are one.
+        let row = |row: &[f32]| Mixing::Weights(row.iter().map(|weight| weight + 0.0).collect());
+        let rows: Vec<Mixing> = rows.map(row).collect();
+        for (i, mixing) in rows.iter().enumerate() {
+            mixing.check(config).map_err(|why| Failure::usage(format!("row {i}: {why}")))?;
         }
-        let weights: Vec<f64> = weights.iter().map(|&weight| f64::from(weight)).collect();
+        let example = |mixing: &Mixing| Example {
+            input: Vec::new(),
+            labels: Vec::new(),
+            task: 0,
+            mixing: Some(mixing.clone()),
+        };
+        let examples: Vec<Example> = rows.iter().map(example).collect();
         // SAFETY: `EngineObject` keeps both for longer than the engine.
         let (held_model, held_adapter) = unsafe { (held(&model), held(&adapter)) };
-        let made = Engine::with_weights(held_model, held_adapter, &weights, n_rows, capacity);
-        let object =
-            EngineObject { engine: made, n_tasks: Some(n_rows), model, _adapter: Some(adapter) };
-        memory::put(engine, handles::give(object), "engine")
+        let made = Engine::for_examples(held_model, Some(held_adapter), &examples, capacity);
+        give(engine, made, Routes::Weights(rows), model, Some(adapter))
     })
+}
+
+/// Hands an engine out.
+fn give(
+    to: *mut *mut polytape_engine,
+    engine: Engine<'static, Cpu>,
+    routes: Routes,
+    model: Arc<Model<Cpu>>,
+    adapter: Option<Arc<Adapter<Cpu>>>,
+) -> Result<(), Failure> {
+    memory::put(to, handles::give(EngineObject { engine, routes, model, adapter }), "engine")
 }
 
 fn check_capacity(capacity: usize) -> Result<(), Failure> {
@@ -155,15 +177,23 @@ impl EngineObject {
         examples: *const polytape_example,
         n: usize,
     ) -> Result<Vec<Example>, Failure> {
-        let examples = copied(&self.model, examples, n, self.n_tasks)?;
-        if let Some(tasks) = self.engine.tasks() {
-            let unknown = |example: &&Example| tasks.binary_search(&example.task).is_err();
-            if let Some(example) = examples.iter().find(unknown) {
-                let task = example.task;
-                return Err(Failure::usage(format!("the engine is not for task {task}")));
+        copied(examples, n, |example| {
+            let task = example.task;
+            match &self.routes {
+                Routes::Tasks(tasks) if !tasks.contains(&task) => {
+                    return Err(Failure::usage(format!("the engine is not for task {task}")));
+                }
+                Routes::Weights(rows) => {
+                    let row = rows.get(task as usize);
+                    let unknown =
+                        || format!("the engine has {} rows of weights, not {task}", rows.len());
+                    example.mixing = Some(row.ok_or_else(|| Failure::usage(unknown()))?.clone());
+                }
+                Routes::Tasks(_) | Routes::None => {}
             }
-        }
-        Ok(examples)
+            let config = self.adapter.as_ref().map(|adapter| adapter.config());
+            Ok(self.model.check_example(example, config)?)
+        })
     }
 }
 
@@ -208,8 +238,8 @@ pub unsafe extern "C" fn polytape_engine_logits(
         let needed = n_labels(&examples).saturating_mul(object.model.vocab_size());
         check_room(n_logits, needed, "logits")?;
         let to = memory::write(logits, n_logits, "logits")?;
-        let found = object.engine.logits(&examples.iter().collect::<Vec<_>>());
-        to.iter_mut().zip(found.into_iter().flatten()).for_each(|(to, l)| *to = l as f32);
+        let found = examples.iter().flat_map(|example| object.engine.logits(example));
+        to.iter_mut().zip(found).for_each(|(to, logit)| *to = logit as f32);
         Ok(())
     })
 }

@@ -4,10 +4,7 @@ use super::{
     memory::read,
     status::{Failure, POLYTAPE_BAD_SIZE},
 };
-use crate::{
-    kernels::cpu::Cpu,
-    model::{Example, Model},
-};
+use crate::model::Example;
 
 /// One example as ids.
 #[repr(C)]
@@ -21,29 +18,30 @@ pub struct polytape_example {
     pub labels: *const u32,
     /// Their ids; 0 in generation.
     pub n_labels: usize,
-    /// The task, below the adapter's `n_tasks`; unused without an adapter.
+    /// The task, below the adapter's `n_tasks`, or the row of an engine's weights; unused without an
+    /// adapter.
     pub task: u32,
     /// 0.
     pub reserved: u32,
 }
 
-/// Checked copies.
+/// Copies, each checked and maybe changed by `check`.
 pub(super) fn copied(
-    model: &Model<Cpu>,
     examples: *const polytape_example,
     n: usize,
-    n_tasks: Option<usize>,
+    check: impl Fn(&mut Example) -> Result<(), Failure>,
 ) -> Result<Vec<Example>, Failure> {
     let copy = |(i, from): (usize, &polytape_example)| {
         let in_example =
             |failure: Failure| Failure::new(failure.status, format!("example {i}: {failure}"));
         let example = || {
-            let example = Example {
+            let mut example = Example {
                 input: read(from.input, from.n_input, "input")?.to_vec(),
                 labels: read(from.labels, from.n_labels, "labels")?.to_vec(),
                 task: from.task,
+                mixing: None,
             };
-            model.check_example(&example, n_tasks)?;
+            check(&mut example)?;
             Ok(example)
         };
         example().map_err(in_example)

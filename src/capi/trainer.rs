@@ -11,8 +11,9 @@ use super::{
     status::{Failure, POLYTAPE_BUSY, POLYTAPE_PANIC, call},
 };
 use crate::{
+    formats::poly_config::PolyConfig,
     kernels::cpu::Cpu,
-    model::Model,
+    model::{Example, Model},
     train::{Schedule, TrainConfig, Trainer},
 };
 
@@ -26,7 +27,7 @@ pub(super) struct TrainerObject {
     // Before what it borrows, so that it goes first.
     trainer: Mutex<Trainer<'static, Cpu>>,
     model: Arc<Model<Cpu>>,
-    n_tasks: usize,
+    config: PolyConfig,
 }
 
 impl Handle for polytape_trainer {
@@ -197,10 +198,10 @@ pub unsafe extern "C" fn polytape_trainer_new(
         let config = settings(config)?.config()?;
         let model = Arc::clone(&object.model);
         let copy = object.adapter.copy(model.backend());
-        let n_tasks = copy.config().n_tasks;
+        let adapter_config = copy.config().clone();
         // SAFETY: `TrainerObject` keeps the model for longer than the trainer.
         let made = Trainer::new(unsafe { held(&model) }, copy, config)?;
-        let object = TrainerObject { trainer: Mutex::new(made), model, n_tasks };
+        let object = TrainerObject { trainer: Mutex::new(made), model, config: adapter_config };
         memory::put(trainer, handles::give(object), "trainer")
     })
 }
@@ -216,7 +217,10 @@ pub unsafe extern "C" fn polytape_trainer_step(
 ) -> i32 {
     call(|| {
         let object = handles::object(trainer)?;
-        let examples = copied(&object.model, examples, n_examples, Some(object.n_tasks))?;
+        let check = |example: &mut Example| {
+            Ok(object.model.check_example(example, Some(&object.config))?)
+        };
+        let examples = copied(examples, n_examples, check)?;
         if let Some(i) = examples.iter().position(|example| example.labels.is_empty()) {
             return Err(Failure::usage(format!("example {i} has no labels to learn")));
         }

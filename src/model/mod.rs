@@ -48,6 +48,7 @@ use crate::{
         config::{GenerationConfig, ModelConfig},
         fingerprint::Fingerprint,
         mmap::MappedFile,
+        poly_config::PolyConfig,
     },
     kernels::{Backend, cpu::Cpu},
     tensor::Bytes,
@@ -221,13 +222,13 @@ impl<B: Backend> Model<B> {
     }
 
     /// Refuses an example that the model cannot compute: without input, with ids that are not in the
-    /// vocabulary, longer than there are positions, or of a task that is not below `n_tasks`. Rows of
-    /// a data file are checked when they are read; this is for examples from elsewhere.
+    /// vocabulary, longer than there are positions, or mixed as the adapter of this configuration
+    /// cannot. Rows of a data file are checked when they are read; this is for examples from elsewhere.
     ///
     /// # Errors
     /// Says what is wrong with it.
-    pub fn check_example(&self, example: &Example, n_tasks: Option<usize>) -> Result<()> {
-        let Example { input, labels, task } = example;
+    pub fn check_example(&self, example: &Example, adapter: Option<&PolyConfig>) -> Result<()> {
+        let Example { input, labels, .. } = example;
         let fail = |detail: String| Err(Error::Usage(detail));
         if input.is_empty() {
             return fail("the example has no input; the model needs at least one token".into());
@@ -242,14 +243,13 @@ impl<B: Backend> Model<B> {
             Layout::EncoderDecoder { .. } => input.len().max(labels.len()),
             Layout::Causal => input.len() + labels.len(),
         };
-        match (self.config.max_positions(), n_tasks) {
-            (Some(max), _) if longest > max => fail(format!(
+        match self.config.max_positions() {
+            Some(max) if longest > max => fail(format!(
                 "the example has {longest} tokens, but the model has positions for {max}"
             )),
-            (_, Some(n_tasks)) if *task as usize >= n_tasks => {
-                fail(format!("task {task} is out of range: the adapter has {n_tasks}"))
-            }
-            _ => Ok(()),
+            _ => adapter
+                .map_or(Ok(()), |config| example.mixing().check(config))
+                .map_err(Error::Usage),
         }
     }
 

@@ -198,7 +198,7 @@ fn examples_that_cannot_be() {
             (example(&[], &good, 1), "example 0: the example has no input"),
             (example(&big, &good, 1), "token id 1073741824 is out of range"),
             (example(&good, &big, 1), "token id 1073741824 is out of range"),
-            (example(&good, &good, 2), "task 2 is out of range"),
+            (example(&good, &good, 2), "not for task 2"),
             (example(&good, &good, 0), "not for task 0"),
         ] {
             let status = polytape_engine_nll(engine, &wrong, 1, nll.as_mut_ptr(), 2);
@@ -212,7 +212,20 @@ fn examples_that_cannot_be() {
         let mut other = null_mut();
         let made =
             polytape_engine_new_with_weights(model, adapter, weights.as_ptr(), 4, 1, 1, &mut other);
-        expect(made, POLYTAPE_BAD_SIZE, "there are 4 weights");
+        expect(made, POLYTAPE_USAGE, "row 0: weights must be finite");
+        let made =
+            polytape_engine_new_with_weights(model, adapter, weights.as_ptr(), 3, 1, 1, &mut other);
+        expect(made, POLYTAPE_BAD_SIZE, "there are 3 weights");
+        // Rows that are alike are one mixture; a row that is not there is refused.
+        let weights = [0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25];
+        ok(polytape_engine_new_with_weights(model, adapter, weights.as_ptr(), 8, 2, 1, &mut other));
+        let two = [example(&good, &[3], 0), example(&good, &[3], 1)];
+        ok(polytape_engine_nll(other, two.as_ptr(), 2, nll.as_mut_ptr(), 2));
+        assert_eq!(nll[0], nll[1]);
+        let third = example(&good, &good, 2);
+        let status = polytape_engine_nll(other, &third, 1, nll.as_mut_ptr(), 2);
+        expect(status, POLYTAPE_USAGE, "2 rows of weights, not 2");
+        ok(polytape_engine_free(other));
 
         let (mut trainer, mut config) = (null_mut(), polytape_train_config::default());
         config.learning_rate = f64::NAN;

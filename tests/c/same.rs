@@ -7,7 +7,7 @@ use polytape::{
     formats::poly_config::PolyConfig,
     generate::{Engine, GenerateOptions},
     kernels::{Backend, Precision, cpu::Cpu, ops::*},
-    model::{Adapter, Example, Model, Options},
+    model::{Adapter, Example, Mixing, Model, Options},
     tensor::{Frozen, Tensor},
     train::{TrainConfig, Trainer},
 };
@@ -33,6 +33,7 @@ fn a_c_program_trains_evaluates_and_generates_as_rust_does() {
         input: input.to_vec(),
         labels: labels.to_vec(),
         task,
+        mixing: None,
     };
     let examples = [
         example(&[5, 6, 7, 1], &[9, 8, 1], 0),
@@ -61,7 +62,7 @@ fn a_c_program_trains_evaluates_and_generates_as_rust_does() {
     for (i, nll) in engine.nll(&examples).into_iter().flatten().enumerate() {
         expected.push((format!("nll {i}"), vec![nll]));
     }
-    let logits: Vec<f64> = engine.logits(&examples).into_iter().flatten().collect();
+    let logits: Vec<f64> = examples.iter().flat_map(|example| engine.logits(example)).collect();
     assert_eq!(logits.len(), 11 * model.vocab_size());
     expected.push(("logits".into(), vec![logits[0], logits[logits.len() - 1]]));
     let mut tokens = String::new();
@@ -72,10 +73,11 @@ fn a_c_program_trains_evaluates_and_generates_as_rust_does() {
         n_tokens += 1;
     });
     let config = adapter.config();
-    let mut weights = vec![0.0; adapter.targets().len() * config.n_splits * config.n_skills];
+    let mut weights = vec![0.0; config.n_splits * config.n_skills];
     weights.iter_mut().step_by(config.n_skills).for_each(|weight| *weight = 1.0);
-    let engine = Engine::with_weights(&model, &adapter, &weights, 1, 2);
-    expected.push(("one skill".into(), vec![engine.nll(&examples[..1])[0][0]]));
+    let first = Example { mixing: Some(Mixing::Weights(weights)), ..examples[0].clone() };
+    let engine = Engine::for_examples(&model, Some(&adapter), [&first], 2);
+    expected.push(("one skill".into(), vec![engine.nll(&[&first])[0][0]]));
 
     let (token_lines, lines): (Vec<&str>, Vec<&str>) =
         printed.lines().partition(|line| line.starts_with("token "));
