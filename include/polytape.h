@@ -171,7 +171,7 @@ typedef struct polytape_kernels_options {
     const char *isa;
 } polytape_kernels_options;
 
-// Routers: the arguments of [`polytape_route`] and [`polytape_route_backward`].
+// Routers: the arguments of polytape_route and polytape_route_backward.
 typedef struct polytape_router {
     // sizeof(polytape_router).
     size_t size;

@@ -50,10 +50,7 @@ pub(super) fn object<H: Handle>(handle: *const H) -> Result<Arc<H::Object>, Fail
     }
     let registry = REGISTRY.read().unwrap_or_else(PoisonError::into_inner);
     let found = registry.as_ref().and_then(|registry| registry.objects.get(&handle.addr()));
-    found.cloned().and_then(|object| object.downcast().ok()).ok_or_else(|| {
-        let message = format!("this is not a {}: it was freed, or is something else", H::NAME);
-        Failure::new(POLYTAPE_BAD_HANDLE, message)
-    })
+    found.cloned().and_then(|object| object.downcast().ok()).ok_or_else(|| stale(H::NAME))
 }
 
 /// Ends a handle; null is fine.
@@ -61,13 +58,15 @@ pub(super) fn free<H: Handle>(handle: *mut H) -> Result<(), Failure> {
     if handle.is_null() {
         return Ok(());
     }
-    let object = object(handle)?;
+    drop(object(handle)?);
     let mut registry = REGISTRY.write().unwrap_or_else(PoisonError::into_inner);
-    if let Some(registry) = registry.as_mut() {
-        registry.objects.remove(&handle.addr());
-    }
-    // Not under the lock: an object may take long to go.
-    drop(registry);
-    drop(object);
-    Ok(())
+    let freed = registry.as_mut().and_then(|registry| registry.objects.remove(&handle.addr()));
+    drop(registry); // Or the lock is held while a large object goes.
+    // Another thread may have been faster.
+    freed.map(drop).ok_or_else(|| stale(H::NAME))
+}
+
+fn stale(name: &str) -> Failure {
+    let message = format!("this is not a {name}: it was freed, or is something else");
+    Failure::new(POLYTAPE_BAD_HANDLE, message)
 }

@@ -93,7 +93,7 @@ pub unsafe extern "C" fn polytape_kernels_free(kernels: *mut polytape_kernels) -
     call(|| handles::free(kernels))
 }
 
-/// Routers: the arguments of [`polytape_route`] and [`polytape_route_backward`].
+/// Routers: the arguments of polytape_route and polytape_route_backward.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct polytape_router {

@@ -21,6 +21,8 @@
 //! not null points to as many readable (for results, writable) elements as the function says or as
 //! its size argument says, and nobody writes them during the call.
 
+// Comments go into the header, where brackets are shapes and no links.
+#![allow(rustdoc::broken_intra_doc_links)]
 #![allow(unsafe_code, clippy::missing_safety_doc, non_camel_case_types)]
 
 mod adapter;
