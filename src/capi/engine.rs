@@ -151,7 +151,7 @@ pub unsafe extern "C" fn polytape_engine_new_with_weights(
         let examples: Vec<Example> = rows.iter().map(example).collect();
         // SAFETY: `EngineObject` keeps both for longer than the engine.
         let (held_model, held_adapter) = unsafe { (held(&model), held(&adapter)) };
-        let made = Engine::for_examples(held_model, Some(held_adapter), &examples, capacity);
+        let made = Engine::for_examples(held_model, Some(held_adapter), &examples, capacity)?;
         give(engine, made, Routes::Weights(rows), model, Some(adapter))
     })
 }

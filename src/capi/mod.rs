@@ -11,7 +11,7 @@
 //! is too small, misaligned or overlaps, an object that another thread is using and that only one may
 //! use, a process that was forked, a panic.
 //!
-//! A handle is a number that was given out once, never an address ([`handles`]): a stale or invented one
+//! A handle is a number that was given out once, never an address: a stale or invented one
 //! is not followed. Memory is the caller's: what comes in is copied or, by the kernels, read in
 //! place during the call; what goes out is written to where the caller says. Nothing keeps a pointer
 //! after its function returned.

@@ -76,7 +76,7 @@ fn a_c_program_trains_evaluates_and_generates_as_rust_does() {
     let mut weights = vec![0.0; config.n_splits * config.n_skills];
     weights.iter_mut().step_by(config.n_skills).for_each(|weight| *weight = 1.0);
     let first = Example { mixing: Some(Mixing::Weights(weights)), ..examples[0].clone() };
-    let engine = Engine::for_examples(&model, Some(&adapter), [&first], 2);
+    let engine = Engine::for_examples(&model, Some(&adapter), [&first], 2).unwrap();
     expected.push(("one skill".into(), vec![engine.nll(&[&first])[0][0]]));
 
     let (token_lines, lines): (Vec<&str>, Vec<&str>) =
