@@ -70,22 +70,24 @@ fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
             let row_of = |j| weight.row::<E>(n0 + j);
             let w = [row_of(0), row_of(1), row_of(2), row_of(3)];
             let mut row = 0;
-            while row + 2 <= m {
-                let x = [x(row), x(row + 1)];
-                // Sixteen vectors of sums fill AVX-512's registers by half and AVX2's twice over.
-                let sums = if S::NV == 1 {
-                    let [a, b] = tile::<S, E, 2, 2>(simd, x, [w[0], w[1]]);
-                    let [c, d] = tile::<S, E, 2, 2>(simd, x, [w[2], w[3]]);
-                    [[a[0], a[1], c[0], c[1]], [b[0], b[1], d[0], d[1]]]
+            while row + 4 <= m {
+                let x = [x(row), x(row + 1), x(row + 2), x(row + 3)];
+                let mut put = |i: usize, j: usize, dot: f32| y[(row + i) * stride + n0 + j] = dot;
+                // AVX2 has registers for eight vectors of sums; four rows share a weight's
+                // conversion, and x comes from the L1 cache as an operand.
+                if S::NV == 1 {
+                    for (j, &w) in w.iter().enumerate() {
+                        let dots = tile::<S, E, 4, 1>(simd, x, [w]);
+                        dots.iter().enumerate().for_each(|(i, &[dot])| put(i, j, dot));
+                    }
                 } else {
-                    tile::<S, E, 2, 4>(simd, x, w)
-                };
-                for (i, sums) in sums.iter().enumerate() {
-                    y[(row + i) * stride + n0..][..4].copy_from_slice(sums);
+                    for (i, dots) in tile::<S, E, 4, 4>(simd, x, w).iter().enumerate() {
+                        dots.iter().enumerate().for_each(|(j, &dot)| put(i, j, dot));
+                    }
                 }
-                row += 2;
+                row += 4;
             }
-            if row < m {
+            for row in row..m {
                 let [sums] = tile::<S, E, 1, 4>(simd, [x(row)], w);
                 y[row * stride + n0..][..4].copy_from_slice(&sums);
             }
