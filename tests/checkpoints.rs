@@ -53,7 +53,7 @@ fn check_causal(name: &str) {
             assert!((got - want).abs() < 2e-5 + 2e-6 * want.abs(), "{name}: {got}, not {want}");
         }
 
-        let options = GenerateOptions { max_new_tokens: new.len(), min_new_tokens: 0 };
+        let options = GenerateOptions { max_new_tokens: new.len(), ..Default::default() };
         for capacity in [1, 20] {
             let engine = Engine::new(&model, None, [], capacity);
             let tokens = engine.generate(&[&example, &example], &options, |_, _| ());
@@ -96,7 +96,7 @@ fn check_bart(name: &str) {
     for isa in Isa::available() {
         let cpu = Cpu::with_isa(isa, Dtype::F32, 2).unwrap().poisoned();
         let model = Model::open_on(cpu, &folder).unwrap();
-        let options = GenerateOptions { max_new_tokens: 40, min_new_tokens: 0 };
+        let options = GenerateOptions { max_new_tokens: 40, ..Default::default() };
         for capacity in [1, 64] {
             let engine = Engine::new(&model, None, [], capacity);
             let tokens = engine.generate(&examples, &options, |_, _| ());

@@ -159,7 +159,7 @@ fn check_evaluation<B: Backend>(case: &Case, backend: B, tolerance: f64, what: &
     let engine = Engine::new(&model, Some(&adapter), tasks, 3);
     let nll: Vec<f64> = engine.nll(&case.examples()).iter().map(|row| row.iter().sum()).collect();
     assert_close(&nll, &case.numbers(["eval", "nll"]), tolerance, 0.0, &format!("{what} nll"));
-    let options = GenerateOptions { max_new_tokens: 8, min_new_tokens: 0 };
+    let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
     let tokens = engine.generate(&case.examples(), &options, |_, _| ());
     let want: Vec<Vec<u32>> =
         serde_json::from_value(case.expected["eval"]["greedy"].clone()).unwrap();
@@ -173,7 +173,7 @@ fn check_base<B: Backend>(case: &Case, model: &Model<B>, tolerance: f64, what: &
     let engine = Engine::new(model, None, [], 2);
     let nll: Vec<f64> = engine.nll(&case.examples()).iter().map(|row| row.iter().sum()).collect();
     assert_close(&nll, &case.numbers(["base", "nll"]), tolerance, 0.0, &format!("{what} base nll"));
-    let options = GenerateOptions { max_new_tokens: 8, min_new_tokens: 0 };
+    let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
     let tokens = engine.generate(&case.examples(), &options, |_, _| ());
     let want: Vec<Vec<u32>> = serde_json::from_value(base["greedy"].clone()).unwrap();
     assert_eq!(tokens, want, "{what} base greedy tokens");

@@ -322,7 +322,9 @@ pub unsafe extern "C" fn polytape_engine_generate(
         let options = GenerateOptions {
             max_new_tokens: options.max_new_tokens,
             min_new_tokens: options.min_new_tokens,
+            ..GenerateOptions::default()
         };
+        options.check()?;
         let Some(function) = on_token else {
             return Err(Failure::new(super::POLYTAPE_NULL, "on_token is null"));
         };

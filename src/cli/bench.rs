@@ -256,7 +256,8 @@ impl Bench {
         let tasks = examples.iter().map(|example| example.task);
         let engine = Engine::new(model, adapter, tasks, examples.len());
         let new = self.new as usize;
-        let options = GenerateOptions { max_new_tokens: new, min_new_tokens: new };
+        let options =
+            GenerateOptions { max_new_tokens: new, min_new_tokens: new, ..Default::default() };
         let mut loss = 0.0;
         for _ in 0..WARM_UP + self.steps {
             timer.time(|| match self.what {

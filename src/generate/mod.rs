@@ -4,11 +4,15 @@
 //! Both fix how it computes: the mixtures are formed once, the routed LoRA runs one way, and sums
 //! are ordered one way. So a row's bits never depend on which rows are beside it.
 
-mod greedy;
+mod beam;
+mod decode;
+mod options;
+mod sample;
+mod scores;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-pub use greedy::GenerateOptions;
+pub use options::{EarlyStopping, GenerateOptions};
 
 use crate::{
     error::{Error, Result},
@@ -34,6 +38,15 @@ pub struct Engine<'m, B: Backend> {
     model: &'m Model<B>,
     adapter: Option<Attached<'m, B>>,
     capacity: usize,
+}
+
+/// A sequence that was generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// New tokens, with the end token where one came.
+    pub ids: Vec<u32>,
+    /// A beam's score: its tokens' log-probabilities over its length to the length penalty.
+    pub score: Option<f64>,
 }
 
 /// An adapter with the mixtures of an engine.
@@ -146,6 +159,73 @@ impl<'m, B: Backend> Engine<'m, B> {
             let sides = Sides::new(&batch, &rows, None);
             let mut tape = self.tape(Order::Panel);
             self.model.network().logits(&mut tape, &batch, &sides)
+        })
+    }
+
+    /// The best continuation of each example: new tokens only, with the end token where one came; an
+    /// output ends where the model's positions end. `on_token` sees each token as it is made, the
+    /// example's index and the id; a beam search's only at its end.
+    ///
+    /// # Panics
+    /// If [`GenerateOptions::check`] fails.
+    pub fn generate(
+        &self,
+        examples: &[&Example],
+        options: &GenerateOptions,
+        on_token: impl FnMut(usize, u32) + Send,
+    ) -> Vec<Vec<u32>> {
+        let options = GenerateOptions { num_return_sequences: 1, ..options.clone() };
+        let all = self.generate_sequences(examples, &options, on_token);
+        let first = |sequences: Vec<Generated>| sequences.into_iter().next();
+        all.into_iter().map(|s| first(s).map_or_else(Vec::new, |generated| generated.ids)).collect()
+    }
+
+    /// `num_return_sequences` continuations of each example, a beam search's best first.
+    /// `on_token` as in [`Engine::generate`], of an example's first sequence.
+    ///
+    /// # Panics
+    /// If [`GenerateOptions::check`] fails.
+    pub fn generate_sequences(
+        &self,
+        examples: &[&Example],
+        options: &GenerateOptions,
+        mut on_token: impl FnMut(usize, u32) + Send,
+    ) -> Vec<Vec<Generated>> {
+        if let Err(error) = options.check() {
+            panic!("{error}");
+        }
+        if options.max_new_tokens == 0 {
+            let empty = Generated { ids: Vec::new(), score: None };
+            return vec![vec![empty; options.num_return_sequences]; examples.len()];
+        }
+        let n = options.num_return_sequences;
+        self.model.backend().scope(|| {
+            if options.num_beams > 1 {
+                let mut all = Vec::with_capacity(examples.len());
+                for chunk in examples.chunks((self.capacity / options.num_beams).max(1)) {
+                    for sequences in self.beam_search(chunk, options) {
+                        let ids = sequences.first().map_or(&[][..], |best| &best.ids);
+                        ids.iter().for_each(|&id| on_token(all.len(), id));
+                        all.push(sequences);
+                    }
+                }
+                return all;
+            }
+            let sequences: Vec<(usize, usize)> =
+                (0..examples.len()).flat_map(|i| (0..n).map(move |j| (i, j))).collect();
+            let mut all: Vec<Vec<Generated>> = vec![Vec::with_capacity(n); examples.len()];
+            for chunk in sequences.chunks(self.capacity) {
+                let mut told = |k: usize, id| {
+                    if let (i, 0) = chunk[k] {
+                        on_token(i, id);
+                    }
+                };
+                let generated = self.decode(examples, chunk, options, &mut told);
+                for (&(i, _), generated) in chunk.iter().zip(generated) {
+                    all[i].push(generated);
+                }
+            }
+            all
         })
     }
 

@@ -19,6 +19,8 @@ pub enum Purpose {
     Shuffle = 4,
     /// Random weights and ids of `init`, `bench` and tests.
     Data = 5,
+    /// Tokens of `generate`.
+    Sample = 6,
 }
 
 /// The key of a stream: a seed, a purpose and a step, hashed into 64 bits.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crate::{
     kernels::{
         Backend, Precision,
-        ops::{CacheWrite, RelativeBias, Rotary, Segments, Spans},
+        ops::{CacheWrite, Gather, RelativeBias, Rotary, Segments, Spans},
     },
     tape::{Var, ops::KeyValue},
     tensor::Tensor,
@@ -58,6 +58,24 @@ impl<B: Backend> Decoding<B> {
     /// Whether a slot has no token yet.
     pub fn is_empty(&self, slot: usize) -> bool {
         self.len(slot) == 0
+    }
+
+    /// Makes slots `n i .. n (i + 1)` of slot i, which share its encoder output.
+    ///
+    /// # Panics
+    /// If a slot has tokens already.
+    pub fn fork(&mut self, backend: &B, n: usize) {
+        let repeat = |values: &[usize]| -> Vec<usize> {
+            values.iter().flat_map(|&value| std::iter::repeat_n(value, n)).collect()
+        };
+        let Spans { starts, lens } = self.source.as_ref();
+        self.source = Arc::new(Spans { starts: repeat(starts), lens: repeat(lens) });
+        self.cache.fork(backend, n);
+    }
+
+    /// Makes the second slot of each pair a copy of the first.
+    pub fn copy_slots(&mut self, backend: &B, pairs: &[(usize, usize)]) {
+        self.cache.copy_slots(backend, pairs);
     }
 
     /// Layer `layer`'s view of the encoder's output for these slots.
@@ -158,6 +176,32 @@ impl<B: Backend> Cache<B> {
             k: Var::constant(k.clone()),
             v: Var::constant(v.clone()),
             spans: Arc::clone(&placed.keys),
+        }
+    }
+
+    fn fork(&mut self, backend: &B, n: usize) {
+        assert!(self.lens.iter().all(|&len| len == 0), "slots with tokens");
+        let n_slots = n * self.lens.len();
+        for cache in self.layers.iter_mut().flatten() {
+            *cache = backend.zeros(n_slots * self.capacity, cache.cols(), Precision::Activation);
+        }
+        self.lens = vec![0; n_slots];
+    }
+
+    fn copy_slots(&mut self, backend: &B, pairs: &[(usize, usize)]) {
+        if pairs.is_empty() {
+            return;
+        }
+        let (mut from, mut to) = (Vec::new(), Vec::new());
+        for &(source, target) in pairs {
+            let len = self.lens[source];
+            from.extend((0..len).map(|i| source * self.capacity + i));
+            to.extend((0..len).map(|i| target * self.capacity + i));
+            self.lens[target] = len;
+        }
+        for cache in self.layers.iter_mut().flatten() {
+            let copy = backend.gather(Gather { x: cache, rows: &from });
+            backend.cache_write(CacheWrite { cache, source: &copy, rows: &to });
         }
     }
 

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adapt;
+mod generation;
 mod resume;
 mod routing;
 mod seeing;

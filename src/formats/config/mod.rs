@@ -305,8 +305,8 @@ impl ModelConfig {
 }
 
 /// Which ids begin and end an output: `generation_config.json` where it says so, else the model's
-/// configuration. Lengths, beams and sampling are flags of the command line, so they are not read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// configuration; and what `generation_config.json` asks for where no flag says otherwise.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationConfig {
     /// The ids that end an output.
     pub eos_token_ids: Vec<u32>,
@@ -314,7 +314,117 @@ pub struct GenerationConfig {
     pub pad_token_id: Option<u32>,
     /// The id that the decoder begins with; none: a causal model, which begins with its input.
     pub decoder_start_token_id: Option<u32>,
+    /// The first new token of an encoder-decoder, whatever the scores say.
+    pub forced_bos_token_id: Option<u32>,
+    /// The last token where an output reaches its greatest length.
+    pub forced_eos_token_id: Option<u32>,
+    /// How tokens are chosen.
+    pub defaults: GenerationDefaults,
+    /// Keys that would change the output and are not understood.
+    pub unsupported: Vec<String>,
 }
+
+/// `generation_config.json`'s choices, with transformers' names.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[expect(missing_docs, reason = "the fields of GenerateOptions")]
+pub struct GenerationDefaults {
+    pub max_new_tokens: Option<usize>,
+    pub min_new_tokens: Option<usize>,
+    pub num_beams: Option<usize>,
+    pub num_return_sequences: Option<usize>,
+    pub length_penalty: Option<f64>,
+    pub early_stopping: Option<EarlyStopping>,
+    pub do_sample: Option<bool>,
+    pub temperature: Option<f64>,
+    pub top_k: Option<usize>,
+    pub top_p: Option<f64>,
+    pub min_p: Option<f64>,
+    pub repetition_penalty: Option<f64>,
+    pub no_repeat_ngram_size: Option<usize>,
+}
+
+/// When a beam search ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum EarlyStopping {
+    /// When no running beam looks better than the worst finished one at its present length.
+    #[default]
+    No,
+    /// As soon as there are `num_beams` finished sequences.
+    Yes,
+    /// When no running beam can become better at any length.
+    Never,
+}
+
+/// The largest count that is read; all are below this in any real file.
+const MAX_COUNT: usize = 1 << 20;
+
+impl GenerationDefaults {
+    fn take(fields: &mut Fields, is_causal: bool) -> Result<Self> {
+        let count = |fields: &mut Fields, key: &str| -> Result<Option<usize>> {
+            let Some(value) = fields.take_value(key) else { return Ok(None) };
+            let count = value.as_u64().and_then(|count| usize::try_from(count).ok());
+            match count.filter(|&count| count <= MAX_COUNT) {
+                Some(count) => Ok(Some(count)),
+                None => Err(fields.error(
+                    key,
+                    format!("expected an integer from 0 to {MAX_COUNT}, found {value}"),
+                )),
+            }
+        };
+        // Lengths with the prompt; only the start id of an encoder-decoder is a known prompt.
+        let whole = |length: Option<usize>| {
+            length.filter(|_| !is_causal).and_then(|length| length.checked_sub(1))
+        };
+        let (max_length, min_length) =
+            (whole(count(fields, "max_length")?), whole(count(fields, "min_length")?));
+        let early_stopping = match fields.take_value("early_stopping") {
+            None => None,
+            Some(Value::Bool(true)) => Some(EarlyStopping::Yes),
+            Some(Value::Bool(false)) => Some(EarlyStopping::No),
+            Some(Value::String(text)) if text == "never" => Some(EarlyStopping::Never),
+            Some(other) => {
+                return Err(fields.wrong_type(
+                    "early_stopping",
+                    "true, false or \"never\"",
+                    &other,
+                ));
+            }
+        };
+        Ok(Self {
+            max_new_tokens: count(fields, "max_new_tokens")?.or(max_length).filter(|&n| n > 0),
+            min_new_tokens: count(fields, "min_new_tokens")?.or(min_length),
+            num_beams: count(fields, "num_beams")?.filter(|&n| n > 0),
+            num_return_sequences: count(fields, "num_return_sequences")?.filter(|&n| n > 0),
+            length_penalty: fields.number("length_penalty")?,
+            early_stopping,
+            do_sample: fields.boolean("do_sample")?,
+            temperature: fields.number("temperature")?,
+            top_k: count(fields, "top_k")?,
+            top_p: fields.number("top_p")?,
+            min_p: fields.number("min_p")?,
+            repetition_penalty: fields.number("repetition_penalty")?,
+            no_repeat_ngram_size: count(fields, "no_repeat_ngram_size")?,
+        })
+    }
+}
+
+/// Keys that change outputs and have no counterpart here, with the values that change nothing.
+const UNSUPPORTED_GENERATION: [(&str, &[f64]); 14] = [
+    ("bad_words_ids", &[]),
+    ("begin_suppress_tokens", &[]),
+    ("suppress_tokens", &[]),
+    ("sequence_bias", &[]),
+    ("force_words_ids", &[]),
+    ("exponential_decay_length_penalty", &[]),
+    ("encoder_no_repeat_ngram_size", &[0.0]),
+    ("encoder_repetition_penalty", &[1.0]),
+    ("guidance_scale", &[1.0]),
+    ("typical_p", &[1.0]),
+    ("epsilon_cutoff", &[0.0]),
+    ("eta_cutoff", &[0.0]),
+    ("penalty_alpha", &[0.0]),
+    ("num_beam_groups", &[1.0]),
+];
 
 impl GenerationConfig {
     /// Reads `generation_config.json` of a model folder, if there is one.
@@ -330,7 +440,20 @@ impl GenerationConfig {
         let eos = fields.token_ids("eos_token_id", model.vocab_size())?;
         let pad = fields.token_id("pad_token_id", model.vocab_size())?;
         let start = fields.token_id("decoder_start_token_id", model.vocab_size())?;
+        let mut forced = |key| fields.token_id(key, model.vocab_size()).map(Option::flatten);
+        let (bos, forced_eos) = (forced("forced_bos_token_id")?, forced("forced_eos_token_id")?);
+        let is_causal = model.decoder_start().is_none();
+        let defaults = GenerationDefaults::take(&mut fields, is_causal)?;
+        let unsupported = UNSUPPORTED_GENERATION.iter().filter(|(key, harmless)| {
+            fields.take_value(key).is_some_and(|value| {
+                !value.as_f64().is_some_and(|number| harmless.contains(&number))
+            })
+        });
         Ok(Self {
+            forced_bos_token_id: bos.filter(|_| !is_causal),
+            forced_eos_token_id: forced_eos,
+            defaults,
+            unsupported: unsupported.map(|(key, _)| (*key).to_owned()).collect(),
             eos_token_ids: eos.unwrap_or_else(|| model_eos.to_vec()),
             pad_token_id: pad.flatten().or(model_pad),
             decoder_start_token_id: model.decoder_start().map(|own| start.flatten().unwrap_or(own)),

@@ -1,0 +1,107 @@
+//! `generate`: its choices, against `tests/data/generation.json`.
+
+use std::{fs, path::Path};
+
+use serde_json::{Value, json};
+
+use super::{fails, fixture, lines, ok, scratch, str};
+
+/// A base without its tokenizer, whose `generation_config.json` says this as well.
+fn base_that_asks_for(dir: &Path, wish: &Value) {
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(fixture("base").join(file), dir.join(file)).unwrap();
+    }
+    let path = fixture("base/generation_config.json");
+    let mut config: Value =
+        fs::read(path).map_or_else(|_| json!({}), |bytes| serde_json::from_slice(&bytes).unwrap());
+    config.as_object_mut().unwrap().extend(wish.as_object().unwrap().clone());
+    fs::write(dir.join("generation_config.json"), config.to_string()).unwrap();
+}
+
+fn rows() -> Vec<Value> {
+    let expected: Value =
+        serde_json::from_slice(&fs::read(fixture("expected.json")).unwrap()).unwrap();
+    expected["rows"].as_array().unwrap().clone()
+}
+
+/// The recorded outputs of a run with so many beams and sequences for each row.
+fn recorded(n_beams: u64, n_sequences: u64, length_penalty: f64) -> Vec<Vec<Vec<u32>>> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/generation.json");
+    let recorded: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    let tiny = recorded["cases"].as_array().unwrap().iter().find(|case| case["case"] == "tiny");
+    let run = tiny.unwrap()["runs"].as_array().unwrap().iter().find(|run| {
+        let options = &run["options"];
+        options["num_beams"] == n_beams
+            && options["num_return_sequences"].as_u64().unwrap_or(1) == n_sequences
+            && options["length_penalty"].as_f64().unwrap_or(1.0) == length_penalty
+            && options.get("early_stopping").is_none()
+    });
+    serde_json::from_value(run.unwrap()["outputs"].clone()).unwrap()
+}
+
+#[test]
+fn generate_searches_as_told() {
+    let dir = scratch("generate-beams");
+    let data = dir.join("rows.jsonl");
+    let rows: String = rows().iter().map(|row| format!("{row}\n")).collect();
+    fs::write(&data, rows).unwrap();
+    let (base, adapter, output) = (fixture("base"), fixture("adapter"), dir.join("out.jsonl"));
+    let adapter = ["--adapter", str(&adapter), "--data", str(&data), "--output", str(&output)];
+    let generate = |base: &Path, more: &str| {
+        let more: Vec<&str> = more.split_whitespace().collect();
+        ok(&[&["generate", "--dtype", "f32", "--model", str(base)], &adapter[..], &more].concat());
+        lines(&output)
+    };
+
+    let found = generate(
+        &base,
+        "--max-new-tokens 9 --num-beams 3 --num-return-sequences 3 --length-penalty 0",
+    );
+    for (row, want) in found.iter().zip(recorded(3, 3, 0.0)) {
+        assert_eq!(row["output_ids"], json!(want[0]));
+        let sequences = row["sequences"].as_array().unwrap();
+        let ids: Vec<&Value> = sequences.iter().map(|sequence| &sequence["output_ids"]).collect();
+        assert_eq!(json!(ids), json!(want));
+        let scores: Vec<f64> = sequences.iter().map(|s| s["score"].as_f64().unwrap()).collect();
+        assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
+    }
+
+    // What the model's folder asks for holds until a flag says otherwise.
+    let model = dir.join("model");
+    fs::create_dir(&model).unwrap();
+    base_that_asks_for(&model, &json!({"num_beams": 4, "max_new_tokens": 9, "top_k": 3}));
+    for (row, want) in generate(&model, "").iter().zip(recorded(4, 1, 1.0)) {
+        assert_eq!(row["output_ids"], json!(want[0]));
+        assert!(row.get("sequences").is_none());
+    }
+    let greedy = generate(&base, "--max-new-tokens 9");
+    assert_eq!(generate(&model, "--num-beams 1"), greedy);
+    assert_ne!(generate(&model, "--num-beams 1 --do-sample --temperature 2 --seed 3"), greedy);
+
+    base_that_asks_for(&model, &json!({"guidance_scale": 1.5}));
+    let command = [&["generate", "--model", str(&model)], &adapter[..]].concat();
+    fails(&command, 3, "generation_config.json: field guidance_scale");
+}
+
+#[test]
+fn generate_says_which_choice_is_wrong() {
+    let dir = scratch("generate-choices");
+    let data = dir.join("rows.jsonl");
+    fs::write(&data, r#"{"input_ids": [1], "task_id": 0}"#).unwrap();
+    let (base, output) = (fixture("base"), dir.join("out.jsonl"));
+    let common = ["--model", str(&base), "--data", str(&data), "--output", str(&output)];
+    for (flags, message) in [
+        ("--temperature 0", "--temperature must be more than 0, not 0"),
+        ("--top-p 1.5", "--top-p must be at most 1"),
+        ("--min-p -0.5", "--min-p must be from 0 to 1"),
+        ("--num-beams 0", "--num-beams"),
+        ("--num-return-sequences 2", "--num-return-sequences 2 needs --do-sample, or as many"),
+        ("--num-beams 2 --do-sample", "exclude each other"),
+        ("--min-new-tokens 3 --max-new-tokens 2", "--min-new-tokens 3 is more"),
+        ("--early-stopping maybe", "false, true, never"),
+    ] {
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        fails(&[&["generate"], &common[..], &flags].concat(), 2, message);
+    }
+    assert!(!output.exists());
+}
