@@ -360,7 +360,7 @@ def base_folder(args, preset, dtype):
         return args.model
     folder = args.out / "models" / f"{preset}-{dtype}"
     if not (folder / "config.json").exists():
-        run([args.bin, "init", "--preset", preset, "--dtype", dtype, "--seed", 0, "--output-dir", folder], args.timeout)
+        run([args.bin, "init", "--preset", preset, "--dtype", dtype, "--seed", 0, "--output-dir", folder, "--json"], args.timeout)
     return folder
 
 
