@@ -40,6 +40,7 @@
 //! overflows in it).
 
 pub mod activation;
+pub mod bench;
 #[cfg(feature = "capi")]
 pub mod capi;
 #[cfg(feature = "cli")]

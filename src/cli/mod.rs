@@ -65,7 +65,7 @@ enum Verb {
     Inspect(inspect::Inspect),
     /// Make a base with random weights.
     Init(init::Init),
-    /// Time a training step, an evaluation or a generation.
+    /// Time a training step, an evaluation, a generation or single kernels.
     Bench(bench::Bench),
     /// Say what this machine offers and what is used of it.
     Doctor(doctor::Doctor),
@@ -198,6 +198,10 @@ trait Described: Backend {
     fn hardware(&self) -> String;
     /// Threads of the host that compute.
     fn host_threads(&self) -> usize;
+    /// The CPU backend, if it is that.
+    fn cpu(&self) -> Option<&Cpu> {
+        None
+    }
 }
 
 impl Described for Cpu {
@@ -209,6 +213,9 @@ impl Described for Cpu {
     }
     fn host_threads(&self) -> usize {
         self.n_threads()
+    }
+    fn cpu(&self) -> Option<&Cpu> {
+        Some(self)
     }
 }
 
@@ -345,7 +352,7 @@ impl Verb {
             Self::Preview(verb) => &verb.common,
             Self::Inspect(verb) => &verb.common,
             Self::Init(verb) => &verb.common,
-            Self::Bench(verb) => &verb.common,
+            Self::Bench(verb) => verb.common(),
             Self::Doctor(verb) => &verb.common,
             Self::Verify(verb) => &verb.common,
             Self::Demo(verb) => &verb.common,

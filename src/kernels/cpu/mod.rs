@@ -22,6 +22,8 @@ mod linear;
 mod math;
 mod mix;
 mod norm;
+mod probe;
+mod profile;
 mod rope;
 mod route;
 mod shrink;
@@ -32,9 +34,11 @@ use std::{mem, sync::Arc};
 
 pub use buffer::Buffer;
 use half::bf16;
+pub use probe::Peaks;
+pub use profile::{Entry, Profile};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use self::{buffer::Pool, isa::Isa};
+use self::{buffer::Pool, isa::Isa, profile::Work};
 use super::{Backend, Precision, ops::*};
 use crate::{
     dtype::Dtype,
@@ -51,6 +55,7 @@ pub struct Cpu {
     compute: Dtype,
     threads: Arc<ThreadPool>,
     pool: Arc<Pool>,
+    profile: Arc<Profile>,
 }
 
 impl Cpu {
@@ -74,7 +79,8 @@ impl Cpu {
             .thread_name(|i| format!("polytape-{i}"))
             .build()
             .map_err(|error| Error::Device(format!("cannot start threads: {error}")))?;
-        Ok(Self { isa, compute, threads: Arc::new(threads), pool: Arc::default() })
+        let (pool, profile) = (Arc::default(), Arc::default());
+        Ok(Self { isa, compute, threads: Arc::new(threads), pool, profile })
     }
 
     /// The instruction set in use.
@@ -90,6 +96,11 @@ impl Cpu {
     /// The number of threads.
     pub fn n_threads(&self) -> usize {
         self.threads.current_num_threads()
+    }
+
+    /// What operations take, once it is started.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
     }
 
     /// Bytes of all buffers, in use or kept for reuse, at their peak.
@@ -314,39 +325,59 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("embed", || {
+            Work::moves((2 * args.ids.len() * args.table.cols() * self.compute.size_bytes()) as f64)
+        });
         self.scope(|| embed::embed(self, args))
     }
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("rope", || Work::passes(&args.x, 2));
         self.scope(|| rope::rope(self, args))
     }
     fn gather(&self, args: Gather<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("gather", || {
+            Work::moves((2 * args.rows.len() * args.x.cols * args.x.dtype.size_bytes()) as f64)
+        });
         self.scope(|| embed::gather(self, args))
     }
     fn norm(&self, args: Norm<'_, Self>) -> Normed<Self> {
+        let _timed = self.profile.time("norm", || Work::passes(args.x, 2));
         self.scope(|| norm::norm(self, args))
     }
     fn norm_again(&self, args: NormAgain<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("norm_again", || Work::passes(args.x, 2));
         self.scope(|| norm::norm_again(self, args))
     }
     fn norm_backward(&self, args: NormBackward<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("norm_backward", || {
+            Work::passes(args.x, 3 + usize::from(args.d_residual.is_some()))
+        });
         self.scope(|| norm::norm_backward(self, args))
     }
     fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
+        let _timed = self.profile.time("linear", || Work::linear(&args));
         self.scope(|| linear::linear(self, args))
     }
     fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("linear_backward", || Work::linear_backward(&args));
         self.scope(|| linear::linear_backward(self, args))
     }
     fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self> {
+        let _timed = self.profile.time("attention", || Work::attention(args, 2.0));
         self.scope(|| attention::attention(self, args))
     }
     fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3] {
+        let _timed = self.profile.time("attention_backward", || Work::attention(args.forward, 5.0));
         self.scope(|| attention::attention_backward(self, args))
     }
     fn cache_write(&self, args: CacheWrite<'_, Self>) {
+        let _timed = self.profile.time("cache_write", || Work::passes(args.source, 2));
         embed::cache_write(args);
     }
     fn gated(&self, args: &Gated<'_, Self>) -> Tensor<Self> {
+        let _timed = self
+            .profile
+            .time("gated", || Work::passes(args.gate, 2 + usize::from(args.up.is_some())));
         self.scope(|| gated::gated(self, args))
     }
     fn gated_backward(
@@ -354,48 +385,68 @@ impl Backend for Cpu {
         args: &Gated<'_, Self>,
         d_h: &Tensor<Self>,
     ) -> (Tensor<Self>, Option<Tensor<Self>>) {
+        let _timed = self.profile.time("gated_backward", || {
+            Work::passes(args.gate, 3 + 2 * usize::from(args.up.is_some()))
+        });
         self.scope(|| gated::gated_backward(self, args, d_h))
     }
     fn dropout(&self, x: &Tensor<Self>, dropout: &Dropout) -> Tensor<Self> {
+        let _timed = self.profile.time("dropout", || Work::passes(x, 2));
         self.scope(|| elementwise::dropout(self, x, dropout))
     }
     fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("add", || Work::passes(b, 3));
         self.scope(|| elementwise::add(self, a, b))
     }
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
+        let _timed = self.profile.time("head_loss", || Work::head_loss(&args));
         self.scope(|| head::head_loss(self, args))
     }
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+        let _timed = self.profile.time("argmax", || Work::over([logits]));
         self.scope(|| head::argmax(self, logits, forbidden))
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
+        let _timed = self.profile.time("route", || {
+            Work::moves(
+                (8 * args.logits.len() * args.tasks.len() * args.n_splits * args.n_skills) as f64,
+            )
+        });
         route::route(self, args)
     }
     fn route_backward(&self, args: RouteBackward<'_, Self>) {
+        let _timed = self.profile.time("route_backward", || Work::passes(args.d_weights, 3));
         route::route_backward(args);
     }
     fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self> {
+        let _timed = self.profile.time("mix", || Work::mix(&args));
         self.scope(|| mix::mix(self, args))
     }
     fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
+        let _timed = self.profile.time("shrink", || Work::shrink(&args));
         self.scope(|| shrink::shrink(self, args))
     }
     fn shrink_stacked(&self, args: ShrinkStacked<'_, Self>) -> Tensor<Self> {
+        let _timed = self.profile.time("shrink_stacked", || Work::shrink_stacked(&args));
         self.scope(|| shrink::shrink_stacked(self, args))
     }
     fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>> {
+        let _timed = self.profile.time("lora_backward", || Work::lora_backward(&args));
         self.scope(|| grad::lora_backward(self, args))
     }
     fn unmix(&self, args: Unmix<'_, Self>) {
+        let _timed = self.profile.time("unmix", || Work::unmix(&args));
         self.scope(|| mix::unmix(self, args));
     }
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
+        let _timed = self.profile.time("sum_of_squares", || Work::over([tensor]));
         self.scope(|| adamw::sum_of_squares(self, tensor))
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {
         tensor.buffer_mut().expect("a tensor that is written is held once").bytes_mut().fill(0);
     }
     fn adamw(&self, args: AdamW<'_, Self>) {
+        let _timed = self.profile.time("adamw", || Work::passes(args.params, 7));
         self.scope(|| adamw::adamw(self, args));
     }
 }

@@ -210,7 +210,40 @@ pub(crate) struct Corner<'a> {
 /// Bytes from a row of sums to the next.
 const SUMS_STRIDE: usize = size_of::<[f32; BLOCK_COLS]>();
 
+impl Amx {
+    /// Floating point operations of a round of [`Tiles::spin`].
+    pub(crate) const SPIN_FLOPS: usize = 4 * 2 * TILE_ROWS * TILE_COLS * TILE_K;
+}
+
 impl Tiles {
+    /// Four independent products of tiles, `n` times, nothing from memory: how fast the unit is.
+    pub(crate) fn spin(&mut self, n: usize) {
+        assert!(n > 0);
+        self.configure(TILE_ROWS);
+        // SAFETY: the configuration above is what the instructions want; no memory is touched.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "tdpbf16ps tmm1, tmm4, tmm5",
+                "tdpbf16ps tmm2, tmm4, tmm5",
+                "tdpbf16ps tmm3, tmm4, tmm5",
+                "dec {n}",
+                "jnz 2b",
+                n = inout(reg) n => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _,
+                options(nomem, nostack),
+            );
+        }
+    }
+
     /// Tiles 0 to 4 (sums, and a left operand) of `rows` rows, the others of 16, all 64 bytes wide.
     fn configure(&mut self, rows: usize) {
         assert!((1..=TILE_ROWS).contains(&rows));

@@ -1,4 +1,5 @@
-//! `bench`: how long a training step, an evaluation or a generation takes, on random rows.
+//! `bench train|eval|generate`: how long a training step, an evaluation or a generation takes, on random
+//! rows.
 //!
 //! Row i has task i mod n_tasks; ids are random and lengths full; a causal model is trained on all of
 //! `--src` and has no `--tgt`. `train` is forward, backward and
@@ -8,15 +9,16 @@
 use std::{path::PathBuf, time::Instant};
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Common, Described, OnOff, print_json, run_on_device};
 use crate::{
+    cli::{Common, Described, OnOff, print_json, run_on_device},
     error::{Error, Result},
     formats::poly_config::PolyConfig,
     generate::{Engine, GenerateOptions},
     kernels::{
         Backend, Precision,
+        cpu::{Cpu, Entry, Peaks, Profile},
         philox::{Key, Purpose},
     },
     model::{Adapter, Batch, Example, Layout, Model, network::Sides, routed_lora::parse_targets},
@@ -26,11 +28,11 @@ use crate::{
 };
 
 #[derive(Args)]
-pub(super) struct Bench {
+pub(super) struct ModelBench {
     #[command(flatten)]
     pub(super) common: Common,
-    /// What is timed.
-    what: What,
+    #[arg(skip)]
+    pub(super) what: What,
     /// The base model's folder.
     #[arg(long)]
     model: PathBuf,
@@ -70,13 +72,19 @@ pub(super) struct Bench {
     /// Dropout of the base.
     #[arg(long, default_value_t = 0.0)]
     dropout: f32,
+    /// Also what each operation takes, beside its limit on this machine: a table on stderr, and
+    /// `profile` in the result. On the CPU.
+    #[arg(long)]
+    profile: bool,
     /// Timed steps, after two that are not.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum What {
+/// What is timed: the subcommand.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum What {
+    #[default]
     Train,
     Eval,
     Generate,
@@ -90,8 +98,9 @@ enum AdapterFlag {
 
 const WARM_UP: u32 = 2;
 
-impl Bench {
-    pub(super) fn run(&self) -> Result<()> {
+impl ModelBench {
+    pub(super) fn run(mut self, what: What) -> Result<()> {
+        self.what = what;
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(Error::Usage(format!("dropout must be in 0..1, not {}", self.dropout)));
         }
@@ -105,7 +114,13 @@ impl Bench {
         };
         let examples = self.examples(&model);
         let examples: Vec<&Example> = examples.iter().collect();
-        let mut timer = Timer::default();
+        let profile = match (self.profile, model.backend().cpu()) {
+            (true, None) => {
+                return Err(Error::Usage("--profile is of the CPU: leave --device out".into()));
+            }
+            (is_wanted, cpu) => cpu.filter(|_| is_wanted),
+        };
+        let mut timer = Timer { profile: profile.map(Cpu::profile), ..Timer::default() };
         let loss = match (self.what, adapter) {
             (What::Train, Some(adapter)) => self.train(&model, adapter, &examples, &mut timer)?,
             (What::Train, None) => self.floor(&model, &examples, &mut timer),
@@ -119,6 +134,7 @@ impl Bench {
             },
         };
         let (median, min) = timer.summary();
+        let entries = profile.map(|cpu| (cpu.peaks(), cpu.profile().finish()));
         let backend = model.backend();
         print_json(&json!({
             "median_s": median,
@@ -129,7 +145,11 @@ impl Bench {
             "isa": backend.hardware(),
             "threads": backend.host_threads(),
             "loss": loss,
-            "what": self.what.to_possible_value().map(|v| v.get_name().to_owned()),
+            "what": match self.what {
+                What::Train => "train",
+                What::Eval => "eval",
+                What::Generate => "generate",
+            },
             "model": self.model,
             "dtype": backend.compute().to_string(),
             "adapter": if self.adapter == AdapterFlag::Poly { "poly" } else { "none" },
@@ -146,7 +166,57 @@ impl Bench {
             "checkpointing": self.checkpointing.is_on(),
             "dropout": self.dropout,
             "steps": self.steps,
+            "profile": entries.map(|(peaks, entries)| self.profile(&peaks, &entries, &timer)),
         }))
+    }
+
+    /// Prints what operations took, the longest first.
+    fn profile(&self, peaks: &Peaks, entries: &[Entry], timer: &Timer<'_>) -> Vec<Value> {
+        let steps = f64::from(self.steps);
+        let total: f64 = timer.seconds[WARM_UP as usize..].iter().sum();
+        let inside: f64 = entries.iter().map(|entry| entry.seconds).sum();
+        eprintln!(
+            "peaks: f32 FMA {:.0} GFLOP/s{}, reading {:.1} GB/s ({:.1} by one thread)",
+            peaks.fma / 1e9,
+            peaks.amx.map_or_else(String::new, |amx| format!(", AMX {:.0} GFLOP/s", amx / 1e9)),
+            peaks.read / 1e9,
+            peaks.read_by_one / 1e9,
+        );
+        eprintln!(
+            "{:<18} {:<34} {:>6} {:>9} {:>6} {:>8} {:>7} {:>9} {:>6}",
+            "operation", "shape", "calls", "ms", "share", "GFLOP/s", "GB/s", "limit ms", "of it"
+        );
+        let line = |name: &str, shape: &str, calls: f64, entry: [f64; 4]| {
+            let [seconds, flops, bytes, limit] = entry;
+            eprintln!(
+                "{name:<18} {shape:<34} {calls:>6} {:>9.2} {:>5.1}% {:>8.1} {:>7.2} {:>9.2} {:>5.0}%",
+                1e3 * seconds / steps,
+                100.0 * seconds / total,
+                flops / seconds / 1e9,
+                bytes / seconds / 1e9,
+                1e3 * limit / steps,
+                100.0 * limit / seconds,
+            );
+        };
+        let limit = |entry: &Entry| (entry.flops / peaks.fma).max(entry.bytes / peaks.read);
+        let all: Vec<Value> = entries
+            .iter()
+            .map(|entry| {
+                let Entry { operation, shape, calls, seconds, flops, bytes } = entry;
+                let calls = *calls as f64 / steps;
+                line(operation, shape, calls, [*seconds, *flops, *bytes, limit(entry)]);
+                json!({
+                    "operation": operation, "shape": shape, "calls": calls,
+                    "seconds": seconds / steps, "flops": flops / steps, "bytes": bytes / steps,
+                    "limit_s": limit(entry) / steps,
+                })
+            })
+            .collect();
+        let sum = |of: fn(&Entry) -> f64| entries.iter().map(of).sum::<f64>();
+        let limits: f64 = entries.iter().map(limit).sum();
+        line("all of them", "", 1.0, [inside, sum(|e| e.flops), sum(|e| e.bytes), limits]);
+        line("between them", "", 1.0, [total - inside, 0.0, 0.0, 0.0]);
+        all
     }
 
     fn adapter<B: Backend>(&self, model: &Model<B>) -> Result<Adapter<B>> {
@@ -197,7 +267,7 @@ impl Bench {
         model: &Model<B>,
         adapter: Adapter<B>,
         examples: &[&Example],
-        timer: &mut Timer,
+        timer: &mut Timer<'_>,
     ) -> Result<f64> {
         let config = TrainConfig {
             learning_rate: 1e-4,
@@ -219,7 +289,12 @@ impl Bench {
     }
 
     /// The frozen base: forward, and backward to both embeddings.
-    fn floor<B: Backend>(&self, model: &Model<B>, examples: &[&Example], timer: &mut Timer) -> f64 {
+    fn floor<B: Backend>(
+        &self,
+        model: &Model<B>,
+        examples: &[&Example],
+        timer: &mut Timer<'_>,
+    ) -> f64 {
         let backend = model.backend();
         let batch = Batch::new(examples.iter().copied(), model.layout(), 0);
         let n_labels = batch.labels.len();
@@ -251,7 +326,7 @@ impl Bench {
         model: &Model<B>,
         adapter: Option<&Adapter<B>>,
         examples: &[&Example],
-        timer: &mut Timer,
+        timer: &mut Timer<'_>,
     ) -> f64 {
         let tasks = examples.iter().map(|example| example.task);
         let engine = Engine::new(model, adapter, tasks, examples.len());
@@ -274,13 +349,17 @@ impl Bench {
 }
 
 #[derive(Default)]
-struct Timer {
+struct Timer<'a> {
     seconds: Vec<f64>,
     anon_mib: u64,
+    profile: Option<&'a Profile>,
 }
 
-impl Timer {
+impl Timer<'_> {
     fn time<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        if self.seconds.len() == WARM_UP as usize {
+            self.profile.inspect(|profile| profile.start());
+        }
         let started = Instant::now();
         let result = work();
         self.seconds.push(started.elapsed().as_secs_f64());
