@@ -56,7 +56,7 @@ pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
     with_element!(args.q.dtype, T => {
         let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, args.n_heads, args.n_kv_heads);
         let lse = deal(lse.f32s_mut(), args.n_heads, args.queries, args.n_heads, args.n_kv_heads);
-        let tasks = o.into_par_iter().zip(lse).enumerate();
+        let tasks = o.into_par_iter().zip(lse).enumerate().with_max_len(1);
         tasks.with_min_len(tasks_in_a_grain(args)).for_each(|(task, (o, lse))| {
             let pair = Pair::<T>::new(args, task);
             let mut scratch = cpu.scratch(pair.forward_scratch().next_power_of_two());
@@ -85,7 +85,7 @@ pub(super) fn attention_backward(cpu: &Cpu, args: AttentionBackward<'_, Cpu>) ->
         let d_q = deal(d_q.items_mut::<T>(), forward.q.cols, forward.queries, n_heads, n_kv_heads);
         let d_k = deal(d_k.items_mut::<T>(), forward.k.cols, forward.keys, n_kv_heads, n_kv_heads);
         let d_v = deal(d_v.items_mut::<T>(), forward.v.cols, forward.keys, n_kv_heads, n_kv_heads);
-        let tasks = (d_q, d_k, d_v).into_par_iter().enumerate();
+        let tasks = (d_q, d_k, d_v).into_par_iter().enumerate().with_max_len(1);
         tasks.with_min_len(tasks_in_a_grain(forward)).for_each(|(task, (d_q, d_k, d_v))| {
             let pair = Pair::<T>::new(forward, task);
             let mut scratch = cpu.scratch(pair.backward_scratch().next_power_of_two());

@@ -1,12 +1,15 @@
 //! Matrix products over packed panels: `sums[m, n] += Σ_k lhs[m, k] * rhs[k, n]`.
 //!
 //! ```text
-//! lhs    Packed       [tile][k][MR]            f32, once per operation, shared by all tasks
+//! lhs    Packed       [block of k][tile][k][MR] f32, once per operation, shared by all tasks
 //! rhs    panels       [panel][k][WIDTH]        f32, once per task and block of k, in its L2 cache
-//! sums   Accumulator  [tile][panel][MR][WIDTH] f32, a task's rows x 128 columns
+//! sums   Accumulator  [panel][tile][MR][WIDTH] f32, a task's rows x up to 128 columns
 //! ```
 //!
-//! The register tile is `MR x WIDTH` (`WIDTH = 16 NV`, both of the instruction set). Within a block
+//! What follows one another in time lies one after the other, also across tiles: prefetchers do not
+//! cross a page, and a tile of a block is about a page.
+//!
+//! The register tile is `MR x WIDTH` ([`Simd::TILE`]). Within a block
 //! of [`K_BLOCK`] an element is one chain of fused multiply-adds in registers; blocks are added to
 //! the sums in order. So an element's bits depend on its own row and column and on K, not on how
 //! many rows there are, where in a tile it lies, or which thread computes it.
@@ -35,8 +38,10 @@ use crate::{
 
 /// Products of an element that are summed in registers before they are added to the others.
 pub(super) const K_BLOCK: usize = 256;
-/// Columns of a task.
+/// Columns of a task at most.
 pub(super) const COLS: usize = 128;
+/// Elements of the largest register tile.
+const MAX_TILE: usize = 512;
 /// Tiles of rows that stay in the L2 cache while the panels pass over them.
 const TILES: usize = 16;
 
@@ -61,18 +66,6 @@ macro_rules! with_element {
     };
 }
 pub(super) use with_element;
-
-/// Calls a function with the register tile of an instruction set as constants.
-macro_rules! with_tile {
-    ($s:ident, $function:ident($($argument:expr),*)) => {
-        match ($s::MR, $s::NV) {
-            (4, 1) => $function::<$s, 4, 1>($($argument),*),
-            (6, 1) => $function::<$s, 6, 1>($($argument),*),
-            (12, 2) => $function::<$s, 12, 2>($($argument),*),
-            _ => unreachable!("a register tile that has no kernel"),
-        }
-    };
-}
 
 /// A matrix to read: an activation, a parameter or a frozen weight, or a part of one.
 #[derive(Clone, Copy)]
@@ -132,34 +125,52 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A left operand in tiles of `MR` rows, `[tile][k][MR]`, rows past the end zero.
+/// A left operand in tiles of `MR` rows, `[k][MR]` each, rows past the end zero.
 pub(super) struct Packed {
     buffer: Buffer,
     /// The row of the operation's output that tile 0 starts with.
     first_row: usize,
+    n_tiles: usize,
     k: usize,
     mr: usize,
+    /// Whether all tiles of a [`K_BLOCK`] lie together, or all k of a tile.
+    in_blocks: bool,
 }
 
 impl Packed {
     /// `lhs = matrix`, for output rows from `first_row` on, packed by all threads.
     pub(super) fn rows(cpu: &Cpu, matrix: Matrix<'_>, first_row: usize) -> Self {
-        let mut packed = Self::unwritten(cpu, matrix.rows, matrix.cols, first_row);
+        let mut packed =
+            Self { in_blocks: true, ..Self::unwritten(cpu, matrix.rows, matrix.cols, first_row) };
         let (isa, mr) = (cpu.isa, packed.mr);
-        let tile = mr * matrix.cols;
-        if tile > 0 {
-            let tiles = packed.buffer.as_mut_slice::<f32>().par_chunks_mut(tile * TILES);
-            tiles.enumerate().for_each(|(i, out)| {
-                isa.run(PackRows { matrix, first_row: i * TILES * mr, out });
+        packed.blocks(matrix).par_bridge().for_each(|(part, out)| {
+            let some_tiles = out.par_chunks_mut(TILES * mr * part.cols).enumerate();
+            some_tiles.for_each(|(i, out)| {
+                isa.run(PackRows { matrix: part, first_row: i * TILES * mr, out });
             });
-        }
+        });
         packed
+    }
+
+    /// The blocks of k: what to pack, and where.
+    fn blocks<'a>(
+        &'a mut self,
+        matrix: Matrix<'a>,
+    ) -> impl Iterator<Item = (Matrix<'a>, &'a mut [f32])> {
+        let block = (self.n_tiles * self.mr * K_BLOCK).max(1);
+        self.buffer.as_mut_slice::<f32>().chunks_mut(block).enumerate().map(move |(i, out)| {
+            let k = i * K_BLOCK..matrix.cols.min((i + 1) * K_BLOCK);
+            (matrix.part(0..matrix.rows, k), out)
+        })
     }
 
     /// [`Packed::rows`] on the calling thread only, for use within a task.
     pub(super) fn rows_here(cpu: &Cpu, matrix: Matrix<'_>, first_row: usize) -> Self {
-        let mut packed = Self::unwritten(cpu, matrix.rows, matrix.cols, first_row);
-        cpu.isa.run(PackRows { matrix, first_row: 0, out: packed.buffer.as_mut_slice() });
+        let mut packed =
+            Self { in_blocks: true, ..Self::unwritten(cpu, matrix.rows, matrix.cols, first_row) };
+        for (matrix, out) in packed.blocks(matrix) {
+            cpu.isa.run(PackRows { matrix, first_row: 0, out });
+        }
         packed
     }
 
@@ -189,7 +200,9 @@ impl Packed {
     /// then tile by tile for their packed form ([`Packed::tiles_mut`], [`pack_tile`]).
     pub(super) fn unwritten(cpu: &Cpu, n_rows: usize, k: usize, first_row: usize) -> Self {
         let mr = tile_shape(cpu.isa).0;
-        Self { buffer: cpu.scratch(n_rows.next_multiple_of(mr) * k), first_row, k, mr }
+        let n_tiles = n_rows.div_ceil(mr);
+        let buffer = cpu.scratch(n_tiles * mr * k);
+        Self { buffer, first_row, n_tiles, k, mr, in_blocks: false }
     }
 
     /// All values.
@@ -208,9 +221,17 @@ impl Packed {
         self.buffer.as_mut_slice::<f32>().par_chunks_mut(tile)
     }
 
+    /// Some k of a tile; of one block where the operand is in blocks.
     fn tile(&self, tile: usize, k: Range<usize>) -> &[f32] {
-        let start = tile * self.k;
-        &self.buffer.as_slice()[(start + k.start) * self.mr..(start + k.end) * self.mr]
+        let start = if self.in_blocks {
+            let first = k.start / K_BLOCK * K_BLOCK;
+            let len = K_BLOCK.min(self.k - first);
+            assert!(k.end <= first + len, "a range of k in one block");
+            first * self.n_tiles + tile * len + k.start - first
+        } else {
+            tile * self.k + k.start
+        };
+        &self.buffer.as_slice()[start * self.mr..(start + k.len()) * self.mr]
     }
 }
 
@@ -226,7 +247,7 @@ pub(super) fn tile_shape(isa: Isa) -> (usize, usize) {
         type Output = (usize, usize);
         #[inline(always)]
         fn eval<S: Simd>(self, _: S) -> (usize, usize) {
-            (S::MR, S::NV * LANES)
+            S::TILE
         }
     }
     isa.run(Shape)
@@ -243,30 +264,31 @@ impl SimdOp for PackRows<'_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        with_tile!(S, pack_rows(simd, self));
+        pack_rows(simd, self);
     }
 }
 
 #[inline(always)]
-fn pack_rows<S: Simd, const MR: usize, const NV: usize>(simd: S, args: PackRows<'_>) {
+fn pack_rows<S: Simd>(simd: S, args: PackRows<'_>) {
     let PackRows { matrix, first_row, out } = args;
+    let mr = S::TILE.0;
     with_element!(matrix.dtype, E => {
-        for (tile, out) in out.chunks_mut((MR * matrix.cols).max(1)).enumerate() {
-            let mut rows: [&[<E as Element>::Item]; MR] = [&[]; MR];
-            let first = first_row + tile * MR;
-            for (i, row) in rows.iter_mut().enumerate().take(matrix.rows - first) {
+        for (tile, out) in out.chunks_mut((mr * matrix.cols).max(1)).enumerate() {
+            let mut rows: [&[<E as Element>::Item]; LANES] = [&[]; LANES];
+            let first = first_row + tile * mr;
+            for (i, row) in rows.iter_mut().enumerate().take(mr.min(matrix.rows - first)) {
                 *row = matrix.row::<E>(first + i);
             }
-            for (i, out) in out.as_chunks_mut::<MR>().0.chunks_mut(LANES).enumerate() {
+            for (i, out) in out.chunks_mut(mr * LANES).enumerate() {
                 let mut block = [simd.splat(0.0); LANES];
-                for (v, row) in block.iter_mut().zip(rows) {
+                for (v, row) in block.iter_mut().zip(rows).take(mr) {
                     *v = load_lanes::<S, E>(simd, row, i);
                 }
                 let block = simd.transpose(block);
-                for (out, v) in out.iter_mut().zip(block) {
+                for (out, v) in out.chunks_exact_mut(mr).zip(block) {
                     let mut lanes = [0.0; LANES];
                     simd.store(v, &mut lanes);
-                    out.copy_from_slice(&lanes[..MR]);
+                    out.copy_from_slice(&lanes[..mr]);
                 }
             }
         }
@@ -350,11 +372,12 @@ impl Accumulator {
         let row = row - self.rows.start;
         let (tile, within) = (row / self.mr, row % self.mr);
         let n_panels = self.cols.len().div_ceil(self.width);
+        let n_tiles = self.rows.len().div_ceil(self.mr);
         let mut values = [0.0; COLS];
         let sums = self.sums.as_slice::<f32>();
         for (panel, values) in values.chunks_mut(self.width).take(n_panels).enumerate() {
-            let start = ((tile * n_panels + panel) * self.mr + within) * self.width;
-            values.copy_from_slice(&sums[start..start + self.width]);
+            let start = ((panel * n_tiles + tile) * self.mr + within) * self.width;
+            values.copy_from_slice(&sums[start..start + values.len()]);
         }
         values
     }
@@ -370,12 +393,13 @@ impl SimdOp for Add<'_> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        with_tile!(S, add(simd, self));
+        add(simd, self);
     }
 }
 
 #[inline(always)]
-fn add<S: Simd, const MR: usize, const NV: usize>(simd: S, args: Add<'_>) {
+fn add<S: Simd>(simd: S, args: Add<'_>) {
+    let (mr, tile_width) = S::TILE;
     let Accumulator { sums, panels, rows, cols, width, .. } = args.sums;
     let Product { lhs, first_k, rows: product_rows, rhs } = args.product;
     let (Some(first), Some(last)) = (rhs.first(), rhs.last()) else { return };
@@ -383,7 +407,7 @@ fn add<S: Simd, const MR: usize, const NV: usize>(simd: S, args: Add<'_>) {
     assert!(rhs.iter().all(|rhs| rhs.k() == k) && first_k + k <= lhs.k, "operands agree in K");
     assert!(product_rows.start >= rows.start && product_rows.end <= rows.end);
     let skipped = rows.start - lhs.first_row;
-    assert_eq!(skipped % MR, 0, "tiles of sums are tiles of the left operand");
+    assert_eq!(skipped % mr, 0, "tiles of sums are tiles of the left operand");
 
     // Where the product's rows and columns lie among the sums. Padding counts as wanted, so that
     // only tiles which others share need care.
@@ -399,10 +423,10 @@ fn add<S: Simd, const MR: usize, const NV: usize>(simd: S, args: Add<'_>) {
     }
     let n_panels = cols.len().div_ceil(*width);
     let used_panels = first_col / *width..end_col.div_ceil(*width).min(n_panels);
-    let tiles = first_row / MR..end_row.min(rows.len()).div_ceil(MR);
+    let tiles = first_row / mr..end_row.min(rows.len()).div_ceil(mr);
 
     let (panels, sums) = (panels.as_mut_slice::<f32>(), sums.as_mut_slice::<f32>());
-    let (sums_tiles, _) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<NV>();
+    let (tile_len, n_tiles) = (mr * tile_width, rows.len().div_ceil(mr));
     for k0 in (0..k).step_by(K_BLOCK) {
         let block = k0..k.min(k0 + K_BLOCK);
         let panel_len = block.len() * *width;
@@ -416,19 +440,16 @@ fn add<S: Simd, const MR: usize, const NV: usize>(simd: S, args: Add<'_>) {
         for some_tiles in tiles.clone().step_by(TILES) {
             for panel in used_panels.clone() {
                 let rhs = &panels[panel * panel_len..][..panel_len];
-                let (rhs, _) = rhs.as_chunks::<LANES>().0.as_chunks::<NV>();
                 for tile in some_tiles..tiles.end.min(some_tiles + TILES) {
-                    let lhs =
-                        lhs.tile(skipped / MR + tile, first_k + block.start..first_k + block.end);
-                    let sums = sums_tiles[(tile * n_panels + panel) * MR..]
-                        .first_chunk_mut::<MR>()
-                        .expect("a tile has MR rows");
+                    let k = first_k + block.start..first_k + block.end;
+                    let lhs = lhs.tile(skipped / mr + tile, k);
+                    let sums = &mut sums[(panel * n_tiles + tile) * tile_len..][..tile_len];
                     let wanted = Wanted {
-                        rows: clamp(first_row, tile * MR, MR)..clamp(end_row, tile * MR, MR),
+                        rows: clamp(first_row, tile * mr, mr)..clamp(end_row, tile * mr, mr),
                         cols: clamp(first_col, panel * *width, *width)
                             ..clamp(end_col, panel * *width, *width),
                     };
-                    add_tile(simd, lhs.as_chunks::<MR>().0, rhs, sums, &wanted);
+                    add_tile(simd, lhs, rhs, sums, &wanted);
                 }
             }
         }
@@ -449,45 +470,18 @@ struct Wanted {
 
 /// The innermost product: a tile of the left operand with a panel of the right one.
 #[inline(always)]
-fn add_tile<S: Simd, const MR: usize, const NV: usize>(
-    simd: S,
-    lhs: &[[f32; MR]],
-    rhs: &[[[f32; LANES]; NV]],
-    sums: &mut [[[f32; LANES]; NV]; MR],
-    wanted: &Wanted,
-) {
-    let mut tile = [[simd.splat(0.0); NV]; MR];
-    for (l, r) in lhs.iter().zip(rhs) {
-        let mut r_lanes = [simd.splat(0.0); NV];
-        for (lanes, r) in r_lanes.iter_mut().zip(r) {
-            *lanes = simd.load(r);
-        }
-        for i in 0..MR {
-            let l = simd.splat(l[i]);
-            for j in 0..NV {
-                tile[i][j] = simd.fma(l, r_lanes[j], tile[i][j]);
-            }
-        }
-    }
-    if wanted.rows.len() == MR && wanted.cols.len() == NV * LANES {
-        for i in 0..MR {
-            for j in 0..NV {
-                simd.store(simd.add(simd.load(&sums[i][j]), tile[i][j]), &mut sums[i][j]);
-            }
-        }
-        return;
+fn add_tile<S: Simd>(simd: S, lhs: &[f32], rhs: &[f32], sums: &mut [f32], wanted: &Wanted) {
+    let (mr, width) = S::TILE;
+    if wanted.rows.len() == mr && wanted.cols.len() == width {
+        return simd.add_tile(lhs, rhs, sums);
     }
     // Rows of other segments and columns of other splits must not even get a zero: 0 * inf is NaN.
-    let mut products = [[[0.0; LANES]; NV]; MR];
-    for i in 0..MR {
-        for j in 0..NV {
-            simd.store(tile[i][j], &mut products[i][j]);
-        }
-    }
+    let mut products = [0.0; MAX_TILE];
+    let products = &mut products[..mr * width];
+    simd.add_tile(lhs, rhs, products);
     for i in wanted.rows.clone() {
-        let (sums, products) = (sums[i].as_flattened_mut(), products[i].as_flattened());
         for j in wanted.cols.clone() {
-            sums[j] += products[j];
+            sums[i * width + j] += products[i * width + j];
         }
     }
 }
@@ -520,21 +514,30 @@ fn pack_rhs<S: Simd>(
 /// `panels[.., k, at + n] = matrix[k, n]`.
 #[inline(always)]
 fn pack_as_is<S: Simd, E: Element>(simd: S, matrix: Matrix<'_>, at: usize, panels: &mut [f32]) {
-    let (n_k, width) = (matrix.rows, S::NV * LANES);
+    let (n_k, width) = (matrix.rows, S::TILE.1);
     for k in 0..n_k {
         let mut row = matrix.row::<E>(k);
         let mut at = at;
         while !row.is_empty() {
-            let (now, later) = row.split_at(row.len().min(LANES - at % LANES));
+            let (now, later) = row.split_at(row.len().min(width - at % width));
             let start = (at / width * n_k + k) * width + at % width;
-            let out = &mut panels[start..start + now.len()];
-            match (now.try_into(), (&mut *out).try_into()) {
-                (Ok(now), Ok(out)) => simd.store(E::load(simd, now), out),
-                _ => out.iter_mut().zip(now).for_each(|(o, &item)| *o = E::get(item)),
-            }
+            widen_row::<S, E>(simd, now, &mut panels[start..start + now.len()]);
             at += now.len();
             row = later;
         }
+    }
+}
+
+/// `to = from`, widened.
+#[inline(always)]
+fn widen_row<S: Simd, E: Element>(simd: S, from: &[E::Item], to: &mut [f32]) {
+    for (to, from) in to.as_chunks_mut().0.iter_mut().zip(from.as_chunks().0) {
+        simd.store(E::load(simd, from), to);
+    }
+    // What is left over, once more with what is before it; by itself only where that is not there.
+    match (to.last_chunk_mut(), from.last_chunk()) {
+        (Some(to), Some(from)) => simd.store(E::load(simd, from), to),
+        _ => to.iter_mut().zip(from).for_each(|(to, &item)| *to = E::get(item)),
     }
 }
 
@@ -546,11 +549,11 @@ fn pack_transposed<S: Simd, E: Element>(
     at: usize,
     panels: &mut [f32],
 ) {
-    let (n_k, width) = (matrix.cols, S::NV * LANES);
+    let (n_k, width) = (matrix.cols, S::TILE.1);
     let mut n = 0;
     while n < matrix.rows {
-        let lane = (at + n) % LANES;
-        let now = (LANES - lane).min(matrix.rows - n);
+        // A vector does not reach into the next panel.
+        let now = LANES.min(width - (at + n) % width).min(matrix.rows - n);
         let mut rows: [&[E::Item]; LANES] = [&[]; LANES];
         for (i, row) in rows.iter_mut().enumerate().take(now) {
             *row = matrix.row::<E>(n + i);
@@ -575,6 +578,12 @@ fn pack_transposed<S: Simd, E: Element>(
     }
 }
 
+/// Runs each task once, on any thread. One at a time: by default rayon hands out runs of tasks, and
+/// threads would wait for the one that has the last run.
+pub(super) fn run_tasks<T: Send>(tasks: Vec<T>, run: impl Fn(T) + Send + Sync) {
+    tasks.into_par_iter().with_max_len(1).for_each(run);
+}
+
 /// One task's piece of every row of an output: the rows' columns `cols`, top to bottom.
 pub(super) struct Rectangle<'a, T> {
     pub(super) rows: Range<usize>,
@@ -582,13 +591,19 @@ pub(super) struct Rectangle<'a, T> {
     pub(super) out: Vec<&'a mut [T]>,
 }
 
+/// Columns of a task that multiplies with this instruction set: whole panels, at most [`COLS`].
+pub(super) fn task_cols(isa: Isa) -> usize {
+    let width = tile_shape(isa).1;
+    COLS / width * width
+}
+
 /// Cuts rows of a row-major output, of which the first is `first_row`, into rectangles of at most
-/// `n_rows` x [`COLS`].
+/// `n_rows` x `n_cols`.
 pub(super) fn cut<T>(
     out: &mut [T],
     cols: usize,
     first_row: usize,
-    n_rows: usize,
+    (n_rows, n_cols): (usize, usize),
 ) -> Vec<Rectangle<'_, T>> {
     let mut all = Vec::new();
     if out.is_empty() {
@@ -598,13 +613,13 @@ pub(super) fn cut<T>(
         let start = first_row + i * n_rows;
         let rows = start..start + some.len() / cols;
         let n_before = all.len();
-        all.extend((0..cols).step_by(COLS).map(|start| Rectangle {
+        all.extend((0..cols).step_by(n_cols).map(|start| Rectangle {
             rows: rows.clone(),
-            cols: start..cols.min(start + COLS),
+            cols: start..cols.min(start + n_cols),
             out: Vec::with_capacity(rows.len()),
         }));
         for row in some.chunks_mut(cols) {
-            for (rectangle, piece) in all[n_before..].iter_mut().zip(row.chunks_mut(COLS)) {
+            for (rectangle, piece) in all[n_before..].iter_mut().zip(row.chunks_mut(n_cols)) {
                 rectangle.out.push(piece);
             }
         }

@@ -30,7 +30,7 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, Matrix, Rectangle},
+    gemm::{Accumulator, Finish, Matrix, Rectangle, run_tasks},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, ElementMut, Isa, LANES, LeftRows,
         Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, round_bf16,
@@ -585,7 +585,7 @@ pub(super) fn write<T: ElementMut<Item = T> + Send>(
     rectangles: Vec<Rectangle<'_, T>>,
 ) {
     let tasks = rectangles.into_iter().map(|rectangle| (0, rectangle)).collect();
-    in_pairs(cpu, tasks).into_par_iter().for_each(|(_, rectangles)| {
+    run_tasks(in_pairs(cpu, tasks), |(_, rectangles)| {
         let (parts, finish) = (std::slice::from_ref(part), Finish::default());
         Task { parts, ranks: &[], more: Vec::new(), rectangles, finish }.run(cpu, amx);
     });

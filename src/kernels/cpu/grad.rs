@@ -6,12 +6,10 @@
 //! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
 //! features; it adds up the row's segments in order, in blocks of 256 tokens.
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu,
-    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut},
+    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut, run_tasks, task_cols},
     shrink::{Side, into_rank_space},
 };
 use crate::tensor::Tensor;
@@ -67,7 +65,7 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
         tasks.iter_mut().zip(pieces).for_each(|((.., outs), piece)| outs.push(piece));
     }
     let n_ranks = rank * d_zs.len();
-    tasks.into_par_iter().for_each(|(row, start, mut outs)| {
+    run_tasks(tasks, |(row, start, mut outs)| {
         let cols = start..d_in.min(start + COLS);
         let sums = over_tokens(cpu, &lhs, x, segments, row, 0..n_ranks, cols.clone());
         for column in 0..n_ranks {
@@ -85,8 +83,8 @@ fn d_b(cpu: &Cpu, term: &LoraTerm<'_, Cpu>, segments: &Segments) -> Tensor<Cpu> 
     let mut d_b = cpu.alloc(segments.n_rows() * rank, d_out, Precision::Full);
     let lhs = Packed::columns(cpu, Matrix::tensor(term.z));
     // A rectangle is one routing row's ranks.
-    let tasks = cut(d_b.f32s_mut(), d_out, 0, rank.max(1));
-    tasks.into_par_iter().for_each(|Rectangle { rows, cols, out }| {
+    let tasks = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), task_cols(cpu.isa)));
+    run_tasks(tasks, |Rectangle { rows, cols, out }| {
         let row = rows.start / rank;
         let sums = over_tokens(cpu, &lhs, term.d_y, segments, row, 0..rank, cols);
         for (j, out) in out.into_iter().enumerate() {

@@ -15,7 +15,10 @@ use rayon::prelude::*;
 use super::{
     super::{Precision, ops::*},
     Cpu, Slice, SliceMut,
-    gemm::{Accumulator, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, tile_shape},
+    gemm::{
+        Accumulator, COLS, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, run_tasks,
+        task_cols, tile_shape,
+    },
     gemm_amx::{self, Lhs, Part},
     isa::{Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
@@ -72,11 +75,12 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
     if let Some(amx) = gemm_amx::takes(cpu, [weight].into_iter()) {
         let lhs = &[Lhs::rows(cpu, amx, x, 0)];
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: true };
-        gemm_amx::write(cpu, amx, &part, cut(out, weight.rows(), 0, x.rows));
+        gemm_amx::write(cpu, amx, &part, cut(out, weight.rows(), 0, (x.rows, COLS)));
         return logits;
     }
     let lhs = Packed::rows(cpu, x, 0);
-    cut(out, weight.rows(), 0, x.rows).into_par_iter().for_each(|rectangle| {
+    let tasks = cut(out, weight.rows(), 0, (x.rows, task_cols(cpu.isa)));
+    run_tasks(tasks, |rectangle| {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {
             lhs: &lhs,
@@ -101,9 +105,10 @@ fn backward<T: ElementMut<Item = T> + Send>(
         let values = &d_logits.values()[..n_rows * weight.rows()];
         let lhs = &Lhs::split_rows(cpu, amx, Matrix::f32s(values, n_rows, weight.rows()), 0);
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: false };
-        return gemm_amx::write(cpu, amx, &part, cut(d_x, weight.cols(), 0, n_rows.max(1)));
+        return gemm_amx::write(cpu, amx, &part, cut(d_x, weight.cols(), 0, (n_rows.max(1), COLS)));
     }
-    cut(d_x, weight.cols(), 0, n_rows.max(1)).into_par_iter().for_each(|rectangle| {
+    let tasks = cut(d_x, weight.cols(), 0, (n_rows.max(1), task_cols(cpu.isa)));
+    run_tasks(tasks, |rectangle| {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {
             lhs: d_logits,

@@ -6,7 +6,6 @@
 //! its sums (bias, dropout, residual) while they are in its cache and rounds once.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{
     super::{Backend, Precision, ops::*},
@@ -15,6 +14,7 @@ use super::{
     dot::{self, Dots},
     gemm::{
         Accumulator, COLS, Cut, Finish, Matrix, Packed, Product, Rectangle, Residual, Rhs, cut,
+        run_tasks, task_cols,
     },
     gemm_amx::{self, Lhs, Part, RankRhs},
     isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
@@ -84,9 +84,9 @@ fn write<T: ElementMut<Item = T> + Send>(
     };
     let x = Matrix::tensor(x);
     if order == Order::Dot {
-        let tasks = tasks(projections, &mut outs, 0, x.rows, x.rows.max(1));
+        let tasks = tasks(projections, &mut outs, 0..x.rows, (x.rows.max(1), COLS));
         let wide = dot::widen(cpu, x);
-        tasks.into_par_iter().for_each(|(i, rectangle)| {
+        run_tasks(tasks, |(i, rectangle)| {
             let y = dot_task(cpu, wide.as_slice(), &projections[i], &rectangle);
             let y = y.as_slice::<f32>().as_chunks().0;
             finish(i).write(cpu.isa, rectangle, |row| y[row]);
@@ -104,8 +104,9 @@ fn write<T: ElementMut<Item = T> + Send>(
             .iter()
             .map(|p| p.lora.as_ref().map(|lora| Rank::pack(cpu, lora, rows.clone())))
             .collect();
-        let tasks = tasks(projections, &mut outs, start, rows.len(), by.task);
-        tasks.into_par_iter().for_each(|(i, rectangle)| {
+        let size = (by.task, task_cols(cpu.isa));
+        let tasks = tasks(projections, &mut outs, rows.clone(), size);
+        run_tasks(tasks, |(i, rectangle)| {
             let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
             let weight = Matrix::frozen(projections[i].weight);
             sums.add(&Product {
@@ -152,8 +153,8 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
             .map(|p| p.lora.as_ref().filter(|l| matches!(l.rhs, ExpandRhs::Stacked(_))))
             .map(|lora| lora.map(|lora| Rank::pack(cpu, lora, rows.clone())))
             .collect();
-        let tasks = tasks(projections, &mut outs, start, rows.len(), by.task);
-        gemm_amx::in_pairs(cpu, tasks).into_par_iter().for_each(|(i, rectangles)| {
+        let tasks = tasks(projections, &mut outs, rows.clone(), (by.task, COLS));
+        run_tasks(gemm_amx::in_pairs(cpu, tasks), |(i, rectangles)| {
             let matrix = Matrix::frozen(projections[i].weight);
             let ranks: Vec<_> = mixed[i].iter().map(|(b, z)| (*b, z)).collect();
             let mut more = Vec::new();
@@ -179,15 +180,14 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
 fn tasks<'a, T>(
     projections: &[Projection<'_, Cpu>],
     outs: &'a mut [&mut [T]],
-    start: usize,
-    n_rows: usize,
-    task_rows: usize,
+    rows: std::ops::Range<usize>,
+    size: (usize, usize),
 ) -> Vec<Task<'a, T>> {
     let mut tasks = Vec::new();
     for (i, (projection, out)) in projections.iter().zip(outs).enumerate() {
         let cols = projection.weight.rows();
-        let out = &mut out[start * cols..(start + n_rows) * cols];
-        tasks.extend(cut(out, cols, start, task_rows).into_iter().map(|r| (i, r)));
+        let out = &mut out[rows.start * cols..rows.end * cols];
+        tasks.extend(cut(out, cols, rows.start, size).into_iter().map(|r| (i, r)));
     }
     tasks
 }
@@ -436,8 +436,13 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
             |tensor| Packed::rows(cpu, Matrix::tensor(tensor).part_rows(rows.clone()), start);
         let packed: Vec<_> =
             terms.iter().map(|t| (pack(t.d_y), t.lora.map(|(d_z, ..)| pack(d_z)))).collect();
-        let tasks = cut(&mut d_x[rows.start * cols..rows.end * cols], cols, start, by.task);
-        tasks.into_par_iter().for_each(|rectangle| {
+        let tasks = cut(
+            &mut d_x[rows.start * cols..rows.end * cols],
+            cols,
+            start,
+            (by.task, task_cols(cpu.isa)),
+        );
+        run_tasks(tasks, |rectangle| {
             let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
             for (term, (d_y, d_z)) in terms.iter().zip(&packed) {
                 let matrix = Matrix::frozen(term.weight);
@@ -492,9 +497,9 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
             .map(|(a, d_z)| a.left(cpu, amx, d_z.part_rows(rows.clone()), start))
             .collect();
         let ranks: Vec<_> = ranks.iter().map(|(a, _)| a).zip(&d_zs).collect();
-        let tasks = cut(&mut d_x[rows.start * cols..rows.end * cols], cols, start, by.task);
+        let tasks = cut(&mut d_x[rows.start * cols..rows.end * cols], cols, start, (by.task, COLS));
         let tasks = tasks.into_iter().map(|rectangle| (0, rectangle)).collect();
-        gemm_amx::in_pairs(cpu, tasks).into_par_iter().for_each(|(_, rectangles)| {
+        run_tasks(gemm_amx::in_pairs(cpu, tasks), |(_, rectangles)| {
             let (parts, ranks) = (&parts, &ranks);
             let task = gemm_amx::Task { parts, ranks, more: Vec::new(), rectangles, finish };
             task.run(cpu, amx);

@@ -49,7 +49,7 @@ impl Cpu {
 
     /// [`Peaks::fma`].
     pub fn fma_peak(&self) -> f64 {
-        const N_ROUNDS: usize = 200_000;
+        const N_ROUNDS: usize = 1_000_000;
         // As many sums as fit into the registers: they hide the latency.
         let (n_sums, seconds) = match self.isa() {
             Isa::Avx512(_) | Isa::Amx(_) => {

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::{
     super::{Precision, ops::*},
     Cpu,
-    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rhs, with_element},
+    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rhs, run_tasks, with_element},
     isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
 };
@@ -72,7 +72,7 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
-    tasks.into_par_iter().for_each(|(run, row, mut outs)| {
+    run_tasks(tasks, |(run, row, mut outs)| {
         let mut start = 0;
         while start < sides.len() {
             let lhs = sides[start].lhs;

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::arch::x86_64::*;
+use std::arch::{asm, x86_64::*};
 
 use half::bf16;
 
@@ -51,6 +51,79 @@ macro_rules! both {
     ($op:ident, $($v:ident),+) => {
         intrinsics!([$op($($v[0]),+), $op($($v[1]),+)])
     };
+}
+
+/// [`Simd::add_tile`] of 4 x 24: per `k` seven loads feed twelve multiply-adds, where 6 x 16 takes
+/// eight. It needs all sixteen registers (twelve sums, three right operands, a broadcast), which the
+/// compiler does not manage without a spill: hence assembly.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_tile(lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
+    let (lhs, rhs) = (lhs.as_chunks::<4>().0, rhs.as_chunks::<24>().0);
+    let sums: &mut [[f32; 24]; 4] = sums.as_chunks_mut().0.first_chunk_mut().expect("a whole tile");
+    assert_eq!(lhs.len(), rhs.len(), "operands agree in K");
+    if lhs.is_empty() {
+        return;
+    }
+    // SAFETY: the loop reads `lhs.len()` times 16 and 96 bytes,
+    // which the two slices have; the sums are read and written within their array.
+    #[allow(unused_unsafe)]
+    unsafe {
+        let zero = _mm256_setzero_ps();
+        let [mut c0, mut c1, mut c2, mut c3, mut c4, mut c5] = [zero; 6];
+        let [mut c6, mut c7, mut c8, mut c9, mut c10, mut c11] = [zero; 6];
+        asm!(
+            // The sums are wanted at the end, when the loop has pushed them out of the L1 cache.
+            "prefetcht0 [{s}]",
+            "prefetcht0 [{s} + 64]",
+            "prefetcht0 [{s} + 128]",
+            "prefetcht0 [{s} + 192]",
+            "prefetcht0 [{s} + 256]",
+            "prefetcht0 [{s} + 320]",
+            ".p2align 5",
+            "2:",
+            "vmovups {b0}, [{r}]",
+            "vmovups {b1}, [{r} + 32]",
+            "vmovups {b2}, [{r} + 64]",
+            "vbroadcastss {a}, dword ptr [{l}]",
+            "vfmadd231ps {c0}, {a}, {b0}",
+            "vfmadd231ps {c1}, {a}, {b1}",
+            "vfmadd231ps {c2}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 4]",
+            "vfmadd231ps {c3}, {a}, {b0}",
+            "vfmadd231ps {c4}, {a}, {b1}",
+            "vfmadd231ps {c5}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 8]",
+            "vfmadd231ps {c6}, {a}, {b0}",
+            "vfmadd231ps {c7}, {a}, {b1}",
+            "vfmadd231ps {c8}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 12]",
+            "add {l}, 16",
+            "add {r}, 96",
+            "vfmadd231ps {c9}, {a}, {b0}",
+            "vfmadd231ps {c10}, {a}, {b1}",
+            "vfmadd231ps {c11}, {a}, {b2}",
+            "dec {n}",
+            "jnz 2b",
+            l = inout(reg) lhs.as_ptr() => _,
+            r = inout(reg) rhs.as_ptr() => _,
+            n = inout(reg) lhs.len() => _,
+            s = in(reg) sums.as_ptr(),
+            a = out(ymm_reg) _, b0 = out(ymm_reg) _, b1 = out(ymm_reg) _, b2 = out(ymm_reg) _,
+            c0 = inout(ymm_reg) c0, c1 = inout(ymm_reg) c1, c2 = inout(ymm_reg) c2,
+            c3 = inout(ymm_reg) c3, c4 = inout(ymm_reg) c4, c5 = inout(ymm_reg) c5,
+            c6 = inout(ymm_reg) c6, c7 = inout(ymm_reg) c7, c8 = inout(ymm_reg) c8,
+            c9 = inout(ymm_reg) c9, c10 = inout(ymm_reg) c10, c11 = inout(ymm_reg) c11,
+            options(readonly, nostack),
+        );
+        let tile = [[c0, c1, c2], [c3, c4, c5], [c6, c7, c8], [c9, c10, c11]];
+        for (sums, tile) in sums.iter_mut().zip(tile) {
+            for (sum, products) in sums.as_chunks_mut::<8>().0.iter_mut().zip(tile) {
+                let sum = sum.as_mut_ptr();
+                _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), products));
+            }
+        }
+    }
 }
 
 /// The upper halves of eight f32, rounded to nearest even, as eight u32.
@@ -139,6 +212,13 @@ impl Simd for Avx2 {
     type V = [__m256; 2];
     const MR: usize = 6; // 12 accumulators, 2 right operands, 1 broadcast of the 16 registers.
     const NV: usize = 1;
+    const TILE: (usize, usize) = (4, 24);
+
+    #[inline(always)]
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
+        // SAFETY: the token is the proof of AVX2 and FMA.
+        unsafe { add_tile(lhs, rhs, sums) };
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

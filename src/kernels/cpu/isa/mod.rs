@@ -41,10 +41,12 @@ pub trait SimdOp {
 pub trait Simd: Copy + Send + Sync + 'static {
     /// 16 lanes.
     type V: Copy;
-    /// Rows of the register tile of a matrix product.
+    /// Rows of the register tile of attention's products.
     const MR: usize;
-    /// Vectors in a row of the register tile.
+    /// Vectors in a row of it.
     const NV: usize;
+    /// Rows and columns of the register tile of [`Simd::add_tile`].
+    const TILE: (usize, usize);
 
     /// All lanes the same.
     fn splat(self, x: f32) -> Self::V;
@@ -94,6 +96,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// The largest lane.
     fn max_lane(self, v: Self::V) -> f32;
 
+    /// `sums[m, n] += Σ_k lhs[k, m] rhs[k, n]`, each a chain of [`Simd::fma`] from zero in the order of
+    /// `k`; the tile's rows and columns are [`Simd::TILE`].
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]);
+
     /// From fewer than 16 values; the other lanes are `fill`.
     #[inline(always)]
     fn load_part(self, x: &[f32], fill: f32) -> Self::V {
@@ -108,6 +114,36 @@ pub trait Simd: Copy + Send + Sync + 'static {
         let mut lanes = [0.0; LANES];
         self.store(v, &mut lanes);
         to.copy_from_slice(&lanes[..to.len()]);
+    }
+}
+
+/// [`Simd::add_tile`] of a tile of `MR` rows and `NV` vectors.
+#[inline(always)]
+fn add_tile<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    lhs: &[f32],
+    rhs: &[f32],
+    sums: &mut [f32],
+) {
+    let mut tile = [[simd.splat(0.0); NV]; MR];
+    let (rhs, _) = rhs.as_chunks::<LANES>().0.as_chunks::<NV>();
+    for (l, r) in lhs.as_chunks::<MR>().0.iter().zip(rhs) {
+        let mut r_lanes = [simd.splat(0.0); NV];
+        for (lanes, r) in r_lanes.iter_mut().zip(r) {
+            *lanes = simd.load(r);
+        }
+        for i in 0..MR {
+            let l = simd.splat(l[i]);
+            for j in 0..NV {
+                tile[i][j] = simd.fma(l, r_lanes[j], tile[i][j]);
+            }
+        }
+    }
+    let (sums, _) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<NV>();
+    for (sums, tile) in sums.iter_mut().zip(tile) {
+        for j in 0..NV {
+            simd.store(simd.add(simd.load(&sums[j]), tile[j]), &mut sums[j]);
+        }
     }
 }
 

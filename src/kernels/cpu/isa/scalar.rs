@@ -17,6 +17,12 @@ impl Simd for Scalar {
     type V = [f32; LANES];
     const MR: usize = 4;
     const NV: usize = 1;
+    const TILE: (usize, usize) = (4, LANES);
+
+    #[inline(always)]
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
+        super::add_tile::<Self, 4, 1>(self, lhs, rhs, sums);
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
