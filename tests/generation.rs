@@ -35,6 +35,7 @@ fn rows(folder: &Path) -> Vec<Example> {
         input: ids(&row["input_ids"]),
         labels: ids(&row["label_ids"]),
         task: row["task_id"].as_u64().unwrap() as u32,
+        mixing: None,
     };
     read(&folder.join("expected.json"))["rows"].as_array().unwrap().iter().map(row).collect()
 }
