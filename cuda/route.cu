@@ -1,8 +1,9 @@
 // The router: mixing weights of every routing row in every adapted linear, in one launch.
 //   p = clamp(sigmoid(z), e, 1 - e)   u' = clamp(u, e, 1 - e)   l = ln u' - ln(1 - u') + ln p - ln(1 - p)
 //   sample = clamp(sigmoid(l), tiny, 1 - e)   (without noise sigmoid(z))
-//   w = sample / n, n = sum_s sample + 1e-12
+//   w = v / n, n = sum_s v + 1e-12, v = sample
 //   d_sample = (d_w - sum_s w d_w) / n, d_z = d_sample * sample * (1 - sample), 0 where a clamp cut
+// With `rounds` v = 1 where sample > 1/2, else 0, and n is at least 1; with `factor` w = v * factor.
 //   params, grads: flat   logits [linears]: where each router starts   tasks, examples [rows]
 //   samples, weights, d_weights [linears * rows, splits * skills]   noise: 0 off, 1 Philox, 2 given
 // Grid of `route`: x = linears * rows * splits / 128, a thread a split. Grid of `route_backward`: x =
@@ -16,7 +17,8 @@ struct Route {
     const u32* examples;
     const float* draws;
     Key key;
-    u32 noise, n_linears, n_rows, n_splits, n_skills;
+    u32 noise, n_linears, n_rows, n_splits, n_skills, rounds;
+    float factor;  // 0: weights are normalised.
 };
 
 __device__ inline float router_sigmoid(float x) {
@@ -55,6 +57,16 @@ __device__ inline Sample sample(const Route& route, u32 linear, u32 row, u32 col
     return Sample{clamp(raw, tiny, high), passes};
 }
 
+__device__ inline float weighed(const Route& route, float sample) {
+    if (!route.rounds) return sample;
+    return sample > 0.5f ? 1.0f : sample <= 0.5f ? 0.0f : sample;  // A NaN stays one.
+}
+
+__device__ inline float normalizer(const Route& route, float sum) {
+    if (!route.rounds) return sum + 1e-12f;
+    return sum < 1.0f ? 1.0f : sum;
+}
+
 extern "C" __global__ void __launch_bounds__(128)
 route(float* weights, float* samples, Route route) {
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
@@ -66,9 +78,13 @@ route(float* weights, float* samples, Route route) {
         const u32 col = split * route.n_skills + s;
         const float value = sample(route, at / route.n_rows, at % route.n_rows, col).value;
         samples[first + s] = value;
-        sum += value;
+        sum += weighed(route, value);
     }
-    for (u32 s = 0; s < route.n_skills; ++s) weights[first + s] = samples[first + s] / (sum + 1e-12f);
+    const float n = normalizer(route, sum);
+    for (u32 s = 0; s < route.n_skills; ++s) {
+        const float value = weighed(route, samples[first + s]);
+        weights[first + s] = route.factor != 0.0f ? value * route.factor : value / n;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -82,14 +98,16 @@ route_backward(float* grads, const float* d_weights, const float* weights, const
         const size_t first = (size_t(linear) * route.n_rows + row) * width + split * route.n_skills;
         float sum = 0.0f, mean = 0.0f;
         for (u32 s = 0; s < route.n_skills; ++s) {
-            sum += samples[first + s];
+            sum += weighed(route, samples[first + s]);
             mean = fmaf(weights[first + s], d_weights[first + s], mean);
         }
         float* d_logits = grads + route.logits[linear] + u64(route.tasks[row]) * width;
         for (u32 s = 0; s < route.n_skills; ++s) {
             const u32 col = split * route.n_skills + s;
             if (!sample(route, linear, row, col).passes) continue;
-            const float d_sample = (d_weights[first + s] - mean) / (sum + 1e-12f);
+            const float d_sample = route.factor != 0.0f
+                ? d_weights[first + s] * route.factor
+                : (d_weights[first + s] - mean) / normalizer(route, sum);
             const float value = samples[first + s];
             d_logits[col] += d_sample * value * (1.0f - value);
         }

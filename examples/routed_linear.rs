@@ -18,7 +18,7 @@ use polytape::{
     kernels::{
         Backend, Precision,
         cpu::Cpu,
-        ops::{AdamW, Bank, Noise, ParamGroup, Route, RouteBackward, Segments},
+        ops::{AdamW, Bank, Noise, ParamGroup, Route, RouteBackward, Segments, Weighting},
         philox::{Key, Purpose},
     },
     tape::{
@@ -92,6 +92,7 @@ fn main() -> Result<()> {
             n_splits: N_SPLITS,
             n_skills: N_SKILLS,
             noise: Noise::Off,
+            weighting: Weighting::default(),
         };
         let mixture = Mixture { routing: cpu.route(&route), n_rows: N_TASKS, pairs: None };
 

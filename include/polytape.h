@@ -319,7 +319,7 @@ typedef struct polytape_train_config {
     size_t batch_size;
     // A POLYTAPE_SCHEDULE_.
     uint32_t schedule;
-    // Not 0: the router samples (relaxed Bernoulli); 0: it takes the sigmoid.
+    // 0: the router takes the sigmoid; 1: it samples (relaxed Bernoulli); 2: it rounds its samples.
     uint32_t router_sampling;
     // Not 0: blocks run again in the backward instead of keeping their activations.
     uint32_t checkpointing;

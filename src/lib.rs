@@ -57,6 +57,7 @@ pub mod report;
 pub mod tape;
 pub mod tensor;
 pub mod train;
+pub mod weighting;
 
 pub use dtype::Dtype;
 pub use error::{Error, Result};

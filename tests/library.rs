@@ -16,8 +16,8 @@ use polytape::{
     Dtype, Error,
     formats::{poly_config::PolyConfig, tokenizer::Tokenizer},
     generate::{Engine, GenerateOptions},
-    kernels::{cpu::Cpu, cuda::Cuda, oracle::Oracle},
-    model::{Adapter, Example, Model, Options},
+    kernels::{Backend, cpu::Cpu, cuda::Cuda, oracle::Oracle},
+    model::{Adapter, Example, Mixing, Model, Options},
     tensor::{Frozen, Tensor},
     train::{TrainConfig, Trainer},
 };
@@ -164,6 +164,28 @@ fn work(name: &str, dtype: Dtype, n_threads: usize) -> Vec<u64> {
     let tokens = engine.generate(&examples, &options, |_, _| ());
     bits.extend(tokens.into_iter().flatten().map(u64::from));
     bits
+}
+
+/// A mixing is for inference: a step that would not heed it refuses, and nothing has moved.
+#[test]
+fn a_trainer_refuses_examples_with_a_mixing() {
+    let model = Model::open(base("tiny"), &Options::default()).unwrap();
+    let config = PolyConfig { n_tasks: 2, n_skills: 2, r: 4, ..PolyConfig::default() };
+    let adapter = Adapter::new(&model, &config, 3).unwrap();
+    let before = model.backend().download(adapter.params());
+    let plain = Example { input: vec![5, 4, 1], labels: vec![7, 1], task: 0, mixing: None };
+    let mixed = Example { mixing: Some(Mixing::Average), ..plain.clone() };
+    let mut trainer = Trainer::new(&model, adapter, TrainConfig::default()).unwrap();
+    for refused in [
+        trainer.step(&[&plain, &mixed]),
+        trainer.step_on_choices(&[&plain], &[std::slice::from_ref(&mixed)]),
+    ] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("has a mixing") && error.contains("by its task"), "{error}");
+    }
+    assert_eq!(trainer.steps_done(), 0);
+    assert_eq!(model.backend().download(trainer.adapter().params()), before);
+    trainer.step(&[&plain, &plain]).unwrap();
 }
 
 #[test]

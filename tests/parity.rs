@@ -21,7 +21,7 @@ use polytape::{
     },
     model::{Adapter, Batch, Example, Model, network::Sides, routed_lora::parse_targets},
     tape::Tape,
-    train::{Schedule, TrainConfig, Trainer},
+    train::{RouterSampling, Schedule, TrainConfig, Trainer},
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -132,7 +132,8 @@ fn largest(values: &[f64]) -> f64 {
 fn logits<B: Backend>(case: &Case, model: &Model<B>, adapter: &Adapter<B>) -> Vec<Vec<f64>> {
     let batch = Batch::new(&case.rows, model.layout(), 0);
     let rows = batch.rows_by_task();
-    let mixture = adapter.mixture(model.backend(), &rows, Noise::Off, false);
+    let route = adapter.route(&rows.tasks, Noise::Off);
+    let mixture = adapter.mixture(model.backend(), &route, false);
     let adapted = Some(adapter.on_tape(&mixture, None));
     let mut tape = Tape::inference(model.backend(), adapted, Order::Panel);
     let sides = Sides::new(&batch, &rows, None);
@@ -198,7 +199,7 @@ fn train_config(case: &Case, sampling: bool) -> TrainConfig {
         router_weight_decay: number("router_weight_decay"),
         max_grad_norm: 0.0,
         schedule: Schedule::Constant,
-        router_sampling: sampling,
+        router_sampling: if sampling { RouterSampling::On } else { RouterSampling::Off },
         dropout: Some(0.0),
         ..TrainConfig::default()
     }

@@ -10,7 +10,7 @@ use crate::{
         ops::{
             Bank, Expand, ExpandRhs, Linear, LinearBackward, LinearBackwardTerm, LoraBackward,
             LoraGradients, LoraTerm, Mix, MixedPair, Noise, Order, Projection, Route, Segments,
-            Shrink, Stacked, Unmix,
+            Shrink, Stacked, Unmix, Weighting,
         },
         oracle::Oracle,
     },
@@ -82,7 +82,15 @@ impl RoutedShape {
         let tasks: Vec<u32> = (0..self.n_tasks as u32).collect();
         let logits = &[self.bank().b().end];
         let (n_splits, n_skills) = (self.n_splits, self.n_skills);
-        let route = Route { params, logits, tasks: &tasks, n_splits, n_skills, noise: Noise::Off };
+        let route = Route {
+            params,
+            logits,
+            tasks: &tasks,
+            n_splits,
+            n_skills,
+            noise: Noise::Off,
+            weighting: Weighting::default(),
+        };
         backend.route(&route).weights
     }
 

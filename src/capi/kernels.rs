@@ -20,7 +20,7 @@ use crate::{
         ops::{
             Bank, Expand, ExpandRhs, Linear, LinearBackward, LinearBackwardTerm, LoraBackward,
             LoraTerm, Mix, Noise, Order, Projection, Route, RouteBackward, Routing, Segments,
-            Shrink, ShrinkStacked, Stacked, Unmix,
+            Shrink, ShrinkStacked, Stacked, Unmix, Weighting,
         },
         planner::Mode,
     },
@@ -206,6 +206,7 @@ impl Router<'_> {
             n_splits: self.args.n_splits,
             n_skills: self.args.n_skills,
             noise: self.noise.map_or(Noise::Off, Noise::Given),
+            weighting: Weighting::default(),
         }
     }
 }

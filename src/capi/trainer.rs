@@ -14,7 +14,7 @@ use crate::{
     formats::poly_config::PolyConfig,
     kernels::cpu::Cpu,
     model::{Example, Model},
-    train::{Schedule, TrainConfig, Trainer},
+    train::{RouterSampling, Schedule, TrainConfig, Trainer},
 };
 
 /// An adapter in training. Any thread may use it, one at a time: others get POLYTAPE_BUSY.
@@ -87,7 +87,7 @@ pub struct polytape_train_config {
     pub batch_size: usize,
     /// A POLYTAPE_SCHEDULE_.
     pub schedule: u32,
-    /// Not 0: the router samples (relaxed Bernoulli); 0: it takes the sigmoid.
+    /// 0: the router takes the sigmoid; 1: it samples (relaxed Bernoulli); 2: it rounds its samples.
     pub router_sampling: u32,
     /// Not 0: blocks run again in the backward instead of keeping their activations.
     pub checkpointing: u32,
@@ -111,7 +111,7 @@ impl Default for polytape_train_config {
             seed: config.seed,
             batch_size: config.batch_size,
             schedule: POLYTAPE_SCHEDULE_LINEAR,
-            router_sampling: u32::from(config.router_sampling),
+            router_sampling: config.router_sampling as u32,
             checkpointing: u32::from(config.checkpointing),
             reserved: 0,
         }
@@ -143,7 +143,12 @@ impl polytape_train_config {
                 POLYTAPE_SCHEDULE_CONSTANT => Schedule::Constant,
                 other => return Err(Failure::usage(format!("schedule {other} is none"))),
             },
-            router_sampling: self.router_sampling != 0,
+            router_sampling: match self.router_sampling {
+                0 => RouterSampling::Off,
+                1 => RouterSampling::On,
+                2 => RouterSampling::Hard,
+                other => return Err(Failure::usage(format!("router_sampling {other} is none"))),
+            },
             checkpointing: self.checkpointing != 0,
             ..TrainConfig::default()
         })

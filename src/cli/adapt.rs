@@ -157,7 +157,8 @@ impl Adapt {
             }
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
-        let mut config = self.learning.config(&recipe, self.common.seed, n_steps);
+        let weighting = adapter.config().weighting;
+        let mut config = self.learning.config(&recipe, weighting, self.common.seed, n_steps)?;
         config.trainable = tune.trainable(task);
         let trainer = Trainer::new(&model, adapter, config)?;
         let mut arguments = settings::arguments(

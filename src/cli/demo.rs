@@ -22,6 +22,7 @@ pub(super) struct Demo {
 impl Demo {
     pub(super) fn run(self) -> Result<()> {
         self.common.cpu_only("demo")?;
+        self.common.no_dtype("demo", "its base is f32")?;
         let options = DemoOptions {
             output_dir: self.output_dir,
             seed: self.common.seed,

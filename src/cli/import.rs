@@ -21,6 +21,7 @@ use crate::{
         routing::{ON, Routing},
         targets,
     },
+    weighting::Weighting,
 };
 
 #[derive(Args)]
@@ -37,6 +38,12 @@ pub(super) struct Import {
     /// A checkpoint of the authors' code (mttl) as safetensors; scripts/convert_pickled.py makes one of a .ckpt.
     #[arg(long, conflicts_with_all = ["n_tasks", "n_splits", "one_hot"])]
     authors: Option<PathBuf>,
+    /// The checkpoint was trained with module_logits_straight_through (its hyper_parameters say so).
+    #[arg(long, requires = "authors", visible_alias = "module-logits-straight-through")]
+    straight_through: bool,
+    /// The checkpoint was trained with poly_average_correction.
+    #[arg(long, requires = "authors", visible_alias = "poly-average-correction")]
+    average_correction: bool,
     /// Tasks [default: as many as LoRAs].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     n_tasks: Option<u32>,
@@ -69,6 +76,10 @@ impl Import {
                 let named = PolyConfig {
                     task_type: Some(model.task_type().to_owned()),
                     target_modules: Some(targets::named(modules.keys(), model.modules())),
+                    weighting: Weighting {
+                        straight_through: self.straight_through,
+                        average_correction: self.average_correction,
+                    },
                     ..config
                 };
                 (named, modules, None, 0)

@@ -165,7 +165,7 @@ impl Inspect {
         }
         // Of a task in one linear: its weights, and how many skills that is.
         let in_linear = |module: &AdapterModule, task: usize| {
-            let weights = module.mixing_weights(task);
+            let weights = module.mixing_weights(task, config.weighting);
             let effective = effective_skills(config, &weights);
             (weights, effective)
         };

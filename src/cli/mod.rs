@@ -147,6 +147,14 @@ impl Common {
         }
     }
 
+    /// For verbs whose type is given.
+    fn no_dtype(&self, verb: &str, why: &str) -> Result<()> {
+        match self.dtype {
+            None => Ok(()),
+            Some(_) => Err(Error::Usage(format!("{verb} takes no --dtype: {why}; leave it out"))),
+        }
+    }
+
     fn open_model(&self, dir: &PathBuf) -> Result<Model> {
         let options = Options { dtype: self.dtype(), n_threads: self.n_threads() };
         let model = Model::open(dir, &options)?;

@@ -15,7 +15,7 @@ use crate::{
     kernels::cpu::Cpu,
     model::{Adapter, Model},
     train::{
-        RouterRows, Trainable,
+        RouterRows, RouterSampling, Trainable,
         adapt::{self, Tune},
     },
 };
@@ -62,8 +62,8 @@ pub struct Fit {
     pub learning_rate: f64,
     /// Of the router.
     pub router_learning_rate: f64,
-    /// Whether the router samples.
-    pub router_sampling: bool,
+    /// What the router does in training.
+    pub router_sampling: RouterSampling,
 }
 
 impl Default for Plan {
@@ -77,14 +77,14 @@ impl Default for Plan {
                 batch_size: 36,
                 learning_rate: 2e-2,
                 router_learning_rate: 0.1,
-                router_sampling: false,
+                router_sampling: RouterSampling::Off,
             },
             adaptation: Fit {
                 n_steps: 50,
                 batch_size: 16,
                 learning_rate: 1e-2,
                 router_learning_rate: 0.3,
-                router_sampling: false,
+                router_sampling: RouterSampling::Off,
             },
         }
     }
@@ -177,7 +177,7 @@ impl Method {
         if self.learns_routing() {
             return fit;
         }
-        Fit { router_sampling: false, ..fit }
+        Fit { router_sampling: RouterSampling::Off, ..fit }
     }
 
     /// Where adaptation to one new task begins: the papers' protocol, a fresh router row over the

@@ -31,6 +31,7 @@ use crate::{
         safetensors::{SafetensorsFile, write_atomically, write_safetensors},
         tasks::{self, TaskNames},
     },
+    weighting::Weighting,
 };
 
 /// The name of the tensors' file in an adapter folder.
@@ -78,18 +79,15 @@ impl AdapterModule {
         self.lora_b.shape[0] * self.lora_b.shape[3]
     }
 
-    /// A task's mixing weights in inference, `[n_splits * n_skills]`: σ(z) over its sum in each split.
-    pub fn mixing_weights(&self, task: usize) -> Vec<f64> {
+    /// A task's mixing weights in inference, `[n_splits * n_skills]`: σ(z) over its sum in each split, or
+    /// as the weighting says.
+    pub fn mixing_weights(&self, task: usize, weighting: Weighting) -> Vec<f64> {
         let [n_splits, n_skills, ..] = self.lora_a.shape;
         let width = n_splits * n_skills;
         let logits = &self.router_logits[task * width..][..width];
-        let mut weights: Vec<f64> =
+        let samples: Vec<f64> =
             logits.iter().map(|&z| 1.0 / (1.0 + (-f64::from(z)).exp())).collect();
-        for split in weights.chunks_exact_mut(n_skills) {
-            let sum = split.iter().sum::<f64>() + 1e-12;
-            split.iter_mut().for_each(|w| *w /= sum);
-        }
-        weights
+        weighting.weights(&samples, n_skills)
     }
 }
 

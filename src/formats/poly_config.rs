@@ -9,6 +9,10 @@
 //! PEFT are sorted (PEFT's order depends on the hash seed). Fields that say nothing about the numbers
 //! (`auto_mapping`, `revision`, `base_model_name_or_path`) come through reading and writing.
 //!
+//! `poly_type` is PEFT's word for the variant of Poly, and it knows `poly` alone. What it cannot compute is
+//! written there (`poly+straight_through`, `poly+average_correction`), so that it refuses such an adapter
+//! instead of computing something else.
+//!
 //! Stricter than PEFT where PEFT fails late or computes something else: [`PolyConfig::validate`]
 //! bounds the counts and their product, so that sizes derived from them do not overflow.
 
@@ -22,6 +26,7 @@ use crate::{
         fields::Fields,
         json::{self, MAX_CONFIG_BYTES, UniqueObject, excerpt, type_name},
     },
+    weighting::Weighting,
 };
 
 /// The name of the file in an adapter folder.
@@ -82,6 +87,8 @@ pub struct PolyConfig {
     pub n_skills: usize,
     /// Slices of the feature axis with their own mixture.
     pub n_splits: usize,
+    /// How samples become mixing weights.
+    pub weighting: Weighting,
 }
 
 impl Default for PolyConfig {
@@ -98,6 +105,7 @@ impl Default for PolyConfig {
             n_tasks: 1,
             n_skills: 4,
             n_splits: 1,
+            weighting: Weighting::default(),
         }
     }
 }
@@ -128,13 +136,13 @@ impl PolyConfig {
                 return Err(fields.error("peft_type", "missing: not an adapter's configuration"));
             }
         }
-        if let Some(found) = fields.text("poly_type")?
-            && found != "poly"
-        {
-            return Err(
-                fields.error("poly_type", format!("expected \"poly\", found {}", excerpt(&found)))
-            );
-        }
+        let weighting = match fields.text("poly_type")? {
+            None => Weighting::default(),
+            Some(found) => parse_poly_type(&found).ok_or_else(|| {
+                let found = excerpt(&found);
+                fields.error("poly_type", format!("expected \"poly\", found {found}"))
+            })?,
+        };
         if let Some(found) = fields.take_value("modules_to_save") {
             let found = excerpt(&found.to_string());
             return Err(fields.error(
@@ -162,6 +170,7 @@ impl PolyConfig {
             n_tasks: fields.size(&["n_tasks"], default.n_tasks, MAX_TASKS)?,
             n_skills: fields.size(&["n_skills"], default.n_skills, MAX_SKILLS)?,
             n_splits: fields.size(&["n_splits"], default.n_splits, MAX_SPLITS)?,
+            weighting,
         };
         // Constants of the format, and what PEFT drops itself.
         for key in ["inference_mode", "peft_version", "runtime_config"] {
@@ -272,7 +281,7 @@ impl PolyConfig {
             "n_tasks": self.n_tasks,
             "peft_type": "POLY",
             "peft_version": PEFT_VERSION,
-            "poly_type": "poly",
+            "poly_type": poly_type(self.weighting),
             "r": self.r,
             "revision": self.revision,
             "target_modules": modules(&self.target_modules),
@@ -281,6 +290,27 @@ impl PolyConfig {
         fields.sort_all_objects(); // What `auto_mapping` holds, too.
         escape_as_python(&format!("{fields:#}"))
     }
+}
+
+const STRAIGHT_THROUGH: &str = "+straight_through";
+const AVERAGE_CORRECTION: &str = "+average_correction";
+
+fn poly_type(weighting: Weighting) -> String {
+    let Weighting { straight_through, average_correction } = weighting;
+    let word = |is_on, word| if is_on { word } else { "" };
+    let first = word(straight_through, STRAIGHT_THROUGH);
+    format!("poly{first}{}", word(average_correction, AVERAGE_CORRECTION))
+}
+
+fn parse_poly_type(text: &str) -> Option<Weighting> {
+    let text = text.strip_prefix("poly")?;
+    let (straight_through, text) = match text.strip_prefix(STRAIGHT_THROUGH) {
+        Some(rest) => (true, rest),
+        None => (false, text),
+    };
+    let average_correction = text == AVERAGE_CORRECTION;
+    (text.is_empty() || average_correction)
+        .then_some(Weighting { straight_through, average_correction })
 }
 
 /// A list of paths, or a pattern.
@@ -394,6 +424,27 @@ mod tests {
         assert!(json.contains("\"revision\": \"main\""));
         let (class, library) = (json.find("base_model_class"), json.find("parent_library"));
         assert!(class < library, "keys inside are sorted, too");
+    }
+
+    #[test]
+    fn what_peft_cannot_compute_is_a_type_that_it_refuses() {
+        for (poly_type, straight_through, average_correction) in [
+            ("poly", false, false),
+            ("poly+straight_through", true, false),
+            ("poly+average_correction", false, true),
+            ("poly+straight_through+average_correction", true, true),
+        ] {
+            let weighting = Weighting { straight_through, average_correction };
+            let json = PolyConfig { weighting, ..PolyConfig::default() }.to_json();
+            assert!(json.contains(&format!("\"poly_type\": \"{poly_type}\"")), "{json}");
+            assert_eq!(parse(&json).unwrap().weighting, weighting);
+        }
+        let twice = "poly+average_correction+average_correction";
+        for unknown in ["", "Poly", "poly+", "poly+straight_through+", twice] {
+            let json = format!(r#"{{"peft_type":"POLY","poly_type":"{unknown}"}}"#);
+            let error = parse(&json).unwrap_err().to_string();
+            assert!(error.contains("poly_type: expected \"poly\""), "{error}");
+        }
     }
 
     #[test]

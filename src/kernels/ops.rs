@@ -8,8 +8,8 @@ use std::{ops::Range, sync::Arc};
 
 use super::Backend;
 pub use super::{philox::Key, segments::Segments};
-pub use crate::activation::Activation;
 use crate::tensor::Tensor;
+pub use crate::{activation::Activation, weighting::Weighting};
 
 /// Which example a token belongs to and where it stands in it: what dropout is counted by, so that
 /// it depends neither on the batch split nor on the device.
@@ -461,6 +461,8 @@ pub struct Route<'a, B: Backend> {
     pub n_skills: usize,
     /// Sampling in training, plain sigmoid in evaluation.
     pub noise: Noise<'a>,
+    /// How samples become mixing weights.
+    pub weighting: Weighting,
 }
 
 /// The uniform draws of relaxed Bernoulli routing.
@@ -482,7 +484,7 @@ pub enum Noise<'a> {
 
 /// Result of [`Backend::route`]; both `[n_linears * rows, n_splits * n_skills]`, full precision.
 pub struct Routing<B: Backend> {
-    /// `w = s̃ / (Σ_s s̃ + 1e-12)`, normalised over the skills of each split.
+    /// `w = s̃ / (Σ_s s̃ + 1e-12)`, normalised over the skills of each split, or as the weighting says.
     pub weights: Tensor<B>,
     /// `s̃`: `σ(z)`, or the relaxed Bernoulli sample at temperature 1 with the clamps of PyTorch's f32.
     pub samples: Tensor<B>,

@@ -41,7 +41,8 @@ pub fn mixed(files: &AdapterFiles, mixing: &Mixing) -> (LoraConfig, BTreeMap<Str
     }
     let &PolyConfig { r, n_splits, n_skills, .. } = config;
     let pair = |module: &AdapterModule| {
-        let weights = mixing.weights(config, &|task| module.mixing_weights(task as usize).into());
+        let of_task = |task| module.mixing_weights(task as usize, config.weighting).into();
+        let weights = mixing.weights(config, &of_task);
         let (d_in, d_out) = (module.d_in(), module.d_out());
         let (part_in, part_out) = (d_in / n_splits, d_out / n_splits);
         let mix = |bank: &Bank, q: usize, len: usize, at: usize| {

@@ -5,6 +5,8 @@
 //! w[q,·] = s̃[q,·] / (Σ_s s̃[q,s] + 1e-12)                     s̃ = relaxed Bernoulli(Z[task]) or σ(Z[task])
 //! ```
 //!
+//! ([`Weighting`](crate::weighting::Weighting) has the authors' other ways from s̃ to w.)
+//!
 //! All parameters are one flat f32 vector: A and B of every linear in the base's order, then every
 //! linear's router logits. So clipping and the optimiser are one pass, and the two learning rates
 //! are two ranges.
@@ -18,7 +20,6 @@ use std::{
 
 use super::{
     Mixing, Model,
-    batch::RoutingRows,
     routing::{self, InitA, ON, Routing},
     targets::{self, Target},
 };
@@ -373,26 +374,22 @@ impl<B: Backend> Adapter<B> {
 
     /// The arguments of routing these tasks.
     pub fn route<'a>(&'a self, tasks: &'a [u32], noise: Noise<'a>) -> Route<'a, B> {
-        let PolyConfig { n_skills, n_splits, .. } = self.config;
-        Route { params: &self.params, logits: &self.logits, tasks, n_splits, n_skills, noise }
+        let PolyConfig { n_skills, n_splits, weighting, .. } = self.config;
+        let (params, logits) = (&self.params, &self.logits[..]);
+        Route { params, logits, tasks, n_splits, n_skills, noise, weighting }
     }
 
-    /// The mixing weights of some routing rows; with `keep_pairs` also the mixed pairs.
+    /// The mixing weights of the routing rows of [`Adapter::route`]; with `keep_pairs` also the mixed
+    /// pairs.
     ///
     /// # Panics
     /// If a task is not below `n_tasks`.
-    pub fn mixture(
-        &self,
-        backend: &B,
-        rows: &RoutingRows,
-        noise: Noise<'_>,
-        keep_pairs: bool,
-    ) -> Mixture<B> {
-        for &task in &rows.tasks {
+    pub fn mixture(&self, backend: &B, route: &Route<'_, B>, keep_pairs: bool) -> Mixture<B> {
+        for &task in route.tasks {
             assert!((task as usize) < self.config.n_tasks, "task {task} is out of range");
         }
-        let routing = backend.route(&self.route(&rows.tasks, noise));
-        self.mixture_from(backend, routing, rows.tasks.len(), keep_pairs)
+        let routing = backend.route(route);
+        self.mixture_from(backend, routing, route.tasks.len(), keep_pairs)
     }
 
     /// The mixtures of an inference, a routing row each.

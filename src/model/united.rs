@@ -21,6 +21,7 @@ use crate::{
         poly_config::{PolyConfig, TargetModules},
         tasks::TaskNames,
     },
+    weighting::Weighting,
 };
 
 /// One of the adapters, and its place among all.
@@ -70,12 +71,19 @@ impl Member {
 /// Adapters of one base, with their names, as one.
 ///
 /// # Errors
-/// If two have the same name, two adapt a linear of other widths, or together they are too large.
+/// If two have the same name, one weighs its samples otherwise than PEFT does, two adapt a linear of other widths, or together they are too large.
 pub fn united(adapters: Vec<(String, AdapterFiles)>) -> Result<(AdapterFiles, Vec<Member>)> {
     let mut names = BTreeSet::new();
     if let Some((name, _)) = adapters.iter().find(|(name, _)| !names.insert(name.clone())) {
         return Err(Error::Usage(format!(
             "two adapters are called {name:?}: give them names, --adapter NAME=DIR"
+        )));
+    }
+    if let Some((name, _)) =
+        adapters.iter().find(|(_, a)| a.config.weighting != Weighting::default())
+    {
+        return Err(Error::Usage(format!(
+            "adapter {name:?} has straight-through rounding or the average correction, which only that adapter by itself can use: `export` its tasks as plain LoRAs"
         )));
     }
     let total = |of: fn(&PolyConfig) -> usize| adapters.iter().map(|(_, a)| of(&a.config)).sum();

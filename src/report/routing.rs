@@ -10,7 +10,10 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::heat_map::{HeatMap, Panel, heat_map_svg};
-use crate::formats::{adapter::AdapterModule, poly_config::PolyConfig};
+use crate::{
+    formats::{adapter::AdapterModule, poly_config::PolyConfig},
+    weighting::Weighting,
+};
 
 /// An adapter's tensors, by the path of the adapted linear.
 pub type Modules = BTreeMap<String, AdapterModule>;
@@ -19,7 +22,7 @@ pub type Modules = BTreeMap<String, AdapterModule>;
 pub fn mixing_weights(config: &PolyConfig, modules: &Modules) -> Vec<f64> {
     let mut mean = vec![0.0; config.n_tasks * config.n_splits * config.n_skills];
     for module in modules.values() {
-        let weights = weights(config, module);
+        let weights = weights(config, module, config.weighting);
         mean.iter_mut().zip(weights).for_each(|(mean, w)| *mean += w / modules.len() as f64);
     }
     mean
@@ -32,7 +35,9 @@ pub fn agreement(config: &PolyConfig, modules: &Modules) -> Vec<f64> {
     let width = n_splits * n_skills;
     let mut sum = vec![0.0; n_tasks * n_tasks];
     for module in modules.values() {
-        let weights = weights(config, module);
+        // Shares of a mixture, whether or not that is what is multiplied.
+        let shares = Weighting { average_correction: false, ..config.weighting };
+        let weights = weights(config, module, shares);
         for i in 0..n_tasks {
             for j in 0..n_tasks {
                 let (a, b) = (&weights[i * width..][..width], &weights[j * width..][..width]);
@@ -184,8 +189,8 @@ pub fn skill_similarity_svg(config: &PolyConfig, modules: &Modules) -> String {
 }
 
 /// One linear's mixing weights in inference, `[n_tasks, n_splits, n_skills]`.
-fn weights(config: &PolyConfig, module: &AdapterModule) -> Vec<f64> {
-    (0..config.n_tasks).flat_map(|task| module.mixing_weights(task)).collect()
+fn weights(config: &PolyConfig, module: &AdapterModule, weighting: Weighting) -> Vec<f64> {
+    (0..config.n_tasks).flat_map(|task| module.mixing_weights(task, weighting)).collect()
 }
 
 /// The picture of [`mixing_weights`]: tasks by skills, a panel a split.
@@ -203,7 +208,11 @@ pub fn mixing_weights_svg(config: &PolyConfig, modules: &Modules, task_names: &[
         })
         .collect();
     let skills: Vec<_> = (0..n_skills).map(|s| format!("skill {s}")).collect();
-    let note = format!("mean over {} adapted linears; a row of a panel sums to 1", modules.len());
+    let sums = match config.weighting.average_correction {
+        true => "scaled by sqrt(n_splits / n_skills)",
+        false => "a row of a panel sums to 1",
+    };
+    let note = format!("mean over {} adapted linears; {sums}", modules.len());
     heat_map_svg(&HeatMap {
         title: "Which skills a task uses",
         note: &note,

@@ -20,6 +20,7 @@ use crate::{
         philox::{Key, Purpose},
     },
     model::{Adapter, Model},
+    weighting::Weighting,
 };
 
 /// What learns when a trained adapter meets a new task.
@@ -49,7 +50,7 @@ impl Tune {
 /// names.
 ///
 /// # Errors
-/// If there is a task of that name, or there can be no more tasks.
+/// If there is a task of that name, there can be no more tasks, or no logits are the uniform mixture.
 pub fn add_task<B: Backend>(
     base: &Model<B>,
     adapter: &Adapter<B>,
@@ -58,6 +59,12 @@ pub fn add_task<B: Backend>(
     seed: u64,
 ) -> Result<Adapter<B>> {
     let n_tasks = adapter.config().n_tasks;
+    if tune == Tune::Average && adapter.config().weighting != Weighting::default() {
+        return Err(Error::Usage(
+            "the average needs a normalised routing; this adapter's has straight-through rounding or the average correction: tune the router or all"
+                .into(),
+        ));
+    }
     let key = Key::new(seed, Purpose::Init, n_tasks as u64);
     let width = adapter.config().n_splits * adapter.config().n_skills;
     let mut more = adapter.with_one_more_task(base, |router, column| match tune {

@@ -22,4 +22,6 @@ pub mod schedule;
 mod trainer;
 
 pub use schedule::Schedule;
-pub use trainer::{Optimizer, RouterRows, StepReport, TrainConfig, Trainable, Trainer};
+pub use trainer::{
+    Optimizer, RouterRows, RouterSampling, StepReport, TrainConfig, Trainable, Trainer,
+};

@@ -10,7 +10,7 @@
 //! A batch is that of one of their GPUs. mttl's SuperNI scripts leave the number of splits to the
 //! caller; 64 is what its T0 scripts have. It must divide the base's widths, so small bases want less.
 
-use super::{Optimizer, Schedule, TrainConfig, adafactor::Adafactor};
+use super::{Optimizer, RouterSampling, Schedule, TrainConfig, adafactor::Adafactor};
 use crate::model::routing::InitA;
 
 /// How long a run is.
@@ -119,7 +119,7 @@ impl Recipe {
                 init_a: InitA::Authors,
                 train: TrainConfig {
                     weight_decay: 0.0,
-                    router_sampling: false,
+                    router_sampling: RouterSampling::Off,
                     optimizer: Optimizer::Adafactor(Adafactor { scale_parameter: false }),
                     ..paper
                 },

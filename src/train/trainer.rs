@@ -76,6 +76,17 @@ pub enum RouterRows {
     Only(Vec<u32>),
 }
 
+/// What the router does in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterSampling {
+    /// It takes the sigmoid.
+    Off,
+    /// It draws relaxed Bernoulli samples.
+    On,
+    /// It draws them and rounds them; the gradient is that of the sample before.
+    Hard,
+}
+
 /// How an adapter is trained. [`Default`] has the papers' two speeds: the router learns a hundred
 /// times faster than the skills.
 #[derive(Clone, Debug)]
@@ -106,8 +117,8 @@ pub struct TrainConfig {
     pub trainable: Trainable,
     /// Weight of the [`prior`](super::prior) of the routing; 0: none. Not part of the reported loss.
     pub ibp_prior: f64,
-    /// Whether the router samples (relaxed Bernoulli) or takes the sigmoid.
-    pub router_sampling: bool,
+    /// What the router does in training; in inference it takes the sigmoid.
+    pub router_sampling: RouterSampling,
     /// Dropout of the base; none: as its configuration says.
     pub dropout: Option<f32>,
     /// Whether blocks run again in the backward instead of keeping their activations.
@@ -132,7 +143,7 @@ impl Default for TrainConfig {
             optimizer: Optimizer::AdamW,
             trainable: Trainable::ALL,
             ibp_prior: 0.0,
-            router_sampling: true,
+            router_sampling: RouterSampling::On,
             dropout: None,
             checkpointing: false,
             seed: 42,
@@ -229,6 +240,13 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// If a setting is out of range.
     pub fn new(model: &'m Model<B>, adapter: Adapter<B>, config: TrainConfig) -> Result<Self> {
         config.validate()?;
+        if adapter.config().weighting.straight_through
+            && config.router_sampling != RouterSampling::Off
+        {
+            return Err(Error::Usage(
+                "the adapter's router rounds (straight-through), so it cannot sample, too".into(),
+            ));
+        }
         if let RouterRows::Only(tasks) = &config.trainable.router {
             let n_tasks = adapter.config().n_tasks;
             if let Some(task) = tasks.iter().find(|&&task| task as usize >= n_tasks) {
@@ -362,7 +380,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// One optimiser step over these examples, in micro-batches of the configured size.
     ///
     /// # Errors
-    /// If the loss or a gradient is not finite: parameters and moments are as before the step.
+    /// If an example is mixed otherwise than by its task, or the loss or a gradient is not finite:
+    /// parameters and moments are as before the step.
     ///
     /// # Panics
     /// If an example's task is not below the adapter's `n_tasks`.
@@ -395,13 +414,22 @@ impl<'m, B: Backend> Trainer<'m, B> {
         wrong: Option<&[&[Example]]>,
     ) -> Result<StepReport> {
         let step = self.step + 1;
+        let all_wrong = || wrong.unwrap_or_default().iter().copied().flatten();
+        if let Some(place) = examples
+            .iter()
+            .position(|example| example.mixing.is_some())
+            .or_else(|| all_wrong().position(|example| example.mixing.is_some()))
+        {
+            return Err(Error::Usage(format!(
+                "example {place} of the step has a mixing: in training an example is routed by its task; leave mixing out"
+            )));
+        }
         let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
         let n_inputs: usize = examples.iter().map(|e| e.input.len()).sum();
         let backend = self.model.backend();
         backend.clear(&mut self.grads);
         let mut total = 0.0;
         let size = self.config.batch_size;
-        let all_wrong = || wrong.unwrap_or_default().iter().copied().flatten();
         let counts = Counts {
             n_label_tokens: n_labels,
             n_wrong_tokens: all_wrong().map(|e| e.labels.len()).sum(),
@@ -445,16 +473,19 @@ impl<'m, B: Backend> Trainer<'m, B> {
                 *number = (first + row) as u32;
             }
         }
-        let rows = if config.router_sampling { batch.own_rows() } else { batch.rows_by_task() };
-        let noise = match (&self.noise, config.router_sampling) {
-            (Some(noise), _) => Noise::Given(noise),
-            (None, true) => Noise::Philox {
+        let samples = config.router_sampling != RouterSampling::Off;
+        let rows = if samples { batch.own_rows() } else { batch.rows_by_task() };
+        let noise = match &self.noise {
+            Some(noise) => Noise::Given(noise),
+            None if samples => Noise::Philox {
                 key: Key::new(config.seed, Purpose::Router, step),
                 examples: &batch.numbers,
             },
-            (None, false) => Noise::Off,
+            None => Noise::Off,
         };
-        let mixture = adapter.mixture(backend, &rows, noise, false);
+        let mut route = adapter.route(&rows.tasks, noise);
+        route.weighting.straight_through |= config.router_sampling == RouterSampling::Hard;
+        let mixture = adapter.mixture(backend, &route, false);
         let dropout = config.dropout.unwrap_or(model.dropout_rate());
         let dropout = (dropout, Key::new(config.seed, Purpose::Dropout, step));
         let mut sides = Sides::new(&batch, &rows, Some(dropout));
@@ -480,7 +511,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
         let mut gradients = Gradients { params, weights };
         tape.backward(Vec::new(), &mut gradients);
         backend.route_backward(RouteBackward {
-            forward: &adapter.route(&rows.tasks, noise),
+            forward: &route,
             routing: &mixture.routing,
             d_weights: &gradients.weights,
             grads: &mut gradients.params,

@@ -137,6 +137,7 @@ fn routed_linear<B: Backend>(backend: &B) -> Vec<(&'static str, Vec<f64>)> {
         n_splits,
         n_skills,
         noise: Noise::Off,
+        weighting: Weighting::default(),
     };
     let routing = backend.route(&route);
     let segments = Segments::new(&[3, 2, 2], &[0, 1, 0], n_tasks);

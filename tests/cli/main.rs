@@ -279,6 +279,7 @@ fn rows_do_not_depend_on_their_neighbours() {
 
 #[test]
 fn wrong_usage_is_2() {
+    fails(&["demo", "--dtype", "bf16"], 2, "demo takes no --dtype");
     let dir = scratch("usage");
     let (rows, out) = (data(&dir, 3), dir.join("out"));
     fails(&["train", "--modle", "x"], 2, "--model");

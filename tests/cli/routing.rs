@@ -114,6 +114,115 @@ fn a_given_routing_stays() {
     );
 }
 
+/// Samples that are rounded are a matter of training: the adapter is PEFT's. The other two ways are the
+/// adapter's own, in inference, too, and PEFT refuses its `poly_type`; it knows what `export` makes.
+#[test]
+fn routers_round_and_scale() {
+    let dir = scratch("weightings");
+    let (rows, base) = (data(&dir, 12), crate::fixture("base"));
+    let loss = |adapter: &Path, task: &str| {
+        let (base, adapter) = (str(&base), str(adapter));
+        let evaluated = ok(&[
+            "eval",
+            "--model",
+            base,
+            "--adapter",
+            adapter,
+            "--data",
+            str(&rows),
+            "--generate",
+            "off",
+        ]);
+        let evaluated: Value = serde_json::from_str(evaluated.trim()).unwrap();
+        evaluated["tasks"][task]["loss"].as_f64().unwrap()
+    };
+    let common =
+        ["--max-steps", "5", "--n-splits", "2", "--dtype", "f32", "--learning-rate", "0.05"];
+    let mut losses = Vec::new();
+    for (name, flags, poly_type) in [
+        ("on", &["--router-sampling", "on"][..], "poly"),
+        ("hard", &["--router-sampling", "hard"], "poly"),
+        ("rounded", &["--router-sampling", "straight-through"], "poly+straight_through"),
+        ("scaled", &["--poly_average_correction", "on"], "poly+average_correction"),
+        (
+            "both",
+            &["--average-correction", "on", "--router-sampling", "straight-through"],
+            "poly+straight_through+average_correction",
+        ),
+    ] {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&common[..], flags].concat()));
+        let config: Value = serde_json::from_str(&text(&out.join("adapter_config.json"))).unwrap();
+        assert_eq!(config["poly_type"], poly_type, "{name}");
+        assert!(!out.join("routing.json").exists());
+        losses.push(lines(&out.join("log.jsonl"))[4]["loss"].as_f64().unwrap().to_bits());
+        // A task's mixture on the host and on the backend: the exported LoRA computes the same.
+        let lora = dir.join(format!("{name}-lora"));
+        ok(&[
+            "export",
+            "--model",
+            str(&base),
+            "--adapter",
+            str(&out),
+            "--task",
+            "task-1",
+            "--output-dir",
+            str(&lora),
+        ]);
+        let (routed, plain) = (loss(&out, "task-1"), loss(&lora, "task-1"));
+        assert!((routed - plain).abs() < 1e-5 * routed, "{name}: {routed}, {plain}");
+        // It goes on as it was.
+        let on = dir.join(format!("{name}-on"));
+        ok(&train(&rows, &on, &["--max-steps", "1", "--adapter-init", str(&out)]));
+        let config: Value = serde_json::from_str(&text(&on.join("adapter_config.json"))).unwrap();
+        assert_eq!(config["poly_type"], poly_type, "{name}");
+    }
+    losses.sort_unstable();
+    losses.dedup();
+    assert_eq!(losses.len(), 5, "each is another way");
+
+    let (no, rounded, on) = (dir.join("no"), dir.join("rounded"), dir.join("on"));
+    let from = |adapter, flags: &[&'static str]| {
+        let init = ["--adapter-init", Box::leak(str(adapter).to_owned().into_boxed_str())];
+        [&init[..], flags].concat()
+    };
+    for (flags, message) in [
+        (from(&rounded, &["--router-sampling", "on"]), "the adapter's, which is straight-through"),
+        (from(&on, &["--router-sampling", "straight-through"]), "which is not straight-through"),
+        (from(&on, &["--average-correction", "on"]), "--average-correction differs from that of"),
+        (
+            vec!["--routing", "private", "--average-correction", "on"],
+            "are for a routing that learns",
+        ),
+    ] {
+        fails(&train(&rows, &no, &flags), 2, message);
+    }
+    let adapt = |tune| {
+        [
+            "adapt",
+            "--model",
+            str(&base),
+            "--adapter",
+            str(&rounded),
+            "--data",
+            str(&rows),
+            "--task",
+            "task-new",
+            "--tune",
+            tune,
+            "--output-dir",
+            str(&no),
+        ]
+    };
+    fails(&adapt("average"), 2, "the average needs a normalised routing");
+    let both = [format!("a={}", str(&on)), format!("b={}", str(&rounded))];
+    fails(
+        &["eval", "--model", str(&base), "--adapter", &both[0], &both[1], "--data", str(&rows)],
+        2,
+        "adapter \"b\" has straight-through rounding or the average correction",
+    );
+}
+
 /// Lazy updates leave the rows of absent tasks alone; dense ones move them by their moments.
 #[test]
 fn lazy_rows_wait_for_their_task() {
@@ -186,7 +295,7 @@ fn presets_are_defaults_and_flags_win() {
         let adapter = &config["adapter_config"];
         assert_eq!((adapter["r"].as_u64(), adapter["n_splits"].as_u64()), (Some(r), Some(q)));
         assert_eq!(config["gradient_accumulation_steps"], accumulation);
-        assert_eq!(config["router_sampling"], preset != "mhr-t0");
+        assert_eq!(config["router_sampling"], if preset == "mhr-t0" { "off" } else { "on" });
         assert_eq!(config["preset"], preset);
     }
     fails(&train(&rows, &dir, &["--preset", "mhr-to"]), 2, "mhr-t0");

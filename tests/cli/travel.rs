@@ -400,6 +400,11 @@ fn the_authors_checkpoints_become_adapters() {
 
     fails(&flags, 2, "is not empty");
     fs::remove_dir_all(&out).unwrap();
+    ok(&[&flags[..], &["--straight-through", "--poly_average_correction"]].concat());
+    let config = fs::read_to_string(out.join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"poly+straight_through+average_correction\""), "{config}");
+    assert_ne!(by(&out), by(&adapter));
+    fs::remove_dir_all(&out).unwrap();
     write(7);
     fails(&flags, 3, "tensors are missing: \"model.");
     let pickled = dir.join("best.ckpt");

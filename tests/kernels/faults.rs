@@ -132,6 +132,10 @@ fn faults_of_mixing_and_routing_are_caught() {
         }
     });
     assert_caught("no noise", route, |case| case.op.noise = Noise::Off);
+    assert_caught("no rounding", route, |case| case.op.weighting.straight_through = false);
+    assert_caught("no average correction", route, |case| {
+        case.op.weighting.average_correction = false;
+    });
 }
 
 #[test]

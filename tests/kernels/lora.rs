@@ -1,6 +1,9 @@
 //! The routed LoRA: router, mixing, thin products, and their gradients.
 
-use polytape::kernels::{Backend, ops, ops::Bank, oracle::Oracle, philox::Purpose};
+use polytape::{
+    kernels::{Backend, ops, ops::Bank, oracle::Oracle, philox::Purpose},
+    weighting::Weighting,
+};
 
 use super::{
     common::{
@@ -257,6 +260,7 @@ pub struct Route {
     pub n_splits: usize,
     pub n_skills: usize,
     pub noise: Noise,
+    pub weighting: Weighting,
 }
 
 #[derive(Debug)]
@@ -277,8 +281,8 @@ impl Route {
             Noise::Philox(examples) => ops::Noise::Philox { key, examples },
             Noise::Given(draws) => ops::Noise::Given(draws),
         };
-        let &Self { ref logits, ref tasks, n_splits, n_skills, .. } = self;
-        ops::Route { params, logits, tasks, n_splits, n_skills, noise }
+        let &Self { ref logits, ref tasks, n_splits, n_skills, weighting, .. } = self;
+        ops::Route { params, logits, tasks, n_splits, n_skills, noise, weighting }
     }
 
     fn n_at(&self) -> usize {
@@ -329,10 +333,23 @@ impl Op for Route {
             let first = i / self.n_skills * self.n_skills;
             of[first..first + self.n_skills].iter().sum::<f64>()
         };
+        let factor = self.weighting.factor(self.n_splits, self.n_skills);
+        let values: Vec<_> = samples.iter().map(|&s| self.weighting.value(s)).collect();
+        // Rounded, a value is right or, where its sample is as near to 1/2 as it may be wrong, anything.
+        let value_error = |i: usize| match self.weighting.straight_through {
+            true if (samples[i] - 0.5).abs() <= errors[i] => 1.0,
+            true => 0.0,
+            false => errors[i],
+        };
+        let value_errors: Vec<_> = (0..samples.len()).map(value_error).collect();
         let weight_error = |i: usize| {
-            let normalizer = over_split(samples, i) + 1e-12;
-            let weight = samples[i] / normalizer;
-            (errors[i] + weight * over_split(&errors, i)) / normalizer + 6.0 * U * weight
+            if let Some(factor) = factor {
+                return factor * (value_errors[i] + 6.0 * U * values[i]);
+            }
+            let normalizer = self.weighting.normalizer(over_split(&values, i));
+            let weight = values[i] / normalizer;
+            (value_errors[i] + weight * over_split(&value_errors, i)) / normalizer
+                + 6.0 * U * weight
         };
         vec![(0..samples.len()).map(weight_error).collect(), errors]
     }
@@ -366,7 +383,13 @@ fn router(random: &mut Gen, class: Class, inputs: &mut Inputs) -> Route {
             Noise::Given(draws)
         }
     };
-    Route { logits, tasks, n_splits, n_skills, noise }
+    let weighting = random.pick(&[
+        Weighting::default(),
+        Weighting { straight_through: true, ..Weighting::default() },
+        Weighting { average_correction: true, ..Weighting::default() },
+        Weighting { straight_through: true, average_correction: true },
+    ]);
+    Route { logits, tasks, n_splits, n_skills, noise, weighting }
 }
 
 pub fn route(random: &mut Gen, class: Class, batch: Batch) -> Case<Route> {
@@ -408,8 +431,11 @@ impl Op for RouteBackward {
                 (first..first + route.n_skills).map(term).sum()
             };
             let inner = over(&|s| (weights.at(at, s) * d_weights.at(at, s)).abs());
-            let normalizer = over(&|s| samples.at(at, s)) + 1e-12;
-            let d_sample = (d_weights.at(at, c).abs() + inner) / normalizer;
+            let sum = over(&|s| route.weighting.value(samples.at(at, s)));
+            let d_sample = match route.weighting.factor(route.n_splits, route.n_skills) {
+                Some(factor) => d_weights.at(at, c).abs() * factor,
+                None => (d_weights.at(at, c).abs() + inner) / route.weighting.normalizer(sum),
+            };
             let s = samples.at(at, c);
             // A sample that a clamp cut and one that rounding put there look the same.
             let at_clamp = if s >= 1.0 - 8.0 * U { 16.0 * U * s } else { 0.0 };

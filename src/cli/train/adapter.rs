@@ -23,6 +23,7 @@ use crate::{
         targets::resolve,
     },
     train::recipe::Recipe,
+    weighting::Weighting,
 };
 
 /// What the adapter is like, and how it routes.
@@ -61,6 +62,10 @@ pub(super) struct AdapterFlags {
     /// Which linears share a router [default: linear, each has its own].
     #[arg(long)]
     router_granularity: Option<GranularityFlag>,
+    /// Whether mixing weights are scaled by sqrt(n_splits / n_skills) instead of normalised
+    /// [default: off].
+    #[arg(long, visible_alias = "poly-average-correction")]
+    average_correction: Option<OnOff>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -107,6 +112,8 @@ pub(super) struct Data<'a> {
     pub(super) path: &'a Path,
     pub(super) model_dir: &'a PathBuf,
     pub(super) seed: u64,
+    /// Whether a fresh adapter's router rounds.
+    pub(super) straight_through: bool,
 }
 
 impl AdapterFlags {
@@ -183,6 +190,16 @@ impl AdapterFlags {
             }
             None => self.n_skills.unwrap_or(recipe.n_skills),
         };
+        let weighting = Weighting {
+            straight_through: data.straight_through,
+            average_correction: self.average_correction.is_some_and(OnOff::is_on),
+        };
+        if given.is_some() && weighting != Weighting::default() {
+            return Err(Error::Usage(
+                "--average-correction and --router-sampling straight-through are for a routing that learns"
+                    .into(),
+            ));
+        }
         let targets = self.target_modules.as_deref().or(recipe.target_modules);
         let config = PolyConfig {
             task_type: Some(model.task_type().into()),
@@ -194,6 +211,7 @@ impl AdapterFlags {
             n_skills,
             // Splits would only cut what is not mixed.
             n_splits: self.n_splits.unwrap_or(if given.is_some() { 1 } else { recipe.n_splits }),
+            weighting,
             ..PolyConfig::default()
         };
         let granularity = self.router_granularity.map(Granularity::from).unwrap_or_default();
@@ -206,6 +224,11 @@ impl AdapterFlags {
         let mut adapter = Adapter::with_routing(model, &config, routing, init_a, data.seed)?;
         if let Some(skills) = &given {
             adapter.fix_routing(model, skills);
+        }
+        if weighting != Weighting::default() {
+            tracing::info!(
+                "PEFT knows no such routing and refuses the adapter; it loads what `export` makes of a task"
+            );
         }
         if granularity != Granularity::Linear {
             tracing::info!(
@@ -241,6 +264,13 @@ impl AdapterFlags {
         {
             return Err(Error::Usage(format!(
                 "--router-granularity differs from that of {whose}: leave it out"
+            )));
+        }
+        if let Some(given) = self.average_correction
+            && given.is_on() != config.weighting.average_correction
+        {
+            return Err(Error::Usage(format!(
+                "--average-correction differs from that of {whose}: leave it out"
             )));
         }
         if let Some(given) = &self.target_modules {

@@ -15,13 +15,14 @@ use crate::{
     formats::rows::Row,
     model::dataset::Dataset,
     train::{
-        Optimizer, Schedule, TrainConfig,
+        Optimizer, RouterSampling, Schedule, TrainConfig,
         adafactor::Adafactor,
         checkpoint::{self, STATE_FILE, TrainerState},
         evaluate::Evaluation,
         order::{self, Batches, Sampling},
         recipe::{Length, Recipe},
     },
+    weighting::Weighting,
 };
 
 /// How much and how fast it learns. What is not given is the verb's own choice.
@@ -76,9 +77,10 @@ pub(in crate::cli) struct Learning {
     /// Steps in which the learning rates rise from zero; below 1 a share of all steps [default: 0].
     #[arg(long, visible_alias = "warmup-ratio")]
     warmup_steps: Option<f64>,
-    /// Whether the router samples in training [default: on].
+    /// What the router does in training: draw relaxed Bernoulli samples, take the sigmoid, draw samples
+    /// and round them, or round the sigmoid (then in inference, too) [default: on].
     #[arg(long)]
-    router_sampling: Option<OnOff>,
+    router_sampling: Option<RouterSamplingFlag>,
     /// Whether rows are shuffled each epoch.
     #[arg(long, default_value = "on")]
     pub(in crate::cli) shuffle: OnOff,
@@ -103,6 +105,14 @@ pub(in crate::cli) struct Learning {
     /// Dropout of the base [default: its configuration's dropout_rate].
     #[arg(long)]
     dropout: Option<f32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RouterSamplingFlag {
+    On,
+    Off,
+    Hard,
+    StraightThrough,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -223,13 +233,46 @@ impl Learning {
         Ok((epochs * per_epoch as f64).ceil() as u64)
     }
 
-    /// The settings: what was given, else the recipe's.
-    pub(in crate::cli) fn config(&self, recipe: &Recipe, seed: u64, max_steps: u64) -> TrainConfig {
+    /// Whether a fresh adapter's router is to round.
+    pub(in crate::cli) fn straight_through(&self) -> bool {
+        self.router_sampling == Some(RouterSamplingFlag::StraightThrough)
+    }
+
+    /// What the router of an adapter does in training.
+    fn router_sampling(&self, recipe: &Recipe, weighting: Weighting) -> Result<RouterSampling> {
+        let Some(given) = self.router_sampling else {
+            let rounds = weighting.straight_through;
+            return Ok(if rounds { RouterSampling::Off } else { recipe.train.router_sampling });
+        };
+        match (given, weighting.straight_through) {
+            (RouterSamplingFlag::On, false) => Ok(RouterSampling::On),
+            (RouterSamplingFlag::Hard, false) => Ok(RouterSampling::Hard),
+            (RouterSamplingFlag::Off, false) | (RouterSamplingFlag::StraightThrough, true) => {
+                Ok(RouterSampling::Off)
+            }
+            (_, rounds) => Err(Error::Usage(format!(
+                "--router-sampling is otherwise than the adapter's, which is {}straight-through: leave it out",
+                if rounds { "" } else { "not " }
+            ))),
+        }
+    }
+
+    /// The settings: what was given, else the recipe's. `weighting` is the adapter's.
+    ///
+    /// # Errors
+    /// If the adapter cannot be trained so.
+    pub(in crate::cli) fn config(
+        &self,
+        recipe: &Recipe,
+        weighting: Weighting,
+        seed: u64,
+        max_steps: u64,
+    ) -> Result<TrainConfig> {
         let defaults = recipe.train.clone();
         let warmup = self.warmup_steps.unwrap_or(recipe.warmup_steps);
         // As transformers: below 1 it is a share, rounded up.
         let warmup = if warmup < 1.0 { (warmup * max_steps as f64).ceil() } else { warmup };
-        TrainConfig {
+        Ok(TrainConfig {
             learning_rate: self.learning_rate.unwrap_or(defaults.learning_rate),
             router_learning_rate: self
                 .router_learning_rate
@@ -248,12 +291,12 @@ impl Learning {
             label_smoothing: self.label_smoothing_factor.unwrap_or(defaults.label_smoothing),
             optimizer: self.optimizer(defaults.optimizer),
             batch_size: self.batch_size(recipe),
-            router_sampling: self.router_sampling.map_or(defaults.router_sampling, OnOff::is_on),
+            router_sampling: self.router_sampling(recipe, weighting)?,
             dropout: self.dropout.or(defaults.dropout),
             checkpointing: self.checkpointing.is_on(),
             seed,
             ..defaults
-        }
+        })
     }
 }
 

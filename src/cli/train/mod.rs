@@ -33,7 +33,7 @@ use crate::{
         Model,
         dataset::{Dataset, Routes},
     },
-    train::{RouterRows, Trainer, evaluate::Decode, recipe::Recipe},
+    train::{RouterRows, RouterSampling, Trainer, evaluate::Decode, recipe::Recipe},
 };
 
 #[derive(Args)]
@@ -103,6 +103,7 @@ impl Train {
             path: self.data.first(),
             model_dir: &self.model,
             seed: self.common.seed,
+            straight_through: self.learning.straight_through(),
         };
         let mut adapter =
             self.adapter.adapter(&model, resumed.as_ref(), &recipe, &source, found)?;
@@ -156,14 +157,15 @@ impl Train {
             }
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
-        let mut config = self.learning.config(&recipe, self.common.seed, n_steps);
+        let weighting = adapter.config().weighting;
+        let mut config = self.learning.config(&recipe, weighting, self.common.seed, n_steps)?;
         config.ibp_prior = self.ibp_prior;
         if self.router_updates == RouterUpdates::Lazy {
             config.trainable.router = RouterRows::Present;
         }
         if adapter.routing().fixed {
             config.trainable.router = RouterRows::None;
-            config.router_sampling = false;
+            config.router_sampling = RouterSampling::Off;
         }
         tracing::info!(
             "{} linears adapted, {} trainable parameters, {n_steps} steps of {per_step} rows",

@@ -50,7 +50,7 @@ pub(in crate::cli) fn arguments(
         "max_grad_norm": config.max_grad_norm,
         "lr_scheduler_type": format!("{:?}", config.schedule).to_lowercase(),
         "warmup_steps": config.warmup_steps,
-        "router_sampling": config.router_sampling,
+        "router_sampling": format!("{:?}", config.router_sampling).to_lowercase(),
         "shuffle": learning.shuffle.is_on(),
         "sampling": learning.sampling(),
         "label_smoothing_factor": config.label_smoothing,

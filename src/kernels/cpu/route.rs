@@ -6,6 +6,8 @@
 //! d_s̃ = (d_w - Σ_s w d_w) / n    d_z = d_s̃ s̃ (1 - s̃), and 0 where σ(z) or σ(ℓ) was clamped
 //! ```
 //!
+//! [`Weighting`](crate::weighting::Weighting) has the other ways from s̃ to w.
+//!
 //! A few thousand numbers in plain f32, whose machine epsilon the clamps are made of: what PyTorch
 //! computes.
 
@@ -30,9 +32,15 @@ pub(super) fn route(cpu: &Cpu, args: &Route<'_, Cpu>) -> Routing<Cpu> {
             *sample = draws.sample(col, z).0;
         }
         let splits = weights.chunks_exact_mut(args.n_skills).zip(samples.chunks(args.n_skills));
+        let weigh = Weigh::new(args);
         for (weights, samples) in splits {
-            let n = normaliser(samples);
-            weights.iter_mut().zip(samples).for_each(|(w, s)| *w = s / n);
+            let n = weigh.normalizer(samples);
+            for (w, &s) in weights.iter_mut().zip(samples) {
+                *w = match weigh.factor {
+                    Some(factor) => weigh.value(s) * factor,
+                    None => weigh.value(s) / n,
+                };
+            }
         }
     }
     Routing { weights, samples }
@@ -46,6 +54,7 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
     }
     let rows = routing.weights.f32s().chunks_exact(width).zip(routing.samples.f32s().chunks(width));
     let grads = grads.f32s_mut();
+    let weigh = Weigh::new(forward);
     assert_eq!(d_weights.len(), routing.weights.len());
     for (row, ((weights, samples), d_weights)) in
         rows.zip(d_weights.f32s().chunks_exact(width)).enumerate()
@@ -56,11 +65,14 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
             let split = first..first + forward.n_skills;
             let (weights, samples) = (&weights[split.clone()], &samples[split.clone()]);
             let d_weights = &d_weights[split.clone()];
-            let n = normaliser(samples);
+            let n = weigh.normalizer(samples);
             let mean: f32 = weights.iter().zip(d_weights).map(|(w, d)| w * d).sum();
             for (i, col) in split.enumerate() {
                 if draws.sample(col, draws.logits[col]).1 {
-                    let d_sample = (d_weights[i] - mean) / n;
+                    let d_sample = match weigh.factor {
+                        Some(factor) => d_weights[i] * factor,
+                        None => (d_weights[i] - mean) / n,
+                    };
                     grads[col] += d_sample * samples[i] * (1.0 - samples[i]);
                 }
             }
@@ -68,8 +80,34 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
     }
 }
 
-fn normaliser(samples: &[f32]) -> f32 {
-    samples.iter().sum::<f32>() + 1e-12
+/// [`Weighting`](crate::weighting::Weighting) in f32.
+struct Weigh {
+    rounds: bool,
+    factor: Option<f32>,
+}
+
+impl Weigh {
+    fn new(args: &Route<'_, Cpu>) -> Self {
+        let factor = args.weighting.factor(args.n_splits, args.n_skills);
+        Self { rounds: args.weighting.straight_through, factor: factor.map(|f| f as f32) }
+    }
+
+    fn value(&self, sample: f32) -> f32 {
+        match self.rounds {
+            true if sample > 0.5 => 1.0,
+            true if sample <= 0.5 => 0.0,
+            _ => sample, // A NaN stays one.
+        }
+    }
+
+    fn normalizer(&self, samples: &[f32]) -> f32 {
+        let sum = samples.iter().map(|&s| self.value(s)).sum::<f32>();
+        match self.rounds {
+            true if sum < 1.0 => 1.0,
+            true => sum,
+            false => sum + 1e-12,
+        }
+    }
 }
 
 /// The logits and draws of one routing row in one linear.
@@ -138,7 +176,9 @@ mod tests {
         },
         *,
     };
-    use crate::tensor::Tensor;
+    use crate::{tensor::Tensor, weighting::Weighting};
+
+    const PEFT: Weighting = Weighting { straight_through: false, average_correction: false };
 
     /// The golden vector of the specification: two tasks, splits and skills; ids `[1, 0]`.
     const LOGITS: [f64; 8] = [0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5, -2.0];
@@ -151,7 +191,15 @@ mod tests {
                              0.528_463_736_0, 0.471_536_264_0, 0.123_420_865_5, 0.876_579_134_5];
 
     fn args<'a>(params: &'a Tensor<Cpu>, noise: Noise<'a>) -> Route<'a, Cpu> {
-        Route { params, logits: &[3], tasks: &[1, 0], n_splits: 2, n_skills: 2, noise }
+        Route {
+            params,
+            logits: &[3],
+            tasks: &[1, 0],
+            n_splits: 2,
+            n_skills: 2,
+            noise,
+            weighting: PEFT,
+        }
     }
 
     fn golden_params(cpu: &Cpu) -> Tensor<Cpu> {
@@ -233,6 +281,7 @@ mod tests {
                 n_splits: 1,
                 n_skills: 4,
                 noise: Noise::Given(&draws),
+                weighting: PEFT,
             };
             let routing = cpu.route(&forward);
             let samples = cpu.download(&routing.samples);
@@ -266,6 +315,7 @@ mod tests {
                 n_splits: 1,
                 n_skills: 2,
                 noise: Noise::Off,
+                weighting: PEFT,
             });
             assert_eq!(cpu.download(&routing.weights), [0.0, 0.0]);
         });
@@ -280,7 +330,9 @@ mod tests {
             let run = |tasks: &[u32], examples: &[u32]| {
                 let noise = Noise::Philox { key, examples };
                 let (logits, n_splits, n_skills) = (&[0, 30], 2, 3);
-                let args = Route { params: &params, logits, tasks, n_splits, n_skills, noise };
+                let weighting = PEFT;
+                let params = &params;
+                let args = Route { params, logits, tasks, n_splits, n_skills, noise, weighting };
                 cpu.download(&cpu.route(&args).weights)
             };
             let (all, one) = (run(&[0, 4, 2], &[8, 9, 5]), run(&[4], &[9]));
@@ -302,6 +354,7 @@ mod tests {
                 n_splits: 2,
                 n_skills: 3,
                 noise: Noise::Given(&draws),
+                weighting: PEFT,
             };
             assert_eq!(bits(&cpu.download(&cpu.route(&given).weights)), bits(&one));
         });

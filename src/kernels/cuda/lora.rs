@@ -78,12 +78,15 @@ struct RouteArg {
     n_rows: u32,
     n_splits: u32,
     n_skills: u32,
+    rounds: u32,
+    /// 0: weights are normalised.
+    factor: f32,
     padding: u32,
 }
 
 /// Calls `run` with the router's argument while what it points to lives.
 fn with_route<R>(cuda: &Cuda, args: &Route<'_, Cuda>, run: impl FnOnce(RouteArg) -> R) -> R {
-    let &Route { params, logits, tasks, n_splits, n_skills, noise } = args;
+    let &Route { params, logits, tasks, n_splits, n_skills, noise, weighting } = args;
     let width = n_splits * n_skills;
     let last = tasks.iter().max().map_or(0, |&task| (task as usize + 1) * width);
     assert!(logits.iter().all(|start| start + last <= params.len()), "router logits lie in params");
@@ -114,6 +117,8 @@ fn with_route<R>(cuda: &Cuda, args: &Route<'_, Cuda>, run: impl FnOnce(RouteArg)
         n_rows: narrow(tasks.len()),
         n_splits: narrow(n_splits),
         n_skills: narrow(n_skills),
+        rounds: u32::from(weighting.straight_through),
+        factor: weighting.factor(n_splits, n_skills).map_or(0.0, |factor| factor as f32),
         padding: 0,
     })
 }

@@ -14,8 +14,6 @@ use crate::{
 const EPS: f64 = f32::EPSILON as f64;
 /// The smallest normal f32: PyTorch's lower bound on samples.
 const TINY: f64 = f32::MIN_POSITIVE as f64;
-/// Added to the normaliser.
-const NORMALIZER_EPS: f64 = 1e-12;
 
 /// The routing row of a token.
 pub(super) fn routing_row(segments: &Segments, token: usize) -> usize {
@@ -30,7 +28,8 @@ fn logit(args: &Route<'_, Oracle>, at: usize, c: usize) -> f64 {
     args.params.buffer[args.logits[linear] + args.tasks[row] as usize * n_cols + c]
 }
 
-/// `w = s̃ / (Σ_s s̃ + 1e-12)` with `s̃` a plain sigmoid or a relaxed Bernoulli sample.
+/// `w = v / (Σ_s v + 1e-12)` with `v` a plain sigmoid or a relaxed Bernoulli sample, or as
+/// [`Weighting`](crate::weighting::Weighting) says.
 pub(super) fn route(args: &Route<'_, Oracle>) -> Routing<Oracle> {
     let n_skills = args.n_skills;
     let (n_at, n_cols) = (args.logits.len() * args.tasks.len(), args.n_splits * n_skills);
@@ -47,14 +46,19 @@ pub(super) fn route(args: &Route<'_, Oracle>) -> Routing<Oracle> {
         }
     });
     let weights = Tensor::from_fn(n_at, n_cols, |at, c| {
-        samples.at(at, c) / normalizer(&samples, n_skills, at, c / n_skills)
+        let value = args.weighting.value(samples.at(at, c));
+        match args.weighting.factor(args.n_splits, n_skills) {
+            Some(factor) => value * factor,
+            None => value / normalizer(args, &samples, at, c / n_skills),
+        }
     });
     Routing { weights, samples }
 }
 
-/// `Σ_s s̃[at, split, s] + 1e-12`.
-fn normalizer(samples: &Tensor<Oracle>, n_skills: usize, at: usize, split: usize) -> f64 {
-    sum(n_skills, |s| samples.at(at, split * n_skills + s)) + NORMALIZER_EPS
+/// `Σ_s v[at, split, s] + 1e-12`, or as the weighting says.
+fn normalizer(args: &Route<'_, Oracle>, samples: &Tensor<Oracle>, at: usize, split: usize) -> f64 {
+    let value = |s| args.weighting.value(samples.at(at, split * args.n_skills + s));
+    args.weighting.normalizer(sum(args.n_skills, value))
 }
 
 /// A sample at temperature 1: `σ(logit(u) + logit(p))`, `p = σ(z)`, each clamped as PyTorch does.
@@ -64,8 +68,9 @@ fn relaxed_bernoulli(z: f64, u: f64) -> f64 {
     sigmoid(u.ln() - (-u).ln_1p() + p.ln() - (-p).ln_1p()).clamp(TINY, 1.0 - EPS)
 }
 
-/// `d_s̃ = (d_w - Σ_j w_j d_w_j) / (Σ_s s̃ + 1e-12)`, then `d_z = d_s̃ * s̃ (1 - s̃)`, which is 0 where
-/// a clamp of the sample cut; added up over the routing rows of a task.
+/// `d_s̃ = (d_w - Σ_j w_j d_w_j) / (Σ_s v + 1e-12)` (or `d_w` times the factor), then
+/// `d_z = d_s̃ * s̃ (1 - s̃)`, which is 0 where a clamp of the sample cut; added up over the routing rows
+/// of a task.
 pub(super) fn route_backward(args: RouteBackward<'_, Oracle>) {
     let RouteBackward { forward, routing: Routing { weights, samples }, d_weights, grads } = args;
     let (n_skills, n_cols) = (forward.n_skills, forward.n_splits * forward.n_skills);
@@ -77,7 +82,10 @@ pub(super) fn route_backward(args: RouteBackward<'_, Oracle>) {
                 weights.at(at, split * n_skills + s) * d_weights.at(at, split * n_skills + s)
             });
             let sample = samples.at(at, c);
-            let d_sample = (d_weights.at(at, c) - inner) / normalizer(samples, n_skills, at, split);
+            let d_sample = match forward.weighting.factor(forward.n_splits, n_skills) {
+                Some(factor) => d_weights.at(at, c) * factor,
+                None => (d_weights.at(at, c) - inner) / normalizer(forward, samples, at, split),
+            };
             let p = sigmoid(logit(forward, at, c));
             let cut = !matches!(forward.noise, Noise::Off)
                 && (!(EPS..=1.0 - EPS).contains(&p) || sample <= TINY || sample >= 1.0 - EPS);

@@ -254,6 +254,7 @@ fn golden_vector_of_peft() {
                 4,
             )],
             noise: golden.noise.as_ref().map_or(Noise::Off, |u| Noise::Given(u)),
+            weighting: Weighting::default(),
             scale: 1.0,
         };
         let x =
@@ -284,6 +285,7 @@ struct Routed<'a> {
     segments: Segments,
     weights: Vec<Arc<Weight>>,
     noise: Noise<'a>,
+    weighting: Weighting,
     scale: f32,
 }
 
@@ -312,8 +314,8 @@ impl<'a> Routed<'a> {
     }
 
     fn route<'b>(&'b self, params: &'b Tensor<Oracle>, logits: &'b [usize]) -> Route<'b, Oracle> {
-        let &Self { tasks, n_splits, n_skills, noise, .. } = self;
-        Route { params, logits, tasks, n_splits, n_skills, noise }
+        let &Self { tasks, n_splits, n_skills, noise, weighting, .. } = self;
+        Route { params, logits, tasks, n_splits, n_skills, noise, weighting }
     }
 
     fn forward(&self, params: &[f64], x: &[f64]) -> RoutedForward {
@@ -406,7 +408,10 @@ fn gradients_of_the_routed_lora() {
     let u: Vec<f64> = u.iter().map(|u| u / 2.0 + 0.5).collect();
     let key = Key::new(1, Purpose::Router, 1);
     let noises = [Noise::Off, Noise::Given(&u), Noise::Philox { key, examples: &[5, 6, 7] }];
-    for (noise, n_splits) in noises.into_iter().flat_map(|noise| [(noise, 1), (noise, 2)]) {
+    let average_correction = Weighting { average_correction: true, ..Weighting::default() };
+    let weightings = [Weighting::default(), average_correction];
+    let cases = noises.into_iter().flat_map(|noise| [(noise, 1), (noise, 2)]);
+    for ((noise, n_splits), weighting) in cases.flat_map(|case| weightings.map(|w| (case, w))) {
         let model = Routed {
             n_linears: 2,
             n_tasks: 4,
@@ -419,6 +424,7 @@ fn gradients_of_the_routed_lora() {
             segments: Segments::new(&[2, 1, 0, 3], &[2, 0, 1, 2], rows),
             weights: (0..2).map(|i| weight(&random(10 + i, 24), 6, 4)).collect(),
             noise,
+            weighting,
             scale: 0.5,
         };
         let params = random(2, 2 * model.len_of_one());
@@ -440,7 +446,8 @@ fn gradients_of_routing_and_its_clamps() {
     for noise in [Noise::Off, Noise::Given(&u)] {
         let logits = [0.3, 20.0, -20.0, -1.0, 8.0, 2.0];
         fn route<'a>(params: &'a Tensor<Oracle>, noise: Noise<'a>) -> Route<'a, Oracle> {
-            Route { params, logits: &[0], tasks: &[0], n_splits: 2, n_skills: 3, noise }
+            let weighting = Weighting::default();
+            Route { params, logits: &[0], tasks: &[0], n_splits: 2, n_skills: 3, noise, weighting }
         }
         let params = tensor(&logits, 1, 6);
         let forward = route(&params, noise);
@@ -461,6 +468,140 @@ fn gradients_of_routing_and_its_clamps() {
     }
 }
 
+/// The authors' selector (mttl, in PyTorch 2.11 in f64: `p + (round(p) - p).detach()`, then times
+/// sqrt(n_splits / n_skills) or over the sum + 1e-12), forward and backward.
+#[test]
+fn weightings_are_those_of_the_authors() {
+    let logits = [0.3, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5, 0.2, -0.7, 0.1, 0.9, -0.2];
+    let d_weights = [1.0, -2.0, 0.5, 3.0, -1.0, 0.25, 2.0, 0.0, 0.75, -1.5, 0.5, 1.0];
+    let on_off = [1.0, 1.0, 0.0].repeat(4);
+    let corrected = [
+        0.4690303509,
+        0.5969068299,
+        0.219589751,
+        0.7191678027,
+        0.5082359157,
+        0.3082606652,
+        0.6675467645,
+        0.4489375789,
+        0.2709235495,
+        0.4286437116,
+        0.5804878381,
+        0.367559002,
+    ];
+    let d_corrected = [
+        0.1995993757,
+        -0.3210659425,
+        0.0802664856,
+        0.2571807105,
+        -0.1918797275,
+        0.0479699319,
+        0.2435551363,
+        0.0,
+        0.1357708522,
+        -0.3054220263,
+        0.0838951492,
+        0.2020964353,
+    ];
+    let d_rounded = [
+        0.1833437338,
+        -0.1474589499,
+        0.0983059666,
+        0.1049935854,
+        -0.2350037122,
+        -0.0881263921,
+        0.074573226,
+        -0.1237582864,
+        -0.0277141092,
+        -0.1246880201,
+        0.1027501537,
+        0.1856374295,
+    ];
+    let scaled = |factor: f64| on_off.iter().map(|w| w * factor).collect::<Vec<_>>();
+    for (straight_through, average_correction, weights, d_logits) in [
+        (false, true, corrected.to_vec(), d_corrected),
+        (true, false, scaled(0.5), d_rounded),
+        (true, true, scaled(0.8164965809), d_corrected),
+    ] {
+        let params = tensor(&logits, 1, 12);
+        let forward = Route {
+            params: &params,
+            logits: &[0],
+            tasks: &[0, 1],
+            n_splits: 2,
+            n_skills: 3,
+            noise: Noise::Off,
+            weighting: Weighting { straight_through, average_correction },
+        };
+        let routing = Oracle.route(&forward);
+        assert_near("weights", &routing.weights.buffer, &weights, 1e-9);
+        let mut grads = Oracle.zeros(1, 12, Precision::Full);
+        Oracle.route_backward(RouteBackward {
+            forward: &forward,
+            routing: &routing,
+            d_weights: &tensor(&d_weights, 2, 6),
+            grads: &mut grads,
+        });
+        assert_near("d_logits", &grads.buffer, &d_logits, 1e-9);
+    }
+}
+
+/// Rounding has no gradient. What passes straight through is that of `v = v0 + s̃ - s̃0`, whose value is
+/// the rounded one here and whose slope is that of the sample; a split with nothing on has a sum of 1.
+#[test]
+fn gradients_of_rounded_routing_are_those_of_the_sample() {
+    let logits = [0.3, -2.0, 1.5, -1.0, -0.2, -3.0, 0.1, 8.0, 2.0];
+    let draws = [0.4, 0.2, 0.5, 0.3, 0.1, 0.6, 0.9, 0.3, 0.8];
+    for (noise, average_correction) in
+        [Noise::Off, Noise::Given(&draws)].into_iter().flat_map(|n| [(n, false), (n, true)])
+    {
+        let weighting = Weighting { straight_through: true, average_correction };
+        let run = |params: &[f64], weighting| {
+            Oracle.route(&Route {
+                params: &tensor(params, 1, 9),
+                logits: &[0],
+                tasks: &[0],
+                n_splits: 3,
+                n_skills: 3,
+                noise,
+                weighting,
+            })
+        };
+        let routing = run(&logits, weighting);
+        let rounded: Vec<f64> = routing.samples.buffer.iter().map(|s| s.round()).collect();
+        assert!(rounded.chunks(3).any(|split| split == [0.0; 3]), "one has nothing on");
+        assert_eq!(routing.weights.buffer[..], weighting.weights(&rounded, 3)[..]);
+        let (params, d_weights) = (tensor(&logits, 1, 9), tensor(&random(1, 9), 1, 9));
+        let mut grads = Oracle.zeros(1, 9, Precision::Full);
+        Oracle.route_backward(RouteBackward {
+            forward: &Route {
+                params: &params,
+                logits: &[0],
+                tasks: &[0],
+                n_splits: 3,
+                n_skills: 3,
+                noise,
+                weighting,
+            },
+            routing: &routing,
+            d_weights: &d_weights,
+            grads: &mut grads,
+        });
+        assert_gradient("d_logits", &logits, &grads.buffer, |logits| {
+            let samples = run(logits, weighting).samples;
+            let values: Vec<f64> = (0..9)
+                .map(|i| rounded[i] + samples.buffer[i] - routing.samples.buffer[i])
+                .collect();
+            let weights = values.chunks(3).zip(rounded.chunks(3)).flat_map(|(values, rounded)| {
+                let any = rounded.contains(&1.0);
+                let n = if any { values.iter().sum() } else { 1.0 };
+                values.iter().map(move |v| if average_correction { *v } else { v / n })
+            });
+            dot(&weights.collect::<Vec<_>>(), &d_weights.buffer)
+        });
+    }
+}
+
 #[test]
 fn a_routed_row_that_is_all_off_has_no_weight() {
     let params = tensor(&[-28.0, -28.0, -120.0, -120.0], 1, 4);
@@ -471,6 +612,7 @@ fn a_routed_row_that_is_all_off_has_no_weight() {
         n_splits: 2,
         n_skills: 2,
         noise: Noise::Off,
+        weighting: Weighting::default(),
     };
     let weights = Oracle.route(&args).weights;
     assert!((weights.at(0, 0) + weights.at(0, 1) - 0.58).abs() < 0.01);
