@@ -16,6 +16,7 @@ use crate::{
     model::{
         Model,
         dataset::{Dataset, Encode, Encoding, Overlong, Routes},
+        token_cache::TokenCache,
     },
     train::{choices::Choices, recipe::Recipe},
 };
@@ -45,7 +46,7 @@ pub(super) struct DataFile {
     pub(super) rows: Vec<Row>,
 }
 
-/// Length limits.
+/// Length limits, and where texts' ids are kept.
 #[derive(Args, Clone)]
 struct Limits {
     /// The most source tokens [default: 512 for text, none for ids].
@@ -57,6 +58,10 @@ struct Limits {
     /// What happens to longer rows.
     #[arg(long, default_value = "truncate")]
     overlong: OverlongFlag,
+    /// Keep tokenised texts in this folder, so that the next run on the same data need not tokenise them
+    /// [default: nowhere].
+    #[arg(long)]
+    cache_dir: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -118,8 +123,16 @@ impl Limits {
     ) -> Result<Dataset> {
         let eos_token_ids = &model.generation().eos_token_ids;
         let end = tokenizer.map(Tokenizer::end_token).transpose()?.flatten();
+        let cache = match (&self.cache_dir, tokenizer) {
+            (Some(dir), Some(t)) => Some(TokenCache::open(dir, path, t, t.fingerprint())?),
+            _ => None,
+        };
+        let encoder: Option<&dyn Encode> = match (&cache, tokenizer) {
+            (Some(cache), _) => Some(cache),
+            (None, tokenizer) => tokenizer.map(|t| t as &dyn Encode),
+        };
         let encoding = Encoding {
-            tokenizer: tokenizer.map(|t| t as &dyn Encode),
+            tokenizer: encoder,
             vocab_size: model.vocab_size(),
             layout: model.layout(),
             max_positions: model.config().max_positions(),
@@ -135,7 +148,9 @@ impl Limits {
             routes,
             targets: targets == Targets::Required,
         };
-        Dataset::encode(rows, path, &encoding)
+        let dataset = Dataset::encode(rows, path, &encoding)?;
+        cache.map_or(Ok(()), TokenCache::save)?;
+        Ok(dataset)
     }
 }
 
@@ -217,6 +232,7 @@ impl DataFlags {
     ) -> Result<Choices> {
         let mut limits = self.limits.with_defaults(recipe);
         limits.overlong = OverlongFlag::Truncate; // What is too long was dealt with.
+        limits.cache_dir = None; // It is opened for each row here.
         let mut wrong = Vec::with_capacity(data.rows.len());
         for row in &data.rows {
             let mut rows = Vec::new();

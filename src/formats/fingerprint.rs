@@ -15,6 +15,11 @@ impl Default for Fingerprint {
 }
 
 impl Fingerprint {
+    /// Its 64 bits.
+    pub fn value(self) -> u64 {
+        self.0
+    }
+
     /// Adds bytes.
     pub fn add(&mut self, bytes: &[u8]) {
         for &byte in bytes {

@@ -16,7 +16,10 @@ use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    formats::json::{MAX_CONFIG_BYTES, UniqueObject, excerpt, read_capped, read_json},
+    formats::{
+        fingerprint::Fingerprint,
+        json::{MAX_CONFIG_BYTES, UniqueObject, excerpt, read_capped, read_json},
+    },
 };
 
 /// The most bytes of `tokenizer.json`.
@@ -31,6 +34,7 @@ const SLOW_FILES: [&str; 2] = ["spiece.model", "tokenizer.model"];
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
+    fingerprint: Fingerprint,
 }
 
 impl Tokenizer {
@@ -68,7 +72,14 @@ impl Tokenizer {
                 vocab_rows.saturating_sub(1)
             )));
         }
-        Ok(Self { path, inner })
+        let mut fingerprint = Fingerprint::default();
+        fingerprint.add(&bytes);
+        Ok(Self { path, inner, fingerprint })
+    }
+
+    /// The fingerprint of the file.
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint
     }
 
     /// The ids of a text; with `special` also what the file's post-processor adds.

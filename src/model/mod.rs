@@ -24,6 +24,7 @@ pub mod routed_lora;
 pub mod routing;
 pub mod t5;
 pub mod targets;
+pub mod token_cache;
 pub mod united;
 
 use std::{
