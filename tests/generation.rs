@@ -121,6 +121,40 @@ fn the_cpu_generates_as_transformers() {
     }
 }
 
+/// Rows that end make room for rows that wait, and a long prompt is read in pieces: a row's tokens are
+/// those that it has alone, in the same engine. What `on_token` hears is what is returned.
+#[test]
+fn rows_enter_where_others_left() {
+    for (name, longest) in [("tiny", 700), ("bart", 20), ("llama", 1300), ("mistral", 700)] {
+        let folder = data().join("parity").join(name);
+        let given = rows(&folder);
+        let model = Model::open_on(Cpu::new(Dtype::F32, 2).unwrap().poisoned(), folder.join("base"));
+        let model = model.unwrap();
+        let adapter = Adapter::open(&model, folder.join("adapter")).unwrap();
+        // Prompts of very different lengths, and more rows than the engine has room for.
+        let rows: Vec<Example> = (0..13)
+            .map(|i| {
+                let Example { input, task, .. } = &given[i % given.len()];
+                let len = [3, 1, longest, 17][i % 4].min(longest);
+                let input = input.iter().cycle().skip(i).take(len).copied().collect();
+                Example { input, labels: Vec::new(), task: *task, mixing: None }
+            })
+            .collect();
+        let examples: Vec<&Example> = rows.iter().collect();
+        let engine = Engine::new(&model, Some(&adapter), rows.iter().map(|row| row.task), 4);
+        for num_beams in [1, 2] {
+            let options = GenerateOptions { max_new_tokens: 7, num_beams, ..Default::default() };
+            let mut heard = vec![Vec::new(); rows.len()];
+            let together = engine.generate(&examples, &options, |row, id| heard[row].push(id));
+            assert_eq!(together, heard, "{name}, {num_beams} beams");
+            for (i, (example, together)) in examples.iter().zip(&together).enumerate() {
+                let alone = engine.generate(&[example], &options, |_, _| ());
+                assert_eq!(together, &alone[0], "{name}, {num_beams} beams, row {i}");
+            }
+        }
+    }
+}
+
 /// What a row draws depends on the seed and its place among the rows, on nothing beside it.
 #[test]
 fn a_draw_does_not_depend_on_neighbours() {

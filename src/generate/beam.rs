@@ -4,11 +4,13 @@
 //! continuations of its running beams; those that end may become finished sequences, the best others
 //! run on. A beam keeps its parent's slot; only a parent's further children get a copy of it.
 
+use std::ops::Range;
+
 use super::{
     Engine, GenerateOptions, Generated,
-    decode::Stepper,
     options::EarlyStopping,
     scores::{Progress, Scoring, log_softmax},
+    stepper::{Seats, Stepper},
 };
 use crate::{kernels::Backend, model::Example};
 
@@ -23,10 +25,15 @@ struct Beam {
 
 /// The search of one example.
 struct Search {
+    /// Its index.
+    example: usize,
+    seat: usize,
     running: Vec<Beam>,
     /// New tokens and final score, the best first; at most `num_beams`.
     finished: Vec<(Vec<u32>, f64)>,
     prompt_len: usize,
+    /// Whether the prompt is still being read.
+    is_reading: bool,
     done: bool,
 }
 
@@ -38,68 +45,84 @@ struct Candidate {
 }
 
 impl<B: Backend> Engine<'_, B> {
-    /// The best `num_return_sequences` sequences of each example, the best first.
+    /// The best `num_return_sequences` sequences of each example, the best first. `on_best` gets an
+    /// example's index and best ids when its search is over.
     pub(super) fn beam_search(
         &self,
         examples: &[&Example],
         options: &GenerateOptions,
+        on_best: &mut dyn FnMut(usize, &[u32]),
     ) -> Vec<Vec<Generated>> {
         let n_beams = options.num_beams;
         let scoring = Scoring { options, model: self.model.generation() };
-        let (batch, rows) = self.batch(examples);
-        let mut stepper = Stepper::new(self, &batch, &rows);
-        stepper.fork(n_beams);
-        let mut searches: Vec<Search> = examples
-            .iter()
-            .enumerate()
-            .map(|(i, example)| {
-                let history = self.prompt(example);
-                let prompt_len = history.len();
-                // All beams begin alike, so only one runs at first.
-                let running = vec![Beam { slot: i * n_beams, history, score: 0.0 }];
-                Search { running, finished: Vec::new(), prompt_len, done: false }
-            })
-            .collect();
-        for n_new in 0..options.max_new_tokens {
-            let (mut ids, mut slots, mut of_example) = (Vec::new(), Vec::new(), Vec::new());
-            for (i, search) in searches.iter().enumerate().filter(|(_, search)| !search.done) {
-                for beam in &search.running {
-                    let new = if n_new == 0 { 0 } else { beam.history.len() - 1 };
-                    ids.push(beam.history[new..].to_vec());
-                    slots.push(beam.slot);
-                    of_example.push(i);
+        let n_seats = (self.capacity / n_beams).clamp(1, examples.len().max(1));
+        let mut stepper = Stepper::new(self, examples, n_seats * n_beams, options);
+        let mut seats = Seats::new(n_seats, examples.len());
+        let slots_of = |seat: usize| seat * n_beams..(seat + 1) * n_beams;
+        let mut searches: Vec<Search> = Vec::new();
+        let mut outputs: Vec<Vec<Generated>> = vec![Vec::new(); examples.len()];
+        loop {
+            let entered = seats.enter();
+            searches.extend(entered.iter().map(|&(example, seat)| {
+                let history = self.prompt(examples[example]);
+                Search {
+                    example,
+                    seat,
+                    prompt_len: history.len(),
+                    // All beams begin alike, so only one runs at first.
+                    running: vec![Beam { slot: slots_of(seat).start, history, score: 0.0 }],
+                    finished: Vec::new(),
+                    is_reading: self.start().is_none(),
+                    done: false,
                 }
-            }
-            if slots.is_empty() {
+            }));
+            stepper.admit(entered.iter().map(|&(i, seat)| (examples[i], slots_of(seat))));
+            if searches.is_empty() {
                 break;
             }
-            let logits = stepper.step(&ids, &slots, &of_example);
-            let mut scores = self.scores(&logits);
-            let mut scores = scores.chunks_mut(logits.cols());
             let mut copies = Vec::new();
-            for (i, search) in searches.iter_mut().enumerate().filter(|(_, search)| !search.done) {
-                let mut candidates = Vec::new();
-                for (parent, beam) in search.running.iter().enumerate() {
-                    let Some(scores) = scores.next() else { unreachable!("a row for each beam") };
-                    log_softmax(scores);
-                    scoring.apply(&Progress { history: &beam.history, n_new }, scores);
-                    best(scores, n_candidates(&scoring), |id, score| {
-                        candidates.push(Candidate { parent, id, score: beam.score + score });
-                    });
+            // A search whose prompt ends here takes its first step by it, and the next with the others.
+            if let Some((slots, logits)) = stepper.prefill() {
+                let mut scores = self.scores(&logits);
+                for (slot, scores) in slots.iter().zip(scores.chunks_mut(logits.cols())) {
+                    let search = searches.iter_mut().find(|s| s.running[0].slot == *slot);
+                    let Some(search) = search else { unreachable!("a search for each prompt") };
+                    search.is_reading = false;
+                    let slots = slots_of(search.seat);
+                    search.advance(&scoring, [scores].into_iter(), &stepper, slots, &mut copies);
                 }
-                let is_full = search.running.iter().any(|beam| stepper.is_full(beam.slot));
-                let slots = i * n_beams..(i + 1) * n_beams;
-                search.advance(&scoring, candidates, n_new, is_full, slots, &mut copies);
+                stepper.copy_slots(&copies);
+                copies.clear();
             }
-            stepper.copy_slots(&copies);
+            let active = || searches.iter().filter(|search| !search.is_reading && !search.done);
+            let beams = active().flat_map(|search| &search.running);
+            let (ids, slots): (Vec<u32>, Vec<usize>) =
+                beams.map(|beam| (beam.history[beam.history.len() - 1], beam.slot)).unzip();
+            if !slots.is_empty() {
+                let logits = stepper.step(&ids, &slots);
+                let mut scores = self.scores(&logits);
+                let mut scores = scores.chunks_mut(logits.cols());
+                for search in searches.iter_mut().filter(|s| !s.is_reading && !s.done) {
+                    let of_search = scores.by_ref().take(search.running.len());
+                    let slots = slots_of(search.seat);
+                    search.advance(&scoring, of_search, &stepper, slots, &mut copies);
+                }
+                stepper.copy_slots(&copies);
+            }
+            searches.retain_mut(|search| {
+                if search.done {
+                    seats.leave(search.seat);
+                    let best = search.finished.drain(..).take(options.num_return_sequences);
+                    let best = best.map(|(ids, score)| Generated { ids, score: Some(score) });
+                    outputs[search.example] = best.collect();
+                    if let Some(best) = outputs[search.example].first() {
+                        on_best(search.example, &best.ids);
+                    }
+                }
+                !search.done
+            });
         }
-        searches
-            .into_iter()
-            .map(|search| {
-                let best = search.finished.into_iter().take(options.num_return_sequences);
-                best.map(|(ids, score)| Generated { ids, score: Some(score) }).collect()
-            })
-            .collect()
+        outputs
     }
 }
 
@@ -126,18 +149,27 @@ fn best(scores: &[f64], n: usize, mut give: impl FnMut(u32, f64)) {
 }
 
 impl Search {
-    /// Takes a step's continuations. `is_full`: there is no position for another token.
-    fn advance(
+    /// Takes a step: the logits of each running beam. `slots` are the search's.
+    fn advance<'s, B: Backend>(
         &mut self,
         scoring: &Scoring<'_>,
-        mut candidates: Vec<Candidate>,
-        n_new: usize,
-        is_full: bool,
-        slots: std::ops::Range<usize>,
+        scores: impl Iterator<Item = &'s mut [f64]>,
+        stepper: &Stepper<'_, B>,
+        slots: Range<usize>,
         copies: &mut Vec<(usize, usize)>,
     ) {
         let GenerateOptions { num_beams, length_penalty, early_stopping, max_new_tokens, .. } =
             *scoring.options;
+        let n_new = self.running[0].history.len() - self.prompt_len;
+        let is_full = self.running.iter().any(|beam| stepper.is_full(beam.slot));
+        let mut candidates = Vec::new();
+        for (parent, (beam, scores)) in self.running.iter().zip(scores).enumerate() {
+            log_softmax(scores);
+            scoring.apply(&Progress { history: &beam.history, n_new }, scores);
+            best(scores, n_candidates(scoring), |id, score| {
+                candidates.push(Candidate { parent, id, score: beam.score + score });
+            });
+        }
         candidates.sort_by(|a, b| {
             b.score.total_cmp(&a.score).then((a.parent, a.id).cmp(&(b.parent, b.id)))
         });

@@ -1,31 +1,34 @@
-//! Decoding with a cache of keys and values, one sequence a slot: greedy, or by draws.
-//!
-//! All rows of a batch step together; a row that has ended leaves, and the others go on without it.
-
-use std::sync::Arc;
+//! One sequence a slot: greedy, or by draws.
 
 use super::{
-    DOT_ROWS, Engine, GenerateOptions, Generated,
+    Engine, GenerateOptions, Generated,
     sample::{Draw, sample},
     scores::{Progress, Scoring, largest},
+    stepper::{Seats, Stepper},
 };
-use crate::{
-    kernels::{
-        Backend,
-        ops::{Order, Segments},
-    },
-    model::{
-        Batch, Example,
-        batch::RoutingRows,
-        cache::{Decoding, Step},
-    },
-    tape::Tape,
-    tensor::Tensor,
-};
+use crate::{kernels::Backend, model::Example, tensor::Tensor};
+
+/// A sequence in a slot.
+struct Running {
+    /// An index into the call's sequences.
+    sequence: usize,
+    slot: usize,
+    /// The decoder's tokens, the prompt included.
+    history: Vec<u32>,
+    prompt_len: usize,
+    /// The token that the decoder reads next; none while the prompt is being read.
+    next: Option<u32>,
+}
+
+impl Running {
+    fn progress(&self) -> Progress<'_> {
+        Progress { history: &self.history, n_new: self.history.len() - self.prompt_len }
+    }
+}
 
 impl<B: Backend> Engine<'_, B> {
     /// One sequence for each of `sequences`: an index into `examples` and which of the example's
-    /// sequences it is.
+    /// sequences it is. `on_token` gets an index into `sequences`.
     pub(super) fn decode(
         &self,
         examples: &[&Example],
@@ -33,61 +36,103 @@ impl<B: Backend> Engine<'_, B> {
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(usize, u32),
     ) -> Vec<Generated> {
-        let chosen: Vec<&Example> = sequences.iter().map(|&(i, _)| examples[i]).collect();
-        let mut outputs: Vec<Vec<u32>> = vec![Vec::new(); chosen.len()];
-        let generation = self.model.generation();
-        let scoring = Scoring { options, model: generation };
-        let (batch, rows) = self.batch(&chosen);
-        let mut stepper = Stepper::new(self, &batch, &rows);
-        let mut active: Vec<usize> = (0..chosen.len()).collect();
-        let mut ids: Vec<Vec<u32>> = chosen.iter().map(|e| self.prompt(e)).collect();
-        let mut history = ids.clone();
-        for n_new in 0..options.max_new_tokens {
-            let logits = stepper.step(&ids, &active, &active);
-            let next = if scoring.is_plain() {
-                self.model.backend().argmax(&logits, scoring.forbidden(n_new))
-            } else {
-                let mut scores = self.scores(&logits);
-                let rows = scores.chunks_mut(logits.cols()).zip(&active);
-                rows.map(|(scores, &i)| {
-                    let progress = Progress { history: &history[i], n_new };
-                    scoring.apply(&progress, scores);
-                    if options.do_sample {
-                        let (row, sequence) = sequences[i];
-                        sample(options, Draw { row, sequence, n_new }, scores)
-                    } else {
-                        largest(scores)
-                    }
-                })
-                .collect()
-            };
-            for (&i, &id) in active.iter().zip(&next) {
-                outputs[i].push(id);
-                history[i].push(id);
-                on_token(i, id);
-            }
-            (active, ids) = active
-                .iter()
-                .zip(next)
-                .filter(|&(&i, ref id)| {
-                    // A token at the last position is said, but there is no room to go on from it.
-                    !stepper.is_full(i) && !generation.eos_token_ids.contains(id)
-                })
-                .map(|(&i, id)| (i, vec![id]))
-                .unzip();
-            if active.is_empty() {
+        let scoring = Scoring { options, model: self.model.generation() };
+        let n_slots = self.capacity.min(sequences.len());
+        let mut stepper = Stepper::new(self, examples, n_slots, options);
+        let mut seats = Seats::new(n_slots, sequences.len());
+        let mut running: Vec<Running> = Vec::new();
+        let mut outputs: Vec<Vec<u32>> = vec![Vec::new(); sequences.len()];
+        loop {
+            let entered = seats.enter();
+            running.extend(entered.iter().map(|&(sequence, slot)| {
+                let history = self.prompt(examples[sequences[sequence].0]);
+                Running { sequence, slot, prompt_len: history.len(), history, next: self.start() }
+            }));
+            stepper
+                .admit(entered.iter().map(|&(s, slot)| (examples[sequences[s].0], slot..slot + 1)));
+            if running.is_empty() {
                 break;
             }
+            let mut said = Vec::new();
+            if let Some((slots, logits)) = stepper.prefill() {
+                let ended = slots.iter().filter_map(|s| running.iter().position(|r| r.slot == *s));
+                let ended: Vec<usize> = ended.collect();
+                let ids =
+                    self.choose(&scoring, &logits, sequences, ended.iter().map(|&i| &running[i]));
+                said.extend(ended.into_iter().zip(ids));
+            }
+            let ready: Vec<usize> =
+                (0..running.len()).filter(|&i| running[i].next.is_some()).collect();
+            if !ready.is_empty() {
+                let ids: Vec<u32> = ready.iter().filter_map(|&i| running[i].next).collect();
+                let slots: Vec<usize> = ready.iter().map(|&i| running[i].slot).collect();
+                let logits = stepper.step(&ids, &slots);
+                let ids =
+                    self.choose(&scoring, &logits, sequences, ready.iter().map(|&i| &running[i]));
+                said.extend(ready.into_iter().zip(ids));
+            }
+            for &(i, id) in &said {
+                let Running { sequence, history, next, .. } = &mut running[i];
+                outputs[*sequence].push(id);
+                history.push(id);
+                *next = Some(id);
+                on_token(*sequence, id);
+            }
+            running.retain(|r| {
+                let n_new = r.progress().n_new;
+                let ends = n_new == options.max_new_tokens
+                    || n_new > 0
+                        // A token at the last position is said, but there is no room to go on from it.
+                        && (stepper.is_full(r.slot)
+                            || scoring.model.eos_token_ids.contains(&r.history[r.history.len() - 1]));
+                if ends {
+                    seats.leave(r.slot);
+                }
+                !ends
+            });
         }
         outputs.into_iter().map(|ids| Generated { ids, score: None }).collect()
     }
 
+    /// The next token of each row of logits.
+    fn choose<'r>(
+        &self,
+        scoring: &Scoring<'_>,
+        logits: &Tensor<B>,
+        sequences: &[(usize, usize)],
+        rows: impl Iterator<Item = &'r Running> + Clone,
+    ) -> Vec<u32> {
+        let mut forbidden = rows.clone().map(|row| scoring.forbidden(row.progress().n_new));
+        let first = forbidden.next().unwrap_or_default();
+        if scoring.is_plain() && forbidden.all(|other| other == first) {
+            return self.model.backend().argmax(logits, first);
+        }
+        let options = scoring.options;
+        let mut scores = self.scores(logits);
+        let scores = scores.chunks_mut(logits.cols());
+        scores
+            .zip(rows)
+            .map(|(scores, running)| {
+                let progress = running.progress();
+                scoring.apply(&progress, scores);
+                if options.do_sample {
+                    let (row, sequence) = sequences[running.sequence];
+                    sample(options, Draw { row, sequence, n_new: progress.n_new }, scores)
+                } else {
+                    largest(scores)
+                }
+            })
+            .collect()
+    }
+
+    /// The id that an encoder-decoder's decoder begins with; none of a causal model.
+    pub(super) fn start(&self) -> Option<u32> {
+        self.model.generation().decoder_start_token_id
+    }
+
     /// What a sequence's decoder begins with: the start id, or a causal model's prompt.
     pub(super) fn prompt(&self, example: &Example) -> Vec<u32> {
-        match self.model.generation().decoder_start_token_id {
-            Some(start) => vec![start],
-            None => example.input.clone(),
-        }
+        self.start().map_or_else(|| example.input.clone(), |start| vec![start])
     }
 
     /// Logits as the model defines them.
@@ -98,60 +143,5 @@ impl<B: Backend> Engine<'_, B> {
             scores.iter_mut().for_each(|score| *score *= scale);
         }
         scores
-    }
-}
-
-/// A batch that is being decoded, step by step.
-pub(super) struct Stepper<'e, B: Backend> {
-    engine: &'e Engine<'e, B>,
-    rows: &'e RoutingRows,
-    prefill: Tape<'e, B>,
-    decode: Tape<'e, B>,
-    decoding: Decoding<B>,
-    max_positions: usize,
-}
-
-impl<'e, B: Backend> Stepper<'e, B> {
-    /// Runs the encoder, where there is one.
-    pub(super) fn new(engine: &'e Engine<'e, B>, batch: &Batch, rows: &'e RoutingRows) -> Self {
-        let sides = crate::model::network::Sides::new(batch, rows, None);
-        let mut prefill = engine.tape(Order::Panel);
-        let decoding = engine.model.network().start(&mut prefill, batch, &sides);
-        let order = if engine.capacity <= DOT_ROWS { Order::Dot } else { Order::Panel };
-        let max_positions = engine.model.config().max_positions().unwrap_or(usize::MAX);
-        Self { engine, rows, prefill, decode: engine.tape(order), decoding, max_positions }
-    }
-
-    /// Appends tokens to slots, those of an example each; the logits of what comes next, `[slots,
-    /// vocabulary]` before the head's scale.
-    pub(super) fn step(
-        &mut self,
-        ids: &[Vec<u32>],
-        slots: &[usize],
-        examples: &[usize],
-    ) -> Tensor<B> {
-        let lens: Vec<usize> = ids.iter().map(Vec::len).collect();
-        let of_row: Vec<usize> = examples.iter().map(|&i| self.rows.of_example[i]).collect();
-        let segments = &Arc::new(Segments::new(&lens, &of_row, self.rows.n_rows));
-        let is_prompt = self.decoding.is_empty(slots[0])
-            && self.engine.model.generation().decoder_start_token_id.is_none();
-        let step = Step { ids: &ids.concat(), slots, lens: &lens, segments };
-        let tape = if is_prompt { &mut self.prefill } else { &mut self.decode };
-        self.engine.model.network().next_logits(tape, &mut self.decoding, &step)
-    }
-
-    /// Whether a slot has no position left for another token.
-    pub(super) fn is_full(&self, slot: usize) -> bool {
-        self.decoding.len(slot) >= self.max_positions
-    }
-
-    /// See [`Decoding::fork`].
-    pub(super) fn fork(&mut self, n: usize) {
-        self.decoding.fork(self.engine.model.backend(), n);
-    }
-
-    /// See [`Decoding::copy_slots`].
-    pub(super) fn copy_slots(&mut self, pairs: &[(usize, usize)]) {
-        self.decoding.copy_slots(self.engine.model.backend(), pairs);
     }
 }

@@ -9,6 +9,7 @@ mod decode;
 mod options;
 mod sample;
 mod scores;
+mod stepper;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -163,8 +164,9 @@ impl<'m, B: Backend> Engine<'m, B> {
     }
 
     /// The best continuation of each example: new tokens only, with the end token where one came; an
-    /// output ends where the model's positions end. `on_token` sees each token as it is made, the
-    /// example's index and the id; a beam search's only at its end.
+    /// output ends where the model's positions end. Up to [`Engine::capacity`] sequences are decoded
+    /// together; one that ends makes room for one that waits. `on_token` sees each token as it is
+    /// made, the example's index and the id; a beam search's only at its end.
     ///
     /// # Panics
     /// If [`GenerateOptions::check`] fails.
@@ -201,31 +203,19 @@ impl<'m, B: Backend> Engine<'m, B> {
         let n = options.num_return_sequences;
         self.model.backend().scope(|| {
             if options.num_beams > 1 {
-                let mut all = Vec::with_capacity(examples.len());
-                for chunk in examples.chunks((self.capacity / options.num_beams).max(1)) {
-                    for sequences in self.beam_search(chunk, options) {
-                        let ids = sequences.first().map_or(&[][..], |best| &best.ids);
-                        ids.iter().for_each(|&id| on_token(all.len(), id));
-                        all.push(sequences);
-                    }
-                }
-                return all;
+                return self.beam_search(examples, options, &mut |i, ids| {
+                    ids.iter().for_each(|&id| on_token(i, id));
+                });
             }
             let sequences: Vec<(usize, usize)> =
                 (0..examples.len()).flat_map(|i| (0..n).map(move |j| (i, j))).collect();
-            let mut all: Vec<Vec<Generated>> = vec![Vec::with_capacity(n); examples.len()];
-            for chunk in sequences.chunks(self.capacity) {
-                let mut told = |k: usize, id| {
-                    if let (i, 0) = chunk[k] {
-                        on_token(i, id);
-                    }
-                };
-                let generated = self.decode(examples, chunk, options, &mut told);
-                for (&(i, _), generated) in chunk.iter().zip(generated) {
-                    all[i].push(generated);
+            let mut told = |k: usize, id| {
+                if let (i, 0) = sequences[k] {
+                    on_token(i, id);
                 }
-            }
-            all
+            };
+            let mut generated = self.decode(examples, &sequences, options, &mut told).into_iter();
+            examples.iter().map(|_| generated.by_ref().take(n).collect()).collect()
         })
     }
 

@@ -59,6 +59,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn upload(&self, values: &[f64], rows: usize, cols: usize, to: Precision) -> Tensor<Self>;
     /// A matrix of zeros.
     fn zeros(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self>;
+    /// A matrix to be written later, by [`Backend::cache_write`]: of any values, and on the CPU of
+    /// pages that are taken when they are first touched.
+    fn room(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self>;
     /// A matrix's values, row-major, exactly.
     fn download(&self, tensor: &Tensor<Self>) -> Vec<f64>;
     /// A copy in a buffer of its own.

@@ -22,7 +22,7 @@ use crate::{
     model::{
         Module, ModuleKind,
         batch::Batch,
-        cache::{Cache, Decoding, Step},
+        cache::{Decoding, Room, Step},
         network::{Head, Network, Side, Sides},
     },
     tape::{
@@ -244,18 +244,27 @@ impl<B: Backend> Network<B> for Bart<B> {
         self.run(tape, &self.decoder, &batch.target, &sides.target, encoded)
     }
 
-    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Decoding<B> {
+    fn room(&self, backend: &B, room: Room) -> Decoding<B> {
+        let shape = [self.decoder.layers.len(), self.config.d_model];
+        Decoding::new(backend, shape, true, room)
+    }
+
+    fn encode<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        decoding: &mut Decoding<B>,
+        batch: &Batch,
+        sides: &Sides,
+        slots: &[usize],
+    ) {
         let source = &sides.source;
         let encoded = self.run(tape, &self.encoder, &batch.source, source, None);
-        let cross = self.decoder.layers.iter().filter_map(|layer| layer.cross.as_ref());
-        let cross = cross.map(|cross| {
-            let [k, v] = tape.linears(&encoded, [&cross.k, &cross.v], &source.segments);
-            (k, v)
-        });
-        let cross = cross.collect();
-        let (n_layers, width) = (self.decoder.layers.len(), self.config.d_model);
-        let cache = Cache::new(tape.backend(), n_layers, width, batch.n());
-        Decoding { cache, cross, source: Arc::clone(&source.spans), bias: None, rotary: None }
+        let layers = self.decoder.layers.iter().filter_map(|layer| layer.cross.as_ref());
+        let mut writer = decoding.write_source(tape.backend(), slots, &source.spans.lens);
+        for AttentionLayer { k, v, .. } in layers {
+            let [k, v] = tape.linears(&encoded, [k, v], &source.segments);
+            writer.layer(&k, &v);
+        }
     }
 
     fn advance<'m>(
@@ -265,7 +274,7 @@ impl<B: Backend> Network<B> for Bart<B> {
         step: &Step<'_>,
     ) -> Var<B> {
         let (backend, stack) = (tape.backend(), &self.decoder);
-        let (placed, _) = decoding.cache.place(backend, step);
+        let placed = decoding.cache.place(backend, step.slots, step.lens);
         let side = &Side::inference(Arc::clone(&placed.queries), Arc::clone(step.segments));
         let x = self.embed(tape, stack, step.ids, &places(placed.positions.iter().copied()));
         let mut x = tape.layer_norm(&x, &stack.embedding_norm, EPS);

@@ -6,10 +6,12 @@
 //! ```
 //!
 //! Every sequence has a slot of the same room and fills it at its own pace; a [`Step`] appends any
-//! number of tokens to any of them: a whole prompt, or one token each. The room doubles when a slot
-//! is full.
+//! number of tokens to any of them: a whole prompt, or one token each. A slot that is emptied is the
+//! next sequence's. What the caller says will be needed is reserved at once, so nothing is copied
+//! when sequences grow; memory is taken from the system only where something is written. Beyond
+//! [`MAX_RESERVED_BYTES`] the room doubles when a slot is full.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use crate::{
     kernels::{
@@ -20,8 +22,11 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Tokens that a slot has room for at first.
-const FIRST_CAPACITY: usize = 64;
+/// Tokens that a slot has room for at least, and positions that tables have at least.
+const LEAST_CAPACITY: usize = 64;
+
+/// The most that is reserved before it is needed.
+const MAX_RESERVED_BYTES: usize = 1 << 30;
 
 /// New tokens of some sequences.
 pub struct Step<'a> {
@@ -35,21 +40,53 @@ pub struct Step<'a> {
     pub segments: &'a Arc<Segments>,
 }
 
-/// The state of a batch that is being decoded.
+/// What a cache must hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Sequences at a time.
+    pub slots: usize,
+    /// Tokens that the longest sequence may have.
+    pub tokens: usize,
+    /// Tokens of the longest source; unused without an encoder.
+    pub source: usize,
+}
+
+/// Sequences that are being decoded.
 pub struct Decoding<B: Backend> {
     /// Own keys and values.
     pub(super) cache: Cache<B>,
-    /// By layer: the encoder's output as keys and values, where there is an encoder.
-    pub(super) cross: Vec<(Var<B>, Var<B>)>,
-    /// Each slot's rows of `cross`.
-    pub(super) source: Arc<Spans>,
-    /// The score bias of every distance within the cache's room, where there is one.
+    /// The encoder's output as keys and values, where there is an encoder.
+    pub(super) cross: Option<Cache<B>>,
+    /// By slot: the slot of `cross` that it reads.
+    source_of: Vec<usize>,
+    /// The score bias of every distance within [`Decoding::positions`], where there is one.
     pub(super) bias: Option<RelativeBias<B>>,
-    /// The angles of every position within the cache's room, where there are any.
+    /// The angles of every position within [`Decoding::positions`], where there are any.
     pub(super) rotary: Option<Rotary<B>>,
+    /// Positions that the tables have.
+    positions: usize,
 }
 
 impl<B: Backend> Decoding<B> {
+    /// Empty slots of `n_layers` layers, each `width` wide, maybe with as many layers of an encoder's
+    /// output.
+    pub(super) fn new(
+        backend: &B,
+        [n_layers, width]: [usize; 2],
+        has_encoder: bool,
+        room: Room,
+    ) -> Self {
+        let Room { slots, tokens, source } = room;
+        Self {
+            cache: Cache::new(backend, [n_layers, width], slots, tokens),
+            cross: has_encoder.then(|| Cache::new(backend, [n_layers, width], slots, source)),
+            source_of: (0..slots).collect(),
+            bias: None,
+            rotary: None,
+            positions: 0,
+        }
+    }
+
     /// Tokens of a slot so far.
     pub fn len(&self, slot: usize) -> usize {
         self.cache.lens[slot]
@@ -60,17 +97,15 @@ impl<B: Backend> Decoding<B> {
         self.len(slot) == 0
     }
 
-    /// Makes slots `n i .. n (i + 1)` of slot i, which share its encoder output.
-    ///
-    /// # Panics
-    /// If a slot has tokens already.
-    pub fn fork(&mut self, backend: &B, n: usize) {
-        let repeat = |values: &[usize]| -> Vec<usize> {
-            values.iter().flat_map(|&value| std::iter::repeat_n(value, n)).collect()
-        };
-        let Spans { starts, lens } = self.source.as_ref();
-        self.source = Arc::new(Spans { starts: repeat(starts), lens: repeat(lens) });
-        self.cache.fork(backend, n);
+    /// Empties slots, which will share the encoder's output for one example.
+    pub fn vacate(&mut self, slots: Range<usize>) {
+        for slot in slots.clone() {
+            self.cache.lens[slot] = 0;
+            self.source_of[slot] = slots.start;
+        }
+        if let Some(cross) = &mut self.cross {
+            cross.lens[slots.start] = 0;
+        }
     }
 
     /// Makes the second slot of each pair a copy of the first.
@@ -78,14 +113,47 @@ impl<B: Backend> Decoding<B> {
         self.cache.copy_slots(backend, pairs);
     }
 
+    /// Makes room for the encoder's output of sources with these lengths; layers are written next.
+    pub(super) fn write_source<'d>(
+        &'d mut self,
+        backend: &'d B,
+        slots: &[usize],
+        lens: &[usize],
+    ) -> SourceWriter<'d, B> {
+        let Some(cross) = &mut self.cross else { unreachable!("a network without an encoder") };
+        let placed = cross.place(backend, slots, lens);
+        SourceWriter { backend, cross, placed, next: 0 }
+    }
+
+    /// How many positions the tables must have for a step that was placed; none if they have them.
+    pub(super) fn more_positions(&mut self) -> Option<usize> {
+        let longest = self.cache.lens.iter().copied().max().unwrap_or(0);
+        (longest > self.positions).then(|| {
+            self.positions = longest.next_power_of_two().max(LEAST_CAPACITY);
+            self.positions
+        })
+    }
+
     /// Layer `layer`'s view of the encoder's output for these slots.
     pub(super) fn cross(&self, layer: usize, slots: &[usize]) -> KeyValue<B> {
-        let (k, v) = &self.cross[layer];
-        let spans = Spans {
-            starts: slots.iter().map(|&i| self.source.starts[i]).collect(),
-            lens: slots.iter().map(|&i| self.source.lens[i]).collect(),
-        };
-        KeyValue { k: k.clone(), v: v.clone(), spans: Arc::new(spans) }
+        let Some(cross) = &self.cross else { unreachable!("a network without an encoder") };
+        cross.view(layer, slots.iter().map(|&slot| self.source_of[slot]))
+    }
+}
+
+/// Writes the encoder's output, layer by layer.
+pub(super) struct SourceWriter<'d, B: Backend> {
+    backend: &'d B,
+    cross: &'d mut Cache<B>,
+    placed: Placed,
+    next: usize,
+}
+
+impl<B: Backend> SourceWriter<'_, B> {
+    /// The next layer's keys and values, `[source tokens, width]`.
+    pub(super) fn layer(&mut self, k: &Var<B>, v: &Var<B>) {
+        self.cross.write(self.backend, self.next, &self.placed, k, v);
+        self.next += 1;
     }
 }
 
@@ -96,66 +164,55 @@ pub(super) struct Cache<B: Backend> {
     capacity: usize,
 }
 
-/// Where a step's tokens are in a cache.
+/// Where new tokens are in a cache.
 pub(super) struct Placed {
     /// Each sequence's new tokens.
     pub(super) queries: Arc<Spans>,
-    /// Each sequence's rows of the cache, the new ones included.
-    pub(super) keys: Arc<Spans>,
     /// Where each new token stands in its sequence.
     pub(super) positions: Vec<u32>,
     /// The last new token of each sequence; none where there is one each.
     pub(super) last: Option<Vec<usize>>,
+    slots: Vec<usize>,
     /// The row of the cache of each new token.
     rows: Vec<usize>,
 }
 
 impl<B: Backend> Cache<B> {
-    /// `n_slots` empty slots of `n_layers` layers, each `width` wide.
-    pub(super) fn new(backend: &B, n_layers: usize, width: usize, n_slots: usize) -> Self {
-        let capacity = FIRST_CAPACITY;
-        let room = || backend.zeros(n_slots * capacity, width, Precision::Activation);
+    /// Empty slots with room for `tokens`, or as many of them as may be reserved.
+    fn new(backend: &B, [n_layers, width]: [usize; 2], n_slots: usize, tokens: usize) -> Self {
+        let bytes_of_token = n_slots * n_layers * 2 * width * size_of::<f32>();
+        let most = MAX_RESERVED_BYTES / bytes_of_token.max(1);
+        let capacity = tokens.min(most).max(LEAST_CAPACITY);
+        let room = || backend.room(n_slots * capacity, width, Precision::Activation);
         let layers = (0..n_layers).map(|_| [room(), room()]).collect();
         Self { layers, lens: vec![0; n_slots], capacity }
     }
 
-    /// Tokens that every slot has room for.
-    pub(super) fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Makes room for a step's tokens. True if the room grew: tables by position must follow.
-    pub(super) fn place(&mut self, backend: &B, step: &Step<'_>) -> (Placed, bool) {
-        let Step { ids, slots, lens, .. } = *step;
-        assert_eq!((slots.len(), ids.len()), (lens.len(), lens.iter().sum()));
+    /// Makes room for `lens` new tokens of `slots`.
+    pub(super) fn place(&mut self, backend: &B, slots: &[usize], lens: &[usize]) -> Placed {
+        assert_eq!(slots.len(), lens.len());
         let needed = slots.iter().zip(lens).map(|(&slot, len)| self.lens[slot] + len).max();
-        let grew = needed.is_some_and(|needed| needed > self.capacity);
-        if let (true, Some(needed)) = (grew, needed) {
+        if let Some(needed) = needed.filter(|&needed| needed > self.capacity) {
             self.grow(backend, needed.next_power_of_two());
         }
-        let mut placed = Placed {
-            queries: Arc::new(Spans::packed(lens)),
-            keys: Arc::default(),
-            positions: Vec::with_capacity(ids.len()),
-            last: None,
-            rows: Vec::with_capacity(ids.len()),
-        };
-        let mut keys = Spans::default();
+        let queries = Spans::packed(lens);
+        let mut positions = Vec::new();
+        let mut rows = Vec::new();
         for (&slot, &len) in slots.iter().zip(lens) {
             let (start, before) = (slot * self.capacity, self.lens[slot]);
-            placed.positions.extend((before..before + len).map(|position| position as u32));
-            placed.rows.extend(start + before..start + before + len);
+            positions.extend((before..before + len).map(|position| position as u32));
+            rows.extend(start + before..start + before + len);
             self.lens[slot] += len;
-            keys.starts.push(start);
-            keys.lens.push(self.lens[slot]);
         }
-        placed.keys = Arc::new(keys);
-        if lens.iter().any(|&len| len != 1) {
-            let Spans { starts, lens } = placed.queries.as_ref();
-            placed.last =
-                Some(starts.iter().zip(lens).map(|(start, len)| start + len - 1).collect());
-        }
-        (placed, grew)
+        let last = lens.iter().any(|&len| len != 1).then(|| {
+            queries
+                .starts
+                .iter()
+                .zip(lens)
+                .map(|(start, len)| (start + len).saturating_sub(1))
+                .collect()
+        });
+        Placed { queries: Arc::new(queries), positions, last, slots: slots.to_vec(), rows }
     }
 
     /// Writes a layer's keys and values of the new tokens, and gives its view of everything so far.
@@ -167,25 +224,30 @@ impl<B: Backend> Cache<B> {
         k: &Var<B>,
         v: &Var<B>,
     ) -> KeyValue<B> {
+        self.write(backend, layer, placed, k, v);
+        self.view(layer, placed.slots.iter().copied())
+    }
+
+    fn write(&mut self, backend: &B, layer: usize, placed: &Placed, k: &Var<B>, v: &Var<B>) {
         for (cache, source) in self.layers[layer].iter_mut().zip([k, v]) {
             let (source, rows) = (source.tensor(), &placed.rows[..]);
             backend.cache_write(CacheWrite { cache, source, rows });
+        }
+    }
+
+    /// A layer's keys and values of slots.
+    fn view(&self, layer: usize, slots: impl Iterator<Item = usize>) -> KeyValue<B> {
+        let mut spans = Spans::default();
+        for slot in slots {
+            spans.starts.push(slot * self.capacity);
+            spans.lens.push(self.lens[slot]);
         }
         let [k, v] = &self.layers[layer];
         KeyValue {
             k: Var::constant(k.clone()),
             v: Var::constant(v.clone()),
-            spans: Arc::clone(&placed.keys),
+            spans: Arc::new(spans),
         }
-    }
-
-    fn fork(&mut self, backend: &B, n: usize) {
-        assert!(self.lens.iter().all(|&len| len == 0), "slots with tokens");
-        let n_slots = n * self.lens.len();
-        for cache in self.layers.iter_mut().flatten() {
-            *cache = backend.zeros(n_slots * self.capacity, cache.cols(), Precision::Activation);
-        }
-        self.lens = vec![0; n_slots];
     }
 
     fn copy_slots(&mut self, backend: &B, pairs: &[(usize, usize)]) {
@@ -205,14 +267,18 @@ impl<B: Backend> Cache<B> {
         }
     }
 
+    /// Moves what there is to slots of a larger room.
     fn grow(&mut self, backend: &B, capacity: usize) {
+        let rows_of = |capacity: usize| -> Vec<usize> {
+            let slots = self.lens.iter().enumerate();
+            slots.flat_map(|(slot, &len)| slot * capacity..slot * capacity + len).collect()
+        };
+        let (from, to) = (rows_of(self.capacity), rows_of(capacity));
         let n_slots = self.lens.len();
-        let rows: Vec<usize> = (0..n_slots * self.capacity)
-            .map(|row| row / self.capacity * capacity + row % self.capacity)
-            .collect();
         for cache in self.layers.iter_mut().flatten() {
-            let mut larger = backend.zeros(n_slots * capacity, cache.cols(), Precision::Activation);
-            backend.cache_write(CacheWrite { cache: &mut larger, source: cache, rows: &rows });
+            let filled = backend.gather(Gather { x: cache, rows: &from });
+            let mut larger = backend.room(n_slots * capacity, cache.cols(), Precision::Activation);
+            backend.cache_write(CacheWrite { cache: &mut larger, source: &filled, rows: &to });
             *cache = larger;
         }
         self.capacity = capacity;

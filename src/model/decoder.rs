@@ -20,7 +20,7 @@ use crate::{
     model::{
         Module, ModuleKind,
         batch::Batch,
-        cache::{Cache, Decoding, Step},
+        cache::{Decoding, Room, Step},
         network::{Head, Network, Side, Sides},
         rope::Frequencies,
     },
@@ -181,11 +181,9 @@ impl<B: Backend> Network<B> for Decoder<B> {
         tape.norm(&x, &self.last_norm, self.config.norm_eps)
     }
 
-    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, _: &Sides) -> Decoding<B> {
+    fn room(&self, backend: &B, room: Room) -> Decoding<B> {
         let DecoderConfig { n_layers, n_kv_heads, head_dim, .. } = self.config;
-        let cache = Cache::new(tape.backend(), n_layers, n_kv_heads * head_dim, batch.n());
-        let rotary = Some(self.frequencies.table(tape.backend(), cache.capacity()));
-        Decoding { cache, cross: Vec::new(), source: Arc::default(), bias: None, rotary }
+        Decoding::new(backend, [n_layers, n_kv_heads * head_dim], false, room)
     }
 
     fn advance<'m>(
@@ -195,10 +193,10 @@ impl<B: Backend> Network<B> for Decoder<B> {
         step: &Step<'_>,
     ) -> Var<B> {
         let backend = tape.backend();
-        let (placed, grew) = decoding.cache.place(backend, step);
-        let rotary = match decoding.rotary.take() {
-            Some(rotary) if !grew => rotary,
-            _ => self.frequencies.table(backend, decoding.cache.capacity()),
+        let placed = decoding.cache.place(backend, step.slots, step.lens);
+        let longer = decoding.more_positions().map(|n| self.frequencies.table(backend, n));
+        let Some(rotary) = longer.or_else(|| decoding.rotary.take()) else {
+            unreachable!("a step has a token")
         };
         let places = Places { rotary, positions: placed.positions.as_slice().into() };
         let side = Side::inference(Arc::clone(&placed.queries), Arc::clone(step.segments));

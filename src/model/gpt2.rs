@@ -23,7 +23,7 @@ use crate::{
     model::{
         Module, ModuleKind,
         batch::Batch,
-        cache::{Cache, Decoding, Step},
+        cache::{Decoding, Room, Step},
         network::{Head, Network, Side, Sides},
     },
     tape::{
@@ -146,10 +146,9 @@ impl<B: Backend> Network<B> for Gpt2<B> {
         tape.layer_norm(&x, &self.last_norm, self.config.norm_eps)
     }
 
-    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, _: &Sides) -> Decoding<B> {
+    fn room(&self, backend: &B, room: Room) -> Decoding<B> {
         let Gpt2Config { n_layers, d_model, .. } = self.config;
-        let cache = Cache::new(tape.backend(), n_layers, d_model, batch.n());
-        Decoding { cache, cross: Vec::new(), source: Arc::default(), bias: None, rotary: None }
+        Decoding::new(backend, [n_layers, d_model], false, room)
     }
 
     fn advance<'m>(
@@ -159,7 +158,7 @@ impl<B: Backend> Network<B> for Gpt2<B> {
         step: &Step<'_>,
     ) -> Var<B> {
         let backend = tape.backend();
-        let (placed, _) = decoding.cache.place(backend, step);
+        let placed = decoding.cache.place(backend, step.slots, step.lens);
         let side = Side::inference(Arc::clone(&placed.queries), Arc::clone(step.segments));
         let mut x = self.embed(tape, step.ids, &placed.positions);
         for (layer, block) in self.blocks.iter().enumerate() {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! batch ─ hidden ─> [labels, d_model] ─ head ─> nll, logits
-//! batch ─ start ──> Decoding ─ advance ─> [rows, d_model] ─ head ─> logits of the next token
+//! room ─> Decoding ─ encode, advance ─> [rows, d_model] ─ head ─> logits of the next token
 //! ```
 
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::{
     },
     model::{
         batch::{Batch, RoutingRows},
-        cache::{Decoding, Step},
+        cache::{Decoding, Room, Step},
     },
     tape::{
         Tape, Var,
@@ -33,9 +33,21 @@ pub trait Network<B: Backend>: Send + Sync {
     /// d_model]`.
     fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B>;
 
-    /// Room for decoding, and the encoder's output where there is an encoder. Nothing of the decoder
-    /// has run: the first step brings the prompt (causal) or the start id.
-    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Decoding<B>;
+    /// Empty caches for decoding.
+    fn room(&self, backend: &B, room: Room) -> Decoding<B>;
+
+    /// Runs the encoder, where there is one, for a batch whose example i is decoded in
+    /// `slots[i]`. Nothing of the decoder runs: a sequence's first step brings its prompt (causal)
+    /// or the start id.
+    fn encode<'m>(
+        &'m self,
+        _tape: &mut Tape<'m, B>,
+        _decoding: &mut Decoding<B>,
+        _batch: &Batch,
+        _sides: &Sides,
+        _slots: &[usize],
+    ) {
+    }
 
     /// Appends a step's tokens to the caches; what the head reads after the last one of each
     /// sequence, `[sequences of the step, d_model]`.
@@ -70,19 +82,7 @@ pub trait Network<B: Backend>: Send + Sync {
         tape.backend().download(&logits).into_iter().map(|l| l * scale).collect()
     }
 
-    /// [`Network::advance`], then the logits of each sequence's next token, `[sequences, vocabulary]`
-    /// in full precision, before [`Head::scale`].
-    fn next_logits<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        decoding: &mut Decoding<B>,
-        step: &Step<'_>,
-    ) -> Tensor<B> {
-        let hidden = self.advance(tape, decoding, step);
-        self.apply_head(tape, &hidden)
-    }
-
-    /// Logits before [`Head::scale`], `[rows, vocabulary]` in full precision.
+    /// Logits of hidden states, before [`Head::scale`], `[rows, vocabulary]` in full precision.
     fn apply_head<'m>(&'m self, tape: &mut Tape<'m, B>, hidden: &Var<B>) -> Tensor<B> {
         // The head is never adapted, so it does not matter whose row is whose.
         let segments = Arc::new(Segments::new(&[hidden.tensor().rows()], &[0], 1));

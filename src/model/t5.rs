@@ -22,7 +22,7 @@ use crate::{
     model::{
         Module, ModuleKind,
         batch::Batch,
-        cache::{Cache, Decoding, Step},
+        cache::{Decoding, Room, Step},
         network::{Head, Network, Side, Sides},
     },
     tape::{
@@ -234,20 +234,27 @@ impl<B: Backend> Network<B> for T5<B> {
         self.run(tape, &self.decoder, &batch.target, &sides.target, encoded)
     }
 
-    fn start<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Decoding<B> {
+    fn room(&self, backend: &B, room: Room) -> Decoding<B> {
+        let width = self.config.num_heads * self.config.d_kv;
+        Decoding::new(backend, [self.decoder.blocks.len(), width], true, room)
+    }
+
+    fn encode<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        decoding: &mut Decoding<B>,
+        batch: &Batch,
+        sides: &Sides,
+        slots: &[usize],
+    ) {
         let source = &sides.source;
         let encoded = self.run(tape, &self.encoder, &batch.source, source, None);
-        let backend = tape.backend();
-        let cross = self.decoder.blocks.iter().filter_map(|block| block.cross.as_ref());
-        let cross = cross.map(|cross| {
-            let [k, v] = tape.linears(&encoded, [&cross.k, &cross.v], &source.segments);
-            (k, v)
-        });
-        let cross = cross.collect();
-        let width = self.config.num_heads * self.config.d_kv;
-        let cache = Cache::new(backend, self.decoder.blocks.len(), width, batch.n());
-        let bias = Some(self.decoder.bias.table(backend, cache.capacity()));
-        Decoding { cache, cross, source: Arc::clone(&source.spans), bias, rotary: None }
+        let blocks = self.decoder.blocks.iter().filter_map(|block| block.cross.as_ref());
+        let mut writer = decoding.write_source(tape.backend(), slots, &source.spans.lens);
+        for AttentionLayer { k, v, .. } in blocks {
+            let [k, v] = tape.linears(&encoded, [k, v], &source.segments);
+            writer.layer(&k, &v);
+        }
     }
 
     fn advance<'m>(
@@ -257,9 +264,9 @@ impl<B: Backend> Network<B> for T5<B> {
         step: &Step<'_>,
     ) -> Var<B> {
         let (eps, backend) = (self.config.layer_norm_epsilon, tape.backend());
-        let (placed, grew) = decoding.cache.place(backend, step);
-        if grew {
-            decoding.bias = Some(self.decoder.bias.table(backend, decoding.cache.capacity()));
+        let placed = decoding.cache.place(backend, step.slots, step.lens);
+        if let Some(n) = decoding.more_positions() {
+            decoding.bias = Some(self.decoder.bias.table(backend, n));
         }
         let queries = &placed.queries;
         let side = Side::inference(Arc::clone(queries), Arc::clone(step.segments));

@@ -311,6 +311,10 @@ impl Backend for Cpu {
         tensor
     }
 
+    fn room(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        self.alloc(rows, cols, precision)
+    }
+
     fn download(&self, tensor: &Tensor<Self>) -> Vec<f64> {
         match tensor.slice() {
             Slice::F32(slice) => slice.iter().map(|&v| f64::from(v)).collect(),

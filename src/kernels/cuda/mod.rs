@@ -367,6 +367,10 @@ impl Backend for Cuda {
         tensor
     }
 
+    fn room(&self, rows: usize, cols: usize, precision: Precision) -> Tensor<Self> {
+        self.alloc(rows, cols, precision)
+    }
+
     fn download(&self, tensor: &Tensor<Self>) -> Vec<f64> {
         let bytes = self.read(&tensor.buffer, tensor.len() * tensor.dtype.size_bytes());
         match tensor.dtype {

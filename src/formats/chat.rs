@@ -1,0 +1,222 @@
+//! Chat templates: a conversation to the text that a model was trained on.
+//!
+//! ```text
+//! [{"role": "user", "content": "Hi"}] -> "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+//! ```
+//!
+//! The template is Jinja: `chat_template.jinja` of the model folder, else `chat_template` in
+//! `tokenizer_config.json` (of several, the one named `default`). It is rendered as transformers
+//! renders it: blocks trimmed, Python's methods of strings and dicts, `raise_exception`, `tojson` as
+//! `json.dumps`. `strftime_now` is not there, so that a text does not depend on the day; templates that
+//! ask for it usually have a date for that case.
+//!
+//! A template is a program of the model folder's. It gets a budget of work and memory
+//! ([`FUEL`]), reads no files, and fails with an error.
+
+use std::path::{Path, PathBuf};
+
+use minijinja::{
+    Environment, ErrorKind, UndefinedBehavior,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Serde},
+};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    error::{Error, Result},
+    formats::json::{MAX_CONFIG_BYTES, UniqueObject, read_capped, read_json},
+};
+
+const FILE_NAME: &str = "chat_template.jinja";
+const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
+
+/// What one rendering may cost: about so many steps, or 64 times as many bytes.
+const FUEL: u64 = 4 << 20;
+
+/// The most bytes of a template.
+const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
+
+/// Tokens of `tokenizer_config.json` that templates may name.
+const TOKENS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+
+/// A model folder's chat template.
+pub struct ChatTemplate {
+    /// The file it is from.
+    path: PathBuf,
+    environment: Environment<'static>,
+    source: String,
+    tokens: Map<String, Value>,
+}
+
+impl ChatTemplate {
+    /// The template of a model folder, if it has one.
+    ///
+    /// # Errors
+    /// If it cannot be read or parsed.
+    pub fn open(model_dir: &Path) -> Result<Option<Self>> {
+        let config_path = model_dir.join(CONFIG_FILE_NAME);
+        let config = match config_path.exists() {
+            true => read_json::<UniqueObject>(&config_path, MAX_CONFIG_BYTES)?.0,
+            false => Map::new(),
+        };
+        let file = model_dir.join(FILE_NAME);
+        let (path, source) = if file.exists() {
+            let bytes = read_capped(&file, MAX_TEMPLATE_BYTES)?;
+            let source = String::from_utf8(bytes).map_err(|_| Error::file(&file, "not UTF-8"))?;
+            (file, source)
+        } else {
+            match of_config(&config) {
+                Ok(Some(source)) => (config_path, source),
+                Ok(None) => return Ok(None),
+                Err(detail) => return Err(Error::file(&config_path, detail)),
+            }
+        };
+        let mut tokens = Map::new();
+        for name in TOKENS {
+            // A string, or an object with how it is matched in text.
+            let token = config.get(name).map(|token| token.get("content").unwrap_or(token));
+            if let Some(Value::String(token)) = token {
+                tokens.insert(name.to_owned(), Value::from(token.as_str()));
+            }
+        }
+        let source = without_generation_marks(&source);
+        let environment = environment();
+        if let Err(error) = environment.template_from_str(&source) {
+            return Err(Error::file(path, format!("chat template: {}", described(&error))));
+        }
+        Ok(Some(Self { path, environment, source, tokens }))
+    }
+
+    /// A conversation as text; with `prompt` also what an answer begins with. `tools` is what the row
+    /// says of tools, or null.
+    ///
+    /// # Errors
+    /// If the template refuses the conversation or is wrong itself: what it says.
+    pub fn render(&self, messages: &[Value], tools: &Value, prompt: bool) -> Result<String, String> {
+        let mut context = self.tokens.clone();
+        context.extend([
+            ("messages".to_owned(), json!(messages)),
+            ("tools".to_owned(), tools.clone()),
+            ("add_generation_prompt".to_owned(), json!(prompt)),
+        ]);
+        let template = self.environment.template_from_str(&self.source);
+        template
+            .and_then(|template| template.render(Serde(context)))
+            .map_err(|error| format!("{}: {}", self.path.display(), described(&error)))
+    }
+}
+
+/// The template in `tokenizer_config.json`: one, or a list with names.
+fn of_config(config: &Map<String, Value>) -> Result<Option<String>, String> {
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(source)) => Ok(Some(source.clone())),
+        Some(Value::Array(named)) => {
+            let is_default = |item: &&Value| item.get("name") == Some(&json!("default"));
+            let source = named.iter().find(is_default).and_then(|item| item.get("template")?.as_str());
+            source
+                .map(|source| Some(source.to_owned()))
+                .ok_or_else(|| "field chat_template: none of its templates is named default".into())
+        }
+        Some(_) => Err("field chat_template: expected a string or a list".to_owned()),
+    }
+}
+
+/// `{% generation %}` marks for transformers what the assistant says; it renders to what is in it.
+fn without_generation_marks(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, block) = rest.split_at(start);
+        out.push_str(before);
+        let Some(end) = block.find("%}") else {
+            rest = block;
+            break;
+        };
+        let (block, after) = block.split_at(end);
+        let word = block.trim_start_matches(['{', '%', '-', '+']).trim_end_matches('-').trim();
+        let same = match word {
+            "generation" => Some("if true"),
+            "endgeneration" => Some("endif"),
+            _ => None,
+        };
+        out.push_str(&same.map_or_else(|| block.to_owned(), |same| block.replacen(word, same, 1)));
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+        environment.set_syntax(syntax);
+    }
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", |message: String| {
+        Err::<String, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment
+}
+
+/// `json.dumps(value, ensure_ascii=False, indent=indent)`.
+fn tojson(value: Serde<Value>, options: Kwargs) -> Result<String, minijinja::Error> {
+    let indent = options.get::<Option<usize>>("indent")?;
+    // Python's defaults, which templates repeat at most.
+    let _ = options.get::<Option<bool>>("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut bytes = Vec::new();
+    let written = match indent {
+        Some(n) => {
+            let indent = b" ".repeat(n.min(64));
+            let pretty = serde_json::ser::PrettyFormatter::with_indent(&indent);
+            value.0.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, pretty))
+        }
+        None => value.0.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced)),
+    };
+    let fail = |error: String| minijinja::Error::new(ErrorKind::BadSerialization, error);
+    written.map_err(|error| fail(error.to_string()))?;
+    String::from_utf8(bytes).map_err(|error| fail(error.to_string()))
+}
+
+/// Python's separators: a space after commas and colons.
+struct Spaced;
+
+impl serde_json::ser::Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+    ) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+/// What is wrong, and on which line of the template.
+fn described(error: &minijinja::Error) -> String {
+    let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
+    match error.detail() {
+        Some(detail) => format!("{line}{detail}"),
+        None => format!("{line}{}", error.kind()),
+    }
+}
