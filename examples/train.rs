@@ -45,6 +45,7 @@ fn train(model: &str, data: &Path, output: &str) -> Result<()> {
     let tasks = TaskNames::from_rows(&rows, data)?;
     let encoding = Encoding {
         tokenizer: None,
+        chat: None,
         vocab_size: model.vocab_size(),
         layout: model.layout(),
         max_positions: model.config().max_positions(),

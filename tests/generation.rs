@@ -128,7 +128,8 @@ fn rows_enter_where_others_left() {
     for (name, longest) in [("tiny", 700), ("bart", 20), ("llama", 1300), ("mistral", 700)] {
         let folder = data().join("parity").join(name);
         let given = rows(&folder);
-        let model = Model::open_on(Cpu::new(Dtype::F32, 2).unwrap().poisoned(), folder.join("base"));
+        let model =
+            Model::open_on(Cpu::new(Dtype::F32, 2).unwrap().poisoned(), folder.join("base"));
         let model = model.unwrap();
         let adapter = Adapter::open(&model, folder.join("adapter")).unwrap();
         // Prompts of very different lengths, and more rows than the engine has room for.

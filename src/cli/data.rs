@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     error::{Error, Result},
     formats::{
+        chat::ChatTemplate,
         csv,
         rows::{Columns, Row, RowReader, Sequence, Targets},
         tokenizer::Tokenizer,
@@ -15,7 +16,7 @@ use crate::{
     kernels::Backend,
     model::{
         Model,
-        dataset::{Dataset, Encode, Encoding, Overlong, Routes},
+        dataset::{Converse, Dataset, Encode, Encoding, Overlong, Routes},
         token_cache::TokenCache,
     },
     train::{choices::Choices, recipe::Recipe},
@@ -131,8 +132,11 @@ impl Limits {
             (Some(cache), _) => Some(cache),
             (None, tokenizer) => tokenizer.map(|t| t as &dyn Encode),
         };
+        let has_chat = rows.iter().any(|row| matches!(row.input, Sequence::Messages(_)));
+        let chat = if has_chat { ChatTemplate::open(model.dir())? } else { None };
         let encoding = Encoding {
             tokenizer: encoder,
+            chat: chat.as_ref().map(|chat| chat as &dyn Converse),
             vocab_size: model.vocab_size(),
             layout: model.layout(),
             max_positions: model.config().max_positions(),

@@ -93,7 +93,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// If the template refuses the conversation or is wrong itself: what it says.
-    pub fn render(&self, messages: &[Value], tools: &Value, prompt: bool) -> Result<String, String> {
+    pub fn render(
+        &self,
+        messages: &[Value],
+        tools: &Value,
+        prompt: bool,
+    ) -> Result<String, String> {
         let mut context = self.tokens.clone();
         context.extend([
             ("messages".to_owned(), json!(messages)),
@@ -114,7 +119,8 @@ fn of_config(config: &Map<String, Value>) -> Result<Option<String>, String> {
         Some(Value::String(source)) => Ok(Some(source.clone())),
         Some(Value::Array(named)) => {
             let is_default = |item: &&Value| item.get("name") == Some(&json!("default"));
-            let source = named.iter().find(is_default).and_then(|item| item.get("template")?.as_str());
+            let source =
+                named.iter().find(is_default).and_then(|item| item.get("template")?.as_str());
             source
                 .map(|source| Some(source.to_owned()))
                 .ok_or_else(|| "field chat_template: none of its templates is named default".into())
@@ -218,5 +224,101 @@ fn described(error: &minijinja::Error) -> String {
     match error.detail() {
         Some(detail) => format!("{line}{detail}"),
         None => format!("{line}{}", error.kind()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A model folder with these files.
+    fn folder(name: &str, files: &[(&str, &str)]) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("polytape-chat-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        for (file, text) in files {
+            std::fs::write(dir.join(file), text).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn texts_are_those_of_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat.json");
+        let recorded: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let config = recorded["tokens"].to_string();
+        let mut n = 0;
+        for (name, template) in recorded["templates"].as_object().unwrap() {
+            let template = template.as_str().unwrap();
+            let dir = folder(name, &[(FILE_NAME, template), (CONFIG_FILE_NAME, &config)]);
+            let chat = ChatTemplate::open(&dir).unwrap().unwrap();
+            for case in recorded["cases"].as_array().unwrap() {
+                if case["template"] != *name {
+                    continue;
+                }
+                let messages = case["messages"].as_array().unwrap();
+                let prompt = case["prompt"].as_bool().unwrap();
+                let text = chat.render(messages, &case["tools"], prompt);
+                match case["error"].as_str() {
+                    None => {
+                        assert_eq!(text.as_deref(), Ok(case["text"].as_str().unwrap()), "{case}")
+                    }
+                    Some(error) => assert!(text.is_err(), "{case}: {text:?} instead of {error}"),
+                }
+                n += 1;
+            }
+            std::fs::remove_dir_all(dir).unwrap();
+        }
+        assert_eq!(n, recorded["cases"].as_array().unwrap().len());
+    }
+
+    #[test]
+    fn a_template_comes_from_either_file() {
+        let named = r#"{"eos_token": {"content": "</s>"}, "chat_template": [{"name": "rag", "template": "no"},
+            {"name": "default", "template": "{{ messages[0].content }}{{ eos_token }}"}]}"#;
+        let dir = folder("either", &[(CONFIG_FILE_NAME, named)]);
+        let messages = [json!({"role": "user", "content": "hi"})];
+        let render =
+            || ChatTemplate::open(&dir).unwrap().unwrap().render(&messages, &Value::Null, true);
+        assert_eq!(render().unwrap(), "hi</s>");
+        std::fs::write(dir.join(FILE_NAME), "of the file").unwrap();
+        assert_eq!(render().unwrap(), "of the file");
+        std::fs::remove_file(dir.join(FILE_NAME)).unwrap();
+        std::fs::write(dir.join(CONFIG_FILE_NAME), "{}").unwrap();
+        assert!(ChatTemplate::open(&dir).unwrap().is_none());
+        std::fs::write(dir.join(CONFIG_FILE_NAME), r#"{"chat_template": 3}"#).unwrap();
+        let error = ChatTemplate::open(&dir).err().unwrap().to_string();
+        assert!(error.contains("field chat_template: expected a string or a list"), "{error}");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn bad_templates_end_with_an_error() {
+        for (name, template, expected) in [
+            ("syntax", "a\n{% for %}", "line 2: "),
+            ("unknown", "{{ messages[0].content.nothing() }}", "line 1: "),
+            ("refuses", "{{ raise_exception('only one turn') }}", "only one turn"),
+            ("file", "{% include '/etc/passwd' %}", ""),
+            (
+                "forever",
+                "{% for i in range(100000) %}{% for j in range(100000) %}x{% endfor %}{% endfor %}",
+                "fuel",
+            ),
+            (
+                "bomb",
+                "{% set ns = namespace(x='xxxxxxxx') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+                "fuel",
+            ),
+            ("repeat", "{{ 'x' * 100000000000 }}", ""),
+            ("deep", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", ""),
+        ] {
+            let dir = folder(name, &[(FILE_NAME, template)]);
+            let messages = [json!({"role": "user", "content": "hi"})];
+            let error = match ChatTemplate::open(&dir) {
+                Ok(chat) => chat.unwrap().render(&messages, &Value::Null, true).unwrap_err(),
+                Err(error) => error.to_string(),
+            };
+            assert!(error.contains(FILE_NAME) && error.contains(expected), "{name}: {error}");
+            std::fs::remove_dir_all(dir).unwrap();
+        }
     }
 }

@@ -5,6 +5,7 @@
 //!                 *.safetensors        -> mmap, safetensors
 //!                 + index              -> checkpoint   -> Frozen weights, read in place
 //!                 tokenizer.json       -> tokenizer    -> ids
+//!                 chat_template.jinja  -> chat         -> text of a conversation
 //! adapter folder  adapter_config.json  -> poly_config  -> PolyConfig
 //!                 adapter_model.*      -> adapter      -> lora_a, lora_b, router_logits
 //!                 the same of LoRA     -> lora         -> pairs
@@ -24,6 +25,8 @@ pub mod json;
 pub mod mmap;
 pub mod safetensors;
 // Model folders:
+#[cfg(feature = "cli")]
+pub mod chat;
 pub mod checkpoint;
 pub mod config;
 #[cfg(feature = "cli")]

@@ -3,6 +3,7 @@
 //! ```text
 //! {"task": "qnli", "input": "Is ... ?", "target": "yes", "references": ["yes", "Yes"]}
 //! {"task_id": 3, "input_ids": [21, 7, 9], "label_ids": [4, 1]}
+//! {"task": "qa", "messages": [{"role": "user", "content": "Is ... ?"}, {"role": "assistant", "content": "yes"}]}
 //! ```
 //!
 //! A byte order mark may open the file, lines may end in CRLF, blank lines are passed over but
@@ -36,6 +37,8 @@ pub enum Sequence {
     Text(String),
     /// Token ids; nothing is added to them.
     Ids(Vec<u32>),
+    /// A conversation for the model's chat template: objects with a role.
+    Messages(Vec<Value>),
 }
 
 impl Sequence {
@@ -44,6 +47,7 @@ impl Sequence {
         match self {
             Self::Text(text) => text.is_empty(),
             Self::Ids(ids) => ids.is_empty(),
+            Self::Messages(messages) => messages.is_empty(),
         }
     }
 }
@@ -57,9 +61,9 @@ pub struct Row {
     pub task: Option<String>,
     /// The id of its task, if given.
     pub task_id: Option<u32>,
-    /// `input` or `input_ids`.
+    /// `input` or `input_ids`, or `messages` before the assistant's last.
     pub input: Sequence,
-    /// `target` or `label_ids`, in the same form as the input.
+    /// `target` or `label_ids`, in the same form as the input; of `messages` the assistant's last.
     pub target: Option<Sequence>,
     /// Answers that count as right.
     pub references: Option<Vec<String>>,
@@ -239,12 +243,17 @@ pub(crate) fn parse_row(
     columns: &Columns,
 ) -> Result<Row, String> {
     columns.rename(&mut raw)?;
-    let input =
-        sequence(&raw, "input", "input_ids")?.ok_or("the row has neither input nor input_ids")?;
+    let (input, target) = match conversation(&raw)? {
+        Some(conversation) => conversation,
+        None => {
+            let input = sequence(&raw, "input", "input_ids")?
+                .ok_or("the row has neither input nor input_ids nor messages")?;
+            (input, sequence(&raw, "target", "label_ids")?)
+        }
+    };
     if input.is_empty() {
         return Err("the input is empty".to_owned());
     }
-    let target = sequence(&raw, "target", "label_ids")?;
     match (&input, &target) {
         (Sequence::Text(_), Some(Sequence::Ids(_))) => {
             return Err(
@@ -259,6 +268,9 @@ pub(crate) fn parse_row(
     }
     if targets == Targets::Required {
         match &target {
+            None if matches!(input, Sequence::Messages(_)) => {
+                return Err("field messages: the last one must be the assistant's".to_owned());
+            }
             None => return Err("the row has neither target nor label_ids".to_owned()),
             Some(target) if target.is_empty() => return Err("the target is empty".to_owned()),
             Some(_) => {}
@@ -303,6 +315,35 @@ fn text(raw: &Map<String, Value>, key: &str) -> Result<Option<String>, String> {
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(other) => Err(format!("field {key}: expected a string, found {}", type_name(other))),
     }
+}
+
+/// The field `messages`, if the row has one: what comes before the assistant's last word, and this, if
+/// the conversation ends with it.
+fn conversation(raw: &Map<String, Value>) -> Result<Option<(Sequence, Option<Sequence>)>, String> {
+    let Some(messages) = field(raw, "messages") else { return Ok(None) };
+    let twice = ["input", "input_ids", "target", "label_ids"];
+    if let Some(other) = twice.into_iter().find(|key| field(raw, key).is_some()) {
+        return Err(format!("the row has both messages and {other}; give one of them"));
+    }
+    let Value::Array(messages) = messages else {
+        let found = type_name(messages);
+        return Err(format!("field messages: expected an array of messages, found {found}"));
+    };
+    for (i, message) in messages.iter().enumerate() {
+        if !message.get("role").is_some_and(Value::is_string) {
+            return Err(format!("field messages[{i}]: expected an object with role and content"));
+        }
+    }
+    let (messages, target) = match messages.split_last() {
+        Some((last, before)) if last.get("role").and_then(Value::as_str) == Some("assistant") => {
+            let content = last.get("content").and_then(Value::as_str).ok_or_else(|| {
+                format!("field messages[{}].content: expected a string", before.len())
+            })?;
+            (before, Some(Sequence::Text(content.to_owned())))
+        }
+        _ => (&messages[..], None),
+    };
+    Ok(Some((Sequence::Messages(messages.to_vec()), target)))
 }
 
 /// Text under one name or ids under another, not both.

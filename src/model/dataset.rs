@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Example, Layout, Mixing, united::Member};
 use crate::{
@@ -23,6 +23,16 @@ pub trait Encode {
     /// # Errors
     /// If the tokenizer cannot encode it.
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>>;
+}
+
+/// Turns conversations into text.
+pub trait Converse {
+    /// A conversation as text that has its special tokens; with `prompt` also what an answer begins
+    /// with.
+    ///
+    /// # Errors
+    /// What is wrong with the conversation, or with the template.
+    fn render(&self, messages: &[Value], tools: &Value, prompt: bool) -> Result<String, String>;
 }
 
 /// What happens to rows over the length limits.
@@ -59,6 +69,8 @@ impl<'a> Routes<'a> {
 pub struct Encoding<'a> {
     /// For text; rows of ids need none.
     pub tokenizer: Option<&'a dyn Encode>,
+    /// For rows with `messages`.
+    pub chat: Option<&'a dyn Converse>,
     /// Ids must be below.
     pub vocab_size: usize,
     /// How examples become tokens.
@@ -119,15 +131,29 @@ impl Dataset {
             let source_limit = encoding
                 .max_source_length
                 .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
-            let (input, input_cut) = encoding
-                .sequence(&row.input, source_limit, false)
-                .map_err(|e| e.into_error(fail))?;
-            let (labels, labels_cut) = match row.target.as_ref().filter(|_| encoding.targets) {
-                Some(target) => encoding
-                    .sequence(target, Some(encoding.max_target_length), true)
-                    .map_err(|e| e.into_error(fail))?,
-                None => (Vec::new(), None),
+            let target = row.target.as_ref().filter(|_| encoding.targets);
+            let ids = match &row.input {
+                Sequence::Messages(messages) => encoding.conversation(&row, messages, target),
+                input => encoding.ids(input, false).and_then(|input| {
+                    let labels = target.map(|target| encoding.ids(target, true)).transpose()?;
+                    Ok((input, labels))
+                }),
             };
+            let (mut input, labels) = ids.map_err(|e| e.into_error(fail))?;
+            let is_text = matches!(row.input, Sequence::Text(_));
+            let input_cut = match &row.input {
+                // A prompt ends with what an answer begins with.
+                Sequence::Messages(_) => {
+                    let (n, limit) = (input.len(), source_limit.unwrap_or(usize::MAX));
+                    input.drain(..n.saturating_sub(limit));
+                    (n > limit).then_some((n, limit))
+                }
+                _ => encoding.cut(&mut input, source_limit, is_text),
+            };
+            let mut labels = labels.unwrap_or_default();
+            let labels_limit = Some(encoding.max_target_length);
+            let labels_cut =
+                encoding.cut(&mut labels, labels_limit, !matches!(row.input, Sequence::Ids(_)));
             if let Some((n, limit)) = input_cut.or(labels_cut) {
                 match encoding.overlong {
                     Overlong::Truncate => dataset.n_truncated += 1,
@@ -264,44 +290,98 @@ fn resolve(row: &Row, tasks: &TaskNames, path: &Path) -> Result<u32> {
 }
 
 impl Encoding<'_> {
-    /// Ids, and where they were cut: how many there were and how many are allowed.
-    #[allow(clippy::type_complexity)]
-    fn sequence(
+    /// The ids of a text, or ids as they are.
+    fn ids(&self, sequence: &Sequence, is_target: bool) -> Result<Vec<u32>, Fault> {
+        match sequence {
+            Sequence::Ids(ids) => self.checked(ids.clone()),
+            Sequence::Text(text) => self.checked(self.text(self.tokenizer()?, text, is_target)?),
+            Sequence::Messages(_) => unreachable!("an input alone, and looked at before"),
+        }
+    }
+
+    /// The ids of a conversation, and those of an answer with its end: what the template says
+    /// with the answer, beyond what it says without.
+    fn conversation(
         &self,
-        sequence: &Sequence,
-        limit: Option<usize>,
-        is_target: bool,
-    ) -> Result<(Vec<u32>, Option<(usize, usize)>), Fault> {
-        let (mut ids, is_text) = match (sequence, self.tokenizer) {
-            (Sequence::Ids(ids), _) => (ids.clone(), false),
-            (Sequence::Text(text), Some(tokenizer)) => {
-                (self.text(tokenizer, text, is_target)?, true)
-            }
-            (Sequence::Text(_), None) => {
-                return Err(Fault::Detail(
-                    "the row has text, but the model folder has no tokenizer.json; give input_ids and label_ids".into(),
-                ));
-            }
-        };
+        row: &Row,
+        messages: &[Value],
+        answer: Option<&Sequence>,
+    ) -> Result<(Vec<u32>, Option<Vec<u32>>), Fault> {
+        let tokenizer = self.tokenizer()?;
+        let chat = self.chat.ok_or_else(|| {
+            Fault::Detail(
+                "the row has messages, but the model folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); give input and target".into(),
+            )
+        })?;
+        let tools = row.raw.get("tools").unwrap_or(&Value::Null);
+        let prompt = chat.render(messages, tools, true).map_err(Fault::Detail)?;
+        let ids = tokenizer.encode(&prompt, false).map_err(Fault::Other)?;
+        let input = self.checked(ids)?;
+        let Some(Sequence::Text(answer)) = answer else { return Ok((input, None)) };
+        let mut said = json!({"role": "assistant", "content": answer});
+        if let (Some(Value::Object(last)), Value::Object(said)) =
+            (row.raw.get("messages").and_then(|all| all.get(messages.len())), &mut said)
+        {
+            let other = last.iter().filter(|(key, _)| *key != "role" && *key != "content");
+            said.extend(other.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        let all = [messages, &[said]].concat();
+        let said = chat.render(&all, tools, false).map_err(Fault::Detail)?;
+        let said = said.strip_prefix(&prompt).ok_or_else(|| {
+            Fault::Detail(
+                "the chat template changes what comes before an answer when there is one, so what is to be learned cannot be told from it; give input and target".into(),
+            )
+        })?;
+        let mut labels = tokenizer.encode(said, false).map_err(Fault::Other)?;
+        // Templates put a line break after the end token; generation ends before it.
+        match labels.iter().rposition(|id| self.eos_token_ids.contains(id) || Some(*id) == self.end)
+        {
+            Some(end) => labels.truncate(end + 1),
+            None => labels.extend(self.end),
+        }
+        Ok((input, Some(self.checked(labels)?)))
+    }
+
+    fn tokenizer(&self) -> Result<&dyn Encode, Fault> {
+        self.tokenizer.ok_or_else(|| {
+            Fault::Detail(
+                "the row has text, but the model folder has no tokenizer.json; give input_ids and label_ids".into(),
+            )
+        })
+    }
+
+    /// Ids that the model has, at least one.
+    fn checked(&self, ids: Vec<u32>) -> Result<Vec<u32>, Fault> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             return Err(Fault::Detail(format!(
                 "token id {id} is out of range: the model's vocabulary has {} ids",
                 self.vocab_size
             )));
         }
-        let n = ids.len();
-        if n == 0 {
+        if ids.is_empty() {
             return Err(Fault::Detail(
                 "the text has no tokens; the model needs at least one".into(),
             ));
         }
-        let Some(limit) = limit.filter(|&limit| n > limit) else { return Ok((ids, None)) };
+        Ok(ids)
+    }
+
+    /// Cuts ids to a limit: how many there were and how many are allowed. The end token at the end of a
+    /// text stays.
+    fn cut(
+        &self,
+        ids: &mut Vec<u32>,
+        limit: Option<usize>,
+        is_text: bool,
+    ) -> Option<(usize, usize)> {
+        let n = ids.len();
+        let limit = limit.filter(|&limit| n > limit)?;
         let end = ids.last().copied().filter(|id| is_text && self.eos_token_ids.contains(id));
         ids.truncate(limit);
         if let (Some(end), Some(last)) = (end, ids.last_mut()) {
             *last = end;
         }
-        Ok((ids, Some((n, limit))))
+        Some((n, limit))
     }
 
     /// The ids of a text: with what the tokenizer adds for an encoder-decoder; a causal model's input
@@ -350,6 +430,13 @@ impl Encode for crate::formats::tokenizer::Tokenizer {
     }
 }
 
+#[cfg(feature = "cli")]
+impl Converse for crate::formats::chat::ChatTemplate {
+    fn render(&self, messages: &[Value], tools: &Value, prompt: bool) -> Result<String, String> {
+        self.render(messages, tools, prompt)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -372,6 +459,7 @@ mod tests {
         let tasks = TaskNames::unnamed(2);
         let encoding = Encoding {
             tokenizer: Some(&Bytes),
+            chat: None,
             vocab_size: 256,
             layout,
             max_positions: (layout == Layout::Causal).then_some(9),
