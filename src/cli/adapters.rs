@@ -6,6 +6,7 @@ use std::{
 };
 
 use clap::Args;
+use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
@@ -27,6 +28,10 @@ pub(super) struct AdapterFlags {
     /// without the field the first.
     #[arg(long, num_args = 1..)]
     adapter: Vec<PathBuf>,
+    /// How rows are mixed that do not say it themselves, as a row's field `routing` says it: average, or
+    /// JSON such as {"blend": {"a": 1, "b": 3}} [default: by their task].
+    #[arg(long, requires = "adapter")]
+    routing: Option<String>,
 }
 
 /// What was opened, and what rows may say of it.
@@ -34,13 +39,19 @@ pub(super) struct Opened<B: Backend> {
     pub(super) adapter: Option<Adapter<B>>,
     pub(super) tasks: Option<TaskNames>,
     members: Vec<Member>,
+    routing: Option<Value>,
 }
 
 impl<B: Backend> Opened<B> {
     /// What rows may say of routing.
     pub(super) fn routes(&self) -> Option<Routes<'_>> {
         let (adapter, tasks) = (self.adapter.as_ref()?, self.tasks.as_ref()?);
-        Some(Routes { tasks, mixes: Some(adapter.config()), members: &self.members })
+        Some(Routes {
+            tasks,
+            mixes: Some(adapter.config()),
+            members: &self.members,
+            routing: self.routing.as_ref(),
+        })
     }
 }
 
@@ -53,10 +64,17 @@ impl AdapterFlags {
         }
         if let [(_, dir)] = &named[..] {
             let (adapter, tasks) = Adapter::open_any(base, dir)?;
-            return Ok(Opened { adapter: Some(adapter), tasks, members: Vec::new() });
+            let routing = self.routing()?;
+            if let (Some(_), None) = (&routing, &tasks) {
+                return Err(Error::Usage(format!(
+                    "--routing: {} is a plain LoRA, which mixes nothing",
+                    dir.display()
+                )));
+            }
+            return Ok(Opened { adapter: Some(adapter), tasks, members: Vec::new(), routing });
         }
         if named.is_empty() {
-            return Ok(Opened { adapter: None, tasks: None, members: Vec::new() });
+            return Ok(Opened { adapter: None, tasks: None, members: Vec::new(), routing: None });
         }
         let mut all = Vec::with_capacity(named.len());
         let mut are_loras = Vec::with_capacity(named.len());
@@ -79,7 +97,17 @@ impl AdapterFlags {
         }
         let adapter = Adapter::from_files(base, files, Routing::default())?;
         let tasks = Some(adapter.task_names());
-        Ok(Opened { adapter: Some(adapter), tasks, members })
+        Ok(Opened { adapter: Some(adapter), tasks, members, routing: self.routing()? })
+    }
+
+    fn routing(&self) -> Result<Option<Value>> {
+        let Some(text) = &self.routing else { return Ok(None) };
+        if !text.trim_start().starts_with('{') {
+            return Ok(Some(text.as_str().into()));
+        }
+        serde_json::from_str(text).map(Some).map_err(|error| {
+            Error::Usage(format!("--routing: malformed JSON, column {}", error.column()))
+        })
     }
 }
 

@@ -69,7 +69,7 @@ impl Export {
         check_free(&self.output_dir)?;
         let files = AdapterFiles::open(&self.adapter)?;
         let tasks = files.tasks.clone().unwrap_or_else(|| TaskNames::unnamed(files.config.n_tasks));
-        let mixing = self.mixing(&files, &tasks)?;
+        let (mixing, routing) = self.mixing(&files, &tasks)?;
         // The base first: an adapter of another one is refused before anything is written.
         let opened = match &self.model {
             Some(dir) => {
@@ -108,10 +108,11 @@ impl Export {
                 })
             }
         };
-        self.say(&files, &mixing, pairs.len(), merged.as_ref(), deviation.as_ref())
+        self.say(&files, &routing, pairs.len(), merged.as_ref(), deviation.as_ref())
     }
 
-    fn mixing(&self, files: &AdapterFiles, tasks: &TaskNames) -> Result<Mixing> {
+    /// What is mixed, and how the flags say it.
+    fn mixing(&self, files: &AdapterFiles, tasks: &TaskNames) -> Result<(Mixing, Value)> {
         let n_tasks = files.config.n_tasks;
         let (flag, value) = match (&self.task, &self.routing) {
             (Some(task), _) => ("--task", json!({"task": task})),
@@ -119,15 +120,16 @@ impl Export {
                 let value = serde_json::from_str(text).unwrap_or_else(|_| text.as_str().into());
                 ("--routing", value)
             }
-            (None, None) if n_tasks == 1 => return Ok(Mixing::Task(0)),
+            (None, None) if n_tasks == 1 => return Ok((Mixing::Task(0), json!({"task": 0}))),
             (None, None) => {
                 return Err(Error::Usage(format!(
                     "the adapter has {n_tasks} tasks: name one with --task, or a mixture with --routing"
                 )));
             }
         };
-        Mixing::parse(&value, tasks, &files.config)
-            .map_err(|detail| Error::Usage(format!("{flag}: {detail}")))
+        let mixing = Mixing::parse(&value, tasks, &files.config)
+            .map_err(|detail| Error::Usage(format!("{flag}: {detail}")))?;
+        Ok((mixing, value))
     }
 
     /// Rows of random ids.
@@ -161,7 +163,7 @@ impl Export {
     fn say(
         &self,
         files: &AdapterFiles,
-        mixing: &Mixing,
+        routing: &Value,
         n_linears: usize,
         merged: Option<&Merged>,
         deviation: Option<&Deviation>,
@@ -176,7 +178,7 @@ impl Export {
             return print_json(&json!({
                 "kind": if merged.is_some() { "merged" } else { "lora" },
                 "output_dir": self.output_dir,
-                "mixing": format!("{mixing:?}"),
+                "routing": routing,
                 "linears": n_linears,
                 "r": files.config.r,
                 "tensors_merged": merged.map(|m| m.n_merged),

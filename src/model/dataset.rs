@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         fingerprint::Fingerprint,
-        json::{excerpt, list_names},
+        json::{excerpt, list_names, reason},
         poly_config::PolyConfig,
         rows::{Row, RowReader, Sequence, Targets},
         tasks::TaskNames,
@@ -56,12 +56,14 @@ pub struct Routes<'a> {
     /// The adapters that `mixes` is made of, of which rows name some in a field `adapter`; none: there
     /// is one.
     pub members: &'a [Member],
+    /// What rows mix that have no field `routing`; none: their task's mixture.
+    pub routing: Option<&'a Value>,
 }
 
 impl<'a> Routes<'a> {
     /// Tasks alone, as in training.
     pub fn tasks(tasks: &'a TaskNames) -> Self {
-        Self { tasks, mixes: None, members: &[] }
+        Self { tasks, mixes: None, members: &[], routing: None }
     }
 }
 
@@ -218,14 +220,14 @@ impl Fault {
 /// A row's task, and what it mixes instead of the task's own mixture. With a field `routing` the task
 /// is only what the row is counted under, so the adapter need not know it.
 fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixing>)> {
-    let Routes { tasks, mixes, members } = routes;
+    let Routes { tasks, mixes, members, routing } = routes;
     let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
     let used = match mixes {
         Some(_) => used_members(row, members).map_err(|e| fail(format!("field adapter: {e}")))?,
         None => Vec::new(), // In training the field is one of the row's own.
     };
     let Some(config) = mixes.filter(|_| !used.is_empty()) else {
-        let mixing = explicit(row, tasks, mixes).map_err(fail)?;
+        let mixing = explicit(row, routing, tasks, mixes).map_err(fail)?;
         let task = if mixing.is_some() { 0 } else { resolve(row, tasks, path)? };
         return Ok((task, mixing));
     };
@@ -233,7 +235,7 @@ fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixi
     for member in used {
         let unnamed = TaskNames::unnamed(1);
         let own_tasks = member.tasks.as_ref().unwrap_or(&unnamed);
-        let mixing = match explicit(row, own_tasks, Some(&member.config))
+        let mixing = match explicit(row, routing, own_tasks, Some(&member.config))
             .map_err(|e| fail(format!("adapter {}: {e}", excerpt(&member.name))))?
         {
             Some(mixing) => mixing,
@@ -266,19 +268,28 @@ fn used_members<'m>(row: &Row, members: &'m [Member]) -> Result<Vec<&'m Member>,
     }
 }
 
-/// A row's field `routing`, if it has one.
+/// What a row's field `routing` says, or what is said for all rows.
 fn explicit(
     row: &Row,
+    of_all: Option<&Value>,
     tasks: &TaskNames,
     config: Option<&PolyConfig>,
 ) -> Result<Option<Mixing>, String> {
-    let Some(value) = row.raw.get("routing").filter(|value| !value.is_null()) else {
-        return Ok(None);
+    let own = row.raw.get("routing").filter(|value| !value.is_null());
+    let (place, value) = match (own, of_all) {
+        (Some(value), _) => ("field routing", value),
+        (None, Some(value)) => ("--routing", value),
+        (None, None) => return Ok(None),
     };
     let config = config
         .ok_or("field routing: is for eval and generate; in training a row's task routes it")?;
-    let mixing = Mixing::parse(value, tasks, config);
-    mixing.map(Some).map_err(|detail| format!("field routing: {detail}"))
+    // A column of a CSV file is text.
+    let parsed = value.as_str().filter(|text| text.trim_start().starts_with('{'));
+    let parsed: Option<Value> = parsed.map(serde_json::from_str).transpose().map_err(|error| {
+        format!("{place}: column {}: malformed JSON: {}", error.column(), reason(&error))
+    })?;
+    let mixing = Mixing::parse(parsed.as_ref().unwrap_or(value), tasks, config);
+    mixing.map(Some).map_err(|detail| format!("{place}: {detail}"))
 }
 
 fn resolve(row: &Row, tasks: &TaskNames, path: &Path) -> Result<u32> {
