@@ -67,7 +67,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// A copy in a buffer of its own.
     fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self>;
 
-    /// `y[t] = table[ids[t]]`.
+    /// `y[t] = scale * table[ids[t]]`.
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self>;
     /// Rotary position embedding: features of each head turned by an angle that grows with position.
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self>;

@@ -98,12 +98,14 @@ pub enum Order {
     Dot,
 }
 
-/// Arguments of [`Backend::embed`]: `y[t] = table[ids[t]]`, `[tokens, d_model]`.
+/// Arguments of [`Backend::embed`]: `y[t] = scale * table[ids[t]]`, `[tokens, d_model]`.
 pub struct Embed<'a, B: Backend> {
     /// `[vocabulary, d_model]`.
     pub table: &'a B::Weight,
     /// `[tokens]`, each below the vocabulary.
     pub ids: &'a [u32],
+    /// Multiplies the rows.
+    pub scale: f32,
 }
 
 /// Arguments of [`Backend::rope`]: the pair of features `i` and `i + head_dim / 2` of every head of

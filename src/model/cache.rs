@@ -61,8 +61,8 @@ pub struct Decoding<B: Backend> {
     source_of: Vec<usize>,
     /// The score bias of every distance within [`Decoding::positions`], where there is one.
     pub(super) bias: Option<RelativeBias<B>>,
-    /// The angles of every position within [`Decoding::positions`], where there are any.
-    pub(super) rotary: Option<Rotary<B>>,
+    /// The angles (without and with a window) of every position within [`Decoding::positions`], where there are any.
+    pub(super) rotary: Option<[Rotary<B>; 2]>,
     /// Positions that the tables have.
     positions: usize,
 }

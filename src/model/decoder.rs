@@ -1,9 +1,12 @@
-//! Decoder-only models of Llama's kind: Llama, Mistral, Qwen 2 and Qwen 3.
+//! Decoder-only models of Llama's kind: Llama, Mistral, Qwen 2, Qwen 3 and Gemma 3.
 //!
 //! ```text
 //! block   x += o(attention(rope(q), rope(k), v) of norm(x))        causal, maybe within a window
 //!         x += down(silu(gate norm(x)) * up norm(x))
 //! ```
+//!
+//! In a Gemma both summands are normed before they are added, and the embedding is multiplied by the
+//! root of the width.
 //!
 //! What differs between the families is in [`DecoderConfig`]: which linears have a bias, whether heads
 //! of q and k are normed before they are turned, the windows, the angles, and whose the head is. A new
@@ -13,10 +16,13 @@
 
 use std::sync::Arc;
 
+use half::bf16;
+
 use crate::{
+    dtype::Dtype,
     error::Result,
     formats::{checkpoint::Checkpoint, config::DecoderConfig},
-    kernels::{Backend, ops::Rotary},
+    kernels::{Backend, Precision, ops::Rotary},
     model::{
         Module, ModuleKind,
         batch::Batch,
@@ -34,7 +40,8 @@ use crate::{
 pub struct Decoder<B: Backend> {
     config: DecoderConfig,
     embedding: B::Weight,
-    frequencies: Frequencies,
+    /// Without and with a window; the same in most families.
+    frequencies: [Frequencies; 2],
     blocks: Vec<Block<B>>,
     last_norm: B::Weight,
     head: Head<B>,
@@ -50,6 +57,8 @@ struct Block<B: Backend> {
     head_norms: Option<[B::Weight; 2]>,
     window: Option<usize>,
     feed_forward_norm: B::Weight,
+    /// Of what attention and the feed-forward layer add (Gemma).
+    after_norms: Option<[B::Weight; 2]>,
     gate: FrozenLinear<B>,
     up: FrozenLinear<B>,
     down: FrozenLinear<B>,
@@ -57,9 +66,9 @@ struct Block<B: Backend> {
     site: u32,
 }
 
-/// Where tokens stand, and the angles of these places.
+/// Where tokens stand, and the angles of these places without and with a window.
 struct Places<B: Backend> {
-    rotary: Rotary<B>,
+    rotary: [Rotary<B>; 2],
     positions: Arc<[u32]>,
 }
 
@@ -80,7 +89,7 @@ impl<B: Backend> Decoder<B> {
         let embedding = loader.weight("model.embed_tokens.weight", &[vocab_size, d_model])?;
         let blocks =
             (0..config.n_layers).map(|i| loader.block(&config, i)).collect::<Result<Vec<_>>>()?;
-        let last_norm = loader.weight("model.norm.weight", &[d_model])?;
+        let last_norm = loader.norm(&config, "model.norm", d_model)?;
         let shape = [vocab_size, d_model];
         let head = match config.tie_word_embeddings {
             true => {
@@ -90,7 +99,9 @@ impl<B: Backend> Decoder<B> {
             false => loader.weight("lm_head.weight", &shape)?,
         };
         let linear = FrozenLinear { weight: head, bias: None, index: loader.next };
-        let frequencies = Frequencies::new(&config.rope, config.head_dim);
+        let window_rope = config.window_rope.unwrap_or(config.rope);
+        let frequencies =
+            [config.rope, window_rope].map(|rope| Frequencies::new(&rope, config.head_dim));
         let head = Head { linear, scale: 1.0 };
         Ok(Self { config, embedding, frequencies, blocks, last_norm, head })
     }
@@ -117,8 +128,32 @@ impl<B: Backend> Decoder<B> {
             q = tape.norm_groups(&q, q_norm, norm_eps, head_dim);
             k = tape.norm_groups(&k, k_norm, norm_eps, head_dim);
         }
-        let q = tape.rope(q, &places.rotary, &places.positions);
-        [q, tape.rope(k, &places.rotary, &places.positions), v]
+        let rotary = &places.rotary[usize::from(block.window.is_some())];
+        let q = tape.rope(q, rotary, &places.positions);
+        [q, tape.rope(k, rotary, &places.positions), v]
+    }
+
+    /// The angles of `n` positions.
+    fn tables(&self, backend: &B, n: usize) -> [Rotary<B>; 2] {
+        let [rotary, of_windows] = &self.frequencies;
+        let rotary = rotary.table(backend, n);
+        let of_windows = match self.config.window_rope {
+            Some(_) => of_windows.table(backend, n),
+            None => rotary.clone(),
+        };
+        [rotary, of_windows]
+    }
+
+    fn embed(&self, tape: &mut Tape<'_, B>, ids: &[u32]) -> Var<B> {
+        let root = (self.config.d_model as f64).sqrt() as f32;
+        // Transformers rounds it to the type of the activations.
+        let activations = tape.backend().room(0, 0, Precision::Activation).dtype();
+        let scale = match (self.config.is_gemma, activations) {
+            (false, _) => 1.0,
+            (true, Dtype::Bf16) => bf16::from_f32(root).to_f32(),
+            (true, _) => root,
+        };
+        tape.embed_scaled(&self.embedding, ids, scale)
     }
 
     /// What comes after q, k and v.
@@ -130,25 +165,44 @@ impl<B: Backend> Decoder<B> {
         (q, keys): (Var<B>, KeyValue<B>),
         side: &Side,
     ) -> Var<B> {
-        let DecoderConfig { n_heads, n_kv_heads, head_dim, norm_eps, activation, .. } = self.config;
+        let DecoderConfig { n_heads, n_kv_heads, head_dim, norm_eps, activation, score_scale, .. } =
+            self.config;
         let spec = AttentionSpec {
             n_heads,
             n_kv_heads,
             head_dim,
-            scale: (head_dim as f32).powf(-0.5),
+            scale: score_scale,
             causal: true,
             window: block.window,
             bias: None,
             dropout: side.dropout(block.site),
         };
         let attended = tape.attention(q, &side.spans, keys, spec);
-        let x = tape.linear(&attended, &block.o, &side.segments, LinearSpec::onto(x));
+        let after = |i: usize| block.after_norms.as_ref().map(|norms| &norms[i]);
+        let x = self.onto(tape, x, &attended, (&block.o, after(0)), side);
         drop(attended);
         let h = tape.norm(&x, &block.feed_forward_norm, norm_eps);
         let [gate, up] = tape.linears(&h, [&block.gate, &block.up], &side.segments);
         drop(h);
         let h = tape.gated(gate, Some(up), activation, None);
-        tape.linear(&h, &block.down, &side.segments, LinearSpec::onto(&x))
+        self.onto(tape, &x, &h, (&block.down, after(1)), side)
+    }
+
+    /// `x + linear(h)`, maybe normed before it is added.
+    fn onto<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        x: &Var<B>,
+        h: &Var<B>,
+        (linear, norm): (&'m FrozenLinear<B>, Option<&'m B::Weight>),
+        side: &Side,
+    ) -> Var<B> {
+        let Some(norm) = norm else {
+            return tape.linear(h, linear, &side.segments, LinearSpec::onto(x));
+        };
+        let [h] = tape.linears(h, [linear], &side.segments);
+        let h = tape.norm(&h, norm, self.config.norm_eps);
+        tape.add(x, h)
     }
 }
 
@@ -159,13 +213,13 @@ impl<B: Backend> Network<B> for Decoder<B> {
 
     fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B> {
         let side = &sides.target;
-        let mut x = tape.embed(&self.embedding, &batch.target);
+        let mut x = self.embed(tape, &batch.target);
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
         let lens = &side.spans.lens;
         let places = Places {
-            rotary: self.frequencies.table(tape.backend(), lens.iter().copied().max().unwrap_or(0)),
+            rotary: self.tables(tape.backend(), lens.iter().copied().max().unwrap_or(0)),
             positions: lens.iter().flat_map(|&len| 0..len as u32).collect(),
         };
         for block in &self.blocks {
@@ -194,13 +248,13 @@ impl<B: Backend> Network<B> for Decoder<B> {
     ) -> Var<B> {
         let backend = tape.backend();
         let placed = decoding.cache.place(backend, step.slots, step.lens);
-        let longer = decoding.more_positions().map(|n| self.frequencies.table(backend, n));
+        let longer = decoding.more_positions().map(|n| self.tables(backend, n));
         let Some(rotary) = longer.or_else(|| decoding.rotary.take()) else {
             unreachable!("a step has a token")
         };
         let places = Places { rotary, positions: placed.positions.as_slice().into() };
         let side = Side::inference(Arc::clone(&placed.queries), Arc::clone(step.segments));
-        let mut x = tape.embed(&self.embedding, step.ids);
+        let mut x = self.embed(tape, step.ids);
         for (layer, block) in self.blocks.iter().enumerate() {
             let [q, k, v] = self.qkv(tape, block, &x, &side, &places);
             let keys = decoding.cache.extend(backend, layer, &placed, &k, &v);
@@ -235,12 +289,30 @@ impl<B: Backend> Loader<'_, B> {
         Ok(FrozenLinear { weight, bias, index: self.next - 1 })
     }
 
+    /// A norm's weight, as it multiplies.
+    fn norm(&mut self, config: &DecoderConfig, path: &str, width: usize) -> Result<B::Weight> {
+        let weight = self.checkpoint.tensor(&format!("{path}.weight"), &[width])?;
+        Ok(match config.is_gemma {
+            true => self.backend.weight(&weight.plus(1.0)),
+            false => self.backend.weight(&weight),
+        })
+    }
+
     fn block(&mut self, config: &DecoderConfig, i: usize) -> Result<Block<B>> {
-        let DecoderConfig { d_model, head_dim, qkv_bias, o_bias, mlp_bias, .. } = *config;
+        let DecoderConfig { d_model, head_dim, qkv_bias, o_bias, mlp_bias, is_gemma, .. } = *config;
         let layer = format!("model.layers.{i}");
         let norm = |loader: &mut Self, name: &str, width| {
-            loader.weight(&format!("{layer}.{name}.weight"), &[width])
+            loader.norm(config, &format!("{layer}.{name}"), width)
         };
+        let after_norms = match is_gemma {
+            true => Some([
+                norm(self, "post_attention_layernorm", d_model)?,
+                norm(self, "post_feedforward_layernorm", d_model)?,
+            ]),
+            false => None,
+        };
+        let before_feed_forward =
+            if is_gemma { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         let head_norms = match config.qk_norm {
             true => Some([
                 norm(self, "self_attn.q_norm", head_dim)?,
@@ -267,7 +339,8 @@ impl<B: Backend> Loader<'_, B> {
             down: linear(mlp_bias)?,
             head_norms,
             attention_norm: norm(self, "input_layernorm", d_model)?,
-            feed_forward_norm: norm(self, "post_attention_layernorm", d_model)?,
+            feed_forward_norm: norm(self, before_feed_forward, d_model)?,
+            after_norms,
             window: config.windows[i],
             site: i as u32,
         })
@@ -315,6 +388,11 @@ pub fn modules(config: &DecoderConfig) -> Vec<Module> {
         }
         for name in ["mlp.act_fn", "input_layernorm", "post_attention_layernorm"] {
             push(format!("{layer}.{name}"), ModuleKind::Other);
+        }
+        if config.is_gemma {
+            for name in ["pre_feedforward_layernorm", "post_feedforward_layernorm"] {
+                push(format!("{layer}.{name}"), ModuleKind::Other);
+            }
         }
     }
     for name in ["model.norm", "model.rotary_emb"] {

@@ -200,6 +200,7 @@ fn linears_backward() {
 #[derive(Debug)]
 pub struct Embed {
     vocabulary: usize,
+    scale: f32,
 }
 
 impl Op for Embed {
@@ -207,7 +208,7 @@ impl Op for Embed {
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let ids = batch.ids_below(self.vocabulary);
-        let y = backend.embed(ops::Embed { table: &inputs.w[0], ids: &ids });
+        let y = backend.embed(ops::Embed { table: &inputs.w[0], ids: &ids, scale: self.scale });
         vec![Output::tokens(backend, "y", &y)]
     }
 }
@@ -216,7 +217,9 @@ pub fn embed(random: &mut Gen, class: Class, batch: Batch) -> Case<Embed> {
     let (vocabulary, d_model) = (random.size(129), random.size(257));
     let weights = vec![random.weight(class, vocabulary, d_model)];
     let inputs = Inputs { weights, ..Inputs::default() };
-    Case { class, batch, inputs, op: Embed { vocabulary } }
+        // Gemma's is the root of its width; powers of two keep integers exact.
+    let scale = [1.0, 4.0][random.size(2) - 1];
+    Case { class, batch, inputs, op: Embed { vocabulary, scale } }
 }
 
 #[test]

@@ -3,12 +3,14 @@
 //! `modeling_<family>.py` (5.17); both spellings of the rotary settings are read, `rope_parameters`
 //! (transformers 5) and `rope_scaling` beside `rope_theta` (4).
 //!
-//! | | llama | mistral | qwen2 | qwen3 |
-//! |---|---|---|---|---|
-//! | biases | `attention_bias`: q,k,v,o; `mlp_bias` | none | q, k, v | `attention_bias`: q,k,v,o |
-//! | heads of q and k are normed | no | no | no | yes |
-//! | window | none | `sliding_window` in every layer | by `layer_types` | by `layer_types` |
-//! | `head_dim` by default | d_model / n_heads | d_model / n_heads | d_model / n_heads | 128 |
+//! | | llama | mistral | qwen2 | qwen3 | gemma3_text |
+//! |---|---|---|---|---|---|
+//! | biases | `attention_bias`: q,k,v,o; `mlp_bias` | none | q, k, v | `attention_bias`: q,k,v,o | `attention_bias`: q,k,v,o |
+//! | heads of q and k are normed | no | no | no | yes | yes |
+//! | window | none | `sliding_window` in every layer | by `layer_types` | by `layer_types` | by `layer_types`: five of six |
+//! | `head_dim` by default | d_model / n_heads | d_model / n_heads | d_model / n_heads | 128 | 256 |
+//! | norms | before | before | before | before | before and after, weights are 1 more than the file's |
+//! | rotary settings | one | one | one | one | others within windows |
 
 use serde_json::Value;
 
@@ -29,7 +31,7 @@ const MAX_POSITIONS: usize = 1 << 28;
 /// The configuration of a decoder-only model, whatever its family.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
-    /// The family: `llama`, `mistral`, `qwen2` or `qwen3`.
+    /// The family: `llama`, `mistral`, `qwen2`, `qwen3` or `gemma3_text`.
     pub model_type: String,
     /// Rows of the embedding.
     pub vocab_size: usize,
@@ -53,6 +55,13 @@ pub struct DecoderConfig {
     pub activation: Activation,
     /// How positions turn q and k.
     pub rope: RopeConfig,
+    /// How they do in layers with a window, where that differs.
+    pub window_rope: Option<RopeConfig>,
+    /// Multiplies the scores of attention.
+    pub score_scale: f32,
+    /// Whether it is a Gemma: the embedding is multiplied by the root of `d_model`, norms multiply by
+    /// one more than their weights, and what a block adds is normed before.
+    pub is_gemma: bool,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Whether o has a bias.
@@ -136,6 +145,7 @@ impl DecoderConfig {
             "mistral" => mistral,
             "qwen2" => qwen2,
             "qwen3" => qwen3,
+            "gemma3_text" => gemma3,
             _ => return None,
         })
     }
@@ -199,6 +209,105 @@ fn qwen_defaults(head_dim: Option<usize>) -> Defaults {
     }
 }
 
+/// Gemma 3's language model. Its images are not read.
+fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
+    let defaults = Defaults {
+        vocab_size: 262_208,
+        d_ff: 9216,
+        n_kv_heads: Some(4),
+        head_dim: Some(256),
+        max_positions: 131_072,
+        eos_token_ids: vec![1],
+    };
+    for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if fields.number(key)?.is_some() {
+            return Err(fields.error(key, "logits with a soft cap are not supported; null is"));
+        }
+    }
+    if fields.boolean("use_bidirectional_attention")? == Some(true) {
+        let detail = "true makes an encoder of it, which is not supported";
+        return Err(fields.error("use_bidirectional_attention", detail));
+    }
+    let attention_bias = fields.boolean("attention_bias")?.unwrap_or(false);
+    let activation = fields.text("hidden_activation")?.unwrap_or("gelu_pytorch_tanh".to_owned());
+    let score_scale = fields.number("query_pre_attn_scalar")?.unwrap_or(256.0);
+    if !(score_scale > 0.0 && score_scale.is_finite()) {
+        let detail = format!("expected more than 0, found {score_scale}");
+        return Err(fields.error("query_pre_attn_scalar", detail));
+    }
+    let activation = activation_named(&activation).ok_or_else(|| {
+        let detail = format!("{} is not supported", excerpt(&activation));
+        fields.error("hidden_activation", detail)
+    })?;
+    let tied = fields.boolean("tie_word_embeddings")?.unwrap_or(true);
+    let window = sliding_window(fields, 4096)?;
+    let pattern = match fields.take_value("sliding_window_pattern") {
+        None => fields.take_value("_sliding_window_pattern").unwrap_or(6.into()),
+        Some(pattern) => pattern,
+    };
+    let Some(pattern) = pattern.as_u64().filter(|&pattern| pattern > 0) else {
+        return Err(fields.wrong_type("sliding_window_pattern", "a count of layers", &pattern));
+    };
+    let ropes = gemma_ropes(fields)?;
+    let common = common(fields, "gemma3_text", defaults)?;
+    let is_local = |layer: usize| (layer as u64 + 1) % pattern != 0;
+    let windows = typed_windows(fields, common.n_layers, window)?.unwrap_or_else(|| {
+        (0..common.n_layers).map(|layer| window.filter(|_| is_local(layer))).collect()
+    });
+    let [rope, window_rope] = ropes.map(|(map, key, theta)| {
+        let rope = Fields::within(map, fields.path(), key);
+        RopeConfig::of(rope, theta, common.max_positions)
+    });
+    Ok(DecoderConfig {
+        qkv_bias: attention_bias,
+        o_bias: attention_bias,
+        qk_norm: true,
+        activation,
+        windows,
+        rope: rope?,
+        window_rope: Some(window_rope?),
+        score_scale: (score_scale as f32).powf(-0.5),
+        is_gemma: true,
+        tie_word_embeddings: tied,
+        ..common
+    })
+}
+
+/// The rotary settings of layers without and with a window, each with its key and default theta: nested
+/// in `rope_parameters` (transformers 5), or beside each other (4), where `rope_scaling` is for the
+/// layers without.
+#[allow(clippy::type_complexity)]
+fn gemma_ropes(
+    fields: &mut Fields,
+) -> Result<[(serde_json::Map<String, Value>, &'static str, f64); 2]> {
+    let theta = fields.number("rope_theta")?.unwrap_or(1_000_000.0);
+    let window_theta = fields.number("rope_local_base_freq")?.unwrap_or(10_000.0);
+    let mut nested = match fields.take_value("rope_parameters") {
+        None | Some(Value::Null) => serde_json::Map::new(),
+        Some(Value::Object(nested)) => nested,
+        Some(other) => return Err(fields.wrong_type("rope_parameters", "an object", &other)),
+    };
+    let mut of = |key: &str| match nested.remove(key) {
+        None | Some(Value::Null) => Ok(serde_json::Map::new()),
+        Some(Value::Object(map)) => Ok(map),
+        Some(other) => Err(fields.wrong_type("rope_parameters", "objects by layer type", &other)),
+    };
+    let (mut full, window) = (of("full_attention")?, of("sliding_attention")?);
+    if let Some(key) = nested.keys().next() {
+        let detail = format!("{} is not a layer type", excerpt(key));
+        return Err(fields.error("rope_parameters", detail));
+    }
+    match fields.take_value("rope_scaling") {
+        None | Some(Value::Null) => {}
+        Some(Value::Object(scaling)) => full.extend(scaling),
+        Some(other) => return Err(fields.wrong_type("rope_scaling", "an object", &other)),
+    }
+    Ok([
+        (full, "rope_parameters.full_attention", theta),
+        (window, "rope_parameters.sliding_attention", window_theta),
+    ])
+}
+
 /// The keys that all families have, with no bias, no norm of heads and no window.
 fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<DecoderConfig> {
     let vocab_size = fields.size(&["vocab_size"], defaults.vocab_size, MAX_VOCAB)?;
@@ -240,6 +349,7 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
     if fields.boolean("is_encoder_decoder")? == Some(true) {
         return Err(fields.error("is_encoder_decoder", "true contradicts model_type"));
     }
+    let is_gemma = model_type == "gemma3_text";
     Ok(DecoderConfig {
         model_type: model_type.to_owned(),
         vocab_size,
@@ -252,7 +362,14 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
         max_positions,
         norm_eps: norm_eps(fields, "rms_norm_eps", 1e-6)?,
         activation,
-        rope: RopeConfig::from_fields(fields, max_positions)?,
+        rope: if is_gemma {
+            RopeConfig { theta: 1.0, scaling: RopeScaling::None } // It reads its own.
+        } else {
+            RopeConfig::from_fields(fields, max_positions)?
+        },
+        window_rope: None,
+        score_scale: (head_dim as f32).powf(-0.5),
+        is_gemma,
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
@@ -288,9 +405,19 @@ fn layer_windows(fields: &mut Fields, n_layers: usize) -> Result<Vec<Option<usiz
             .ok_or_else(|| fields.wrong_type("max_window_layers", "a count of layers", &value))?
             as usize,
     };
+    Ok(typed_windows(fields, n_layers, window)?
+        .unwrap_or_else(|| (0..n_layers).map(|i| window.filter(|_| i >= first)).collect()))
+}
+
+/// `layer_types`: which layers have the window, if the file says so.
+fn typed_windows(
+    fields: &mut Fields,
+    n_layers: usize,
+    window: Option<usize>,
+) -> Result<Option<Vec<Option<usize>>>> {
     let key = "layer_types";
-    let Some(types) = fields.take_value(key) else {
-        return Ok((0..n_layers).map(|i| window.filter(|_| i >= first)).collect());
+    let Some(types) = fields.take_value(key).filter(|types| !types.is_null()) else {
+        return Ok(None);
     };
     let Value::Array(types) = &types else {
         return Err(fields.wrong_type(key, "a list of names", &types));
@@ -305,8 +432,7 @@ fn layer_windows(fields: &mut Fields, n_layers: usize) -> Result<Vec<Option<usiz
             (Some("full_attention"), _) => Ok(None),
             (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
             (Some("sliding_attention"), None) => {
-                Err(fields
-                    .error(key, "sliding_attention needs use_sliding_window and sliding_window"))
+                Err(fields.error(key, "sliding_attention needs a sliding_window"))
             }
             _ => Err(fields.error(
                 key,
@@ -316,7 +442,8 @@ fn layer_windows(fields: &mut Fields, n_layers: usize) -> Result<Vec<Option<usiz
                 ),
             )),
         })
-        .collect()
+        .collect::<Result<_>>()
+        .map(Some)
 }
 
 impl RopeConfig {
@@ -336,16 +463,21 @@ impl RopeConfig {
             }
         };
         let mut rope = Fields::within(value, fields.path(), key);
-        let old_type = rope.text("type")?;
-        let rope_type = rope.text("rope_type")?.or(old_type).unwrap_or("default".to_owned());
-        let theta = rope.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
-        if !(theta > 1.0 && theta < 1e12) {
-            return Err(rope.error("rope_theta", format!("expected above 1, found {theta}")));
-        }
-        let partial = rope.number("partial_rotary_factor")?.or(partial);
-        if let Some(partial) = partial.filter(|&share| share != 1.0) {
+        let own_partial = rope.number("partial_rotary_factor")?;
+        if let Some(partial) = own_partial.or(partial).filter(|&share| share != 1.0) {
             let detail = format!("{partial} is not supported: every feature is turned, or none");
             return Err(rope.error("partial_rotary_factor", detail));
+        }
+        Self::of(rope, theta.unwrap_or(10_000.0), max_positions)
+    }
+
+    /// One set of settings, with what theta is where they do not say it.
+    fn of(mut rope: Fields, theta: f64, max_positions: usize) -> Result<Self> {
+        let old_type = rope.text("type")?;
+        let rope_type = rope.text("rope_type")?.or(old_type).unwrap_or("default".to_owned());
+        let theta = rope.number("rope_theta")?.unwrap_or(theta);
+        if !(theta > 1.0 && theta < 1e12) {
+            return Err(rope.error("rope_theta", format!("expected above 1, found {theta}")));
         }
         let scaling = match rope_type.as_str() {
             "default" => RopeScaling::None,
@@ -412,6 +544,9 @@ mod tests {
             norm_eps: 1e-6,
             activation: Activation::Silu,
             rope: RopeConfig { theta: 10_000.0, scaling: RopeScaling::None },
+            window_rope: None,
+            score_scale: 128_f32.powf(-0.5),
+            is_gemma: false,
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
@@ -533,7 +668,7 @@ mod tests {
         let unknown = json!({"model_type": "gemma3"});
         let error = parse(&unknown).unwrap_err().to_string();
         assert!(
-            error.contains("supported: t5, mt5, bart, llama, mistral, qwen2, qwen3, gpt2"),
+            error.contains("supported: t5, mt5, bart, llama, mistral, qwen2, qwen3, gemma3_text, gpt2"),
             "{error}"
         );
     }

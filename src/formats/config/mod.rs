@@ -224,7 +224,8 @@ impl ModelConfig {
                 Some(family) => Self::Decoder(family(&mut fields)?),
                 None => {
                     let found = excerpt(&model_type);
-                    let supported = "t5, mt5, bart, llama, mistral, qwen2, qwen3, gpt2";
+                    let supported =
+                        "t5, mt5, bart, llama, mistral, qwen2, qwen3, gemma3_text, gpt2";
                     let detail = format!("{found} is not supported; supported: {supported}");
                     return Err(fields.error("model_type", detail));
                 }

@@ -32,28 +32,30 @@ fn look_up<F: Element, T: ElementMut>(cpu: &Cpu, args: &Embed<'_, Cpu>, y: &mut 
         |(y, ids)| {
             for (y, &id) in y.chunks_exact_mut(width).zip(ids) {
                 let from = &table[id as usize * width..][..width];
-                cpu.isa.run(Convert::<F, T> { from, to: y });
+                cpu.isa.run(Convert::<F, T> { from, to: y, scale: args.scale });
             }
         },
     );
 }
 
-/// Elements of one type as elements of another.
+/// Elements of one type as elements of another, times a number.
 struct Convert<'a, F: Element, T: ElementMut> {
     from: &'a [F::Item],
     to: &'a mut [T::Item],
+    scale: f32,
 }
 
 impl<F: Element, T: ElementMut> SimdOp for Convert<'_, F, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
+        let scale = s.splat(self.scale);
         let (from, from_tail) = self.from.as_chunks::<LANES>();
         let (to, to_tail) = self.to.as_chunks_mut::<LANES>();
         for (from, to) in from.iter().zip(to) {
-            T::store(s, F::load(s, from), to);
+            T::store(s, s.mul(scale, F::load(s, from)), to);
         }
-        T::store_part(s, F::load_part(s, from_tail), to_tail);
+        T::store_part(s, s.mul(scale, F::load_part(s, from_tail)), to_tail);
     }
 }
 
@@ -106,7 +108,7 @@ mod tests {
                     let narrow: Vec<f32> = values.iter().map(|&v| v as f32).collect();
                     let table = Frozen::from_f32(&narrow, 7, width, dtype);
                     for ids in [&[][..], &[6], &[0, 6, 3, 3, 1]] {
-                        let y = cpu.embed(Embed { table: &table, ids });
+                        let y = cpu.embed(Embed { table: &table, ids, scale: 1.0 });
                         assert_eq!((y.rows(), y.cols()), (ids.len(), width));
                         let want: Vec<f64> = ids
                             .iter()

@@ -47,13 +47,13 @@ const MAX_TERMS: usize = 4;
 const HEAD_BYTES: usize = 256 << 20;
 
 pub(super) fn embed(cuda: &Cuda, args: Embed<'_, Cuda>) -> Tensor<Cuda> {
-    let Embed { table, ids } = args;
+    let Embed { table, ids, scale } = args;
     let (vocabulary, d) = table.shape();
     assert!(ids.iter().all(|&id| (id as usize) < vocabulary), "ids are in the vocabulary");
     let mut y = cuda.alloc(ids.len(), d, Precision::Activation);
     let ids_buffer = cuda.buffer_of(ids);
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(table.matrix());
-    kernel.arg(ids_buffer.address()).count(d).launch([ids.len(), 1, 1], 128);
+    kernel.arg(ids_buffer.address()).count(d).arg(scale).launch([ids.len(), 1, 1], 128);
     y
 }
 
@@ -94,7 +94,7 @@ pub(super) fn gather(cuda: &Cuda, args: Gather<'_, Cuda>) -> Tensor<Cuda> {
     let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
     // An embedding's table is rows, too.
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(from);
-    kernel.arg(rows_buffer.address()).count(x.cols).launch([rows.len(), 1, 1], 128);
+    kernel.arg(rows_buffer.address()).count(x.cols).arg(1.0_f32).launch([rows.len(), 1, 1], 128);
     y
 }
 

@@ -3,10 +3,11 @@
 use super::{Oracle, kept, lora, sum};
 use crate::{kernels::ops::*, tensor::Tensor};
 
-/// `y[t] = table[ids[t]]`.
+/// `y[t] = scale * table[ids[t]]`.
 pub(super) fn embed(args: Embed<'_, Oracle>) -> Tensor<Oracle> {
-    let Embed { table, ids } = args;
-    Tensor::from_fn(ids.len(), table.cols, |t, c| table.at(ids[t] as usize, c))
+    let Embed { table, ids, scale } = args;
+    let scale = f64::from(scale);
+    Tensor::from_fn(ids.len(), table.cols, |t, c| scale * table.at(ids[t] as usize, c))
 }
 
 /// With `c, s` the cosine and sine of the token's position and the pair: `y_i = c x_i - s x_(i + d/2)`

@@ -8,7 +8,12 @@ use crate::{
 impl<B: Backend> Tape<'_, B> {
     /// `x[t] = table[ids[t]]`, `[tokens, d_model]`.
     pub fn embed(&mut self, table: &B::Weight, ids: &[u32]) -> Var<B> {
-        Var::constant(self.backend.embed(Embed { table, ids }))
+        self.embed_scaled(table, ids, 1.0)
+    }
+
+    /// `x[t] = scale * table[ids[t]]`, `[tokens, d_model]`.
+    pub fn embed_scaled(&mut self, table: &B::Weight, ids: &[u32], scale: f32) -> Var<B> {
+        Var::constant(self.backend.embed(Embed { table, ids, scale }))
     }
 
     /// `x[t] = table[ids[t]] + positions[places[t]]`: ids with learned positions.
@@ -17,8 +22,8 @@ impl<B: Backend> Tape<'_, B> {
         (table, ids): (&B::Weight, &[u32]),
         (positions, places): (&B::Weight, &[u32]),
     ) -> Var<B> {
-        let x = self.backend.embed(Embed { table, ids });
-        let at = self.backend.embed(Embed { table: positions, ids: places });
+        let x = self.backend.embed(Embed { table, ids, scale: 1.0 });
+        let at = self.backend.embed(Embed { table: positions, ids: places, scale: 1.0 });
         Var::constant(self.backend.add(x, &at))
     }
 }

@@ -55,7 +55,7 @@ pub fn mean_row<B: Backend>(backend: &B, weight: &B::Weight, vocabulary: usize) 
     let mut mean = Vec::new();
     let ids: Vec<u32> = (0..vocabulary as u32).collect();
     for ids in ids.chunks(1024) {
-        let rows = backend.embed(Embed { table: weight, ids });
+        let rows = backend.embed(Embed { table: weight, ids, scale: 1.0 });
         mean.resize(rows.cols(), 0.0);
         for row in backend.download(&rows).chunks_exact(rows.cols()) {
             mean.iter_mut().zip(row).for_each(|(mean, v)| *mean += v / vocabulary as f64);
@@ -107,7 +107,7 @@ impl<'m, B: Backend> Tape<'m, B> {
             }
         }
         if let Some((epsilon, mean)) = self.loss_shape.as_ref().and_then(|shape| shape.smoothing) {
-            let of_labels = backend.embed(Embed { table: spec.weight, ids: spec.labels });
+            let of_labels = backend.embed(Embed { table: spec.weight, ids: spec.labels, scale: 1.0 });
             let of_labels = backend.download(&of_labels);
             let rows = values.chunks_exact_mut(d_model).zip(of_labels.chunks_exact(d_model));
             for ((row, of_label), weight) in rows.zip(weights) {

@@ -1,5 +1,6 @@
 //! The operations, one file each: forward, saved values and backward side by side.
 
+mod add;
 mod attention;
 mod dropout;
 mod embed;
