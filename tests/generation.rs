@@ -125,7 +125,9 @@ fn the_cpu_generates_as_transformers() {
 /// those that it has alone, in the same engine. What `on_token` hears is what is returned.
 #[test]
 fn rows_enter_where_others_left() {
-    for (name, longest) in [("tiny", 700), ("bart", 20), ("llama", 1300), ("mistral", 700)] {
+    for (name, longest) in
+        [("tiny", 700), ("bart", 20), ("llama", 1300), ("mistral", 700), ("gemma3", 40)]
+    {
         let folder = data().join("parity").join(name);
         let given = rows(&folder);
         let model =

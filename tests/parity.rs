@@ -26,7 +26,7 @@ use polytape::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const CASES: [&str; 14] = [
+const CASES: [&str; 15] = [
     "tiny",
     "v11-untied",
     "v11-tied",
@@ -40,6 +40,7 @@ const CASES: [&str; 14] = [
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma3",
     "bart",
 ];
 
@@ -363,7 +364,7 @@ fn the_cpu_trains_as_peft() {
 /// same bits of nll, and gradients that add up.
 #[test]
 fn packed_examples_do_not_see_each_other() {
-    for name in ["llama", "mistral", "qwen3", "tiny"] {
+    for name in ["llama", "mistral", "qwen3", "gemma3", "tiny"] {
         let case = Case::open(name);
         let tasks = || case.rows.iter().map(|row| row.task);
         on_every_isa(|cpu, isa| {

@@ -165,8 +165,9 @@ impl<B: Backend> Decoder<B> {
         (q, keys): (Var<B>, KeyValue<B>),
         side: &Side,
     ) -> Var<B> {
-        let DecoderConfig { n_heads, n_kv_heads, head_dim, norm_eps, activation, score_scale, .. } =
-            self.config;
+        let DecoderConfig {
+            n_heads, n_kv_heads, head_dim, norm_eps, activation, score_scale, ..
+        } = self.config;
         let spec = AttentionSpec {
             n_heads,
             n_kv_heads,

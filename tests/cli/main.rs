@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adapt;
+mod chat;
 mod generation;
 mod resume;
 mod routing;

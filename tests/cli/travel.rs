@@ -45,7 +45,7 @@ fn assert_near(got: &[f64], want: &[f64], relative: f64, what: &str) {
 /// for every way a base is stored.
 #[test]
 fn an_exported_task_computes_the_same() {
-    for name in ["tiny", "sharded", "v10-hub", "bart", "llama", "qwen2"] {
+    for name in ["tiny", "sharded", "v10-hub", "bart", "llama", "qwen2", "gemma3"] {
         let dir = scratch(&format!("export-{name}"));
         let (base, adapter) = (case(name).join("base"), case(name).join("adapter"));
         // All rows as task 0: what is exported is one mixture.
@@ -233,6 +233,33 @@ fn rows_are_mixed_as_they_say() {
         assert_near(&exported, &alike, 1e-5, &routing);
         seen.push(alike[0]);
     }
+    // For all rows that do not say it themselves, and in a column of a table.
+    let plain = rows_of(&dir, "tiny", |_, _| ());
+    let out = dir.join("all.jsonl");
+    let common = ["eval", "--model", str(&base), "--adapter", str(&adapter), "--dtype", "f32"];
+    let evaluated = |data: &Path, more: &[&str]| {
+        let flags = ["--generate", "off", "--per-example", str(&out), "--data", str(data)];
+        ok(&[&common[..], &flags, more].concat());
+        lines(&out).iter().map(|row| row["nll"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    for routing in [&routings[2], &routings[3]] {
+        let alike = nll(&dir, &base, Some(&adapter), &with(Some(routing)));
+        let plain = rows_of(&dir, "tiny", |_, _| ());
+        assert_eq!(evaluated(&plain, &["--routing", &routing.to_string()]), alike);
+    }
+    let average = nll(&dir, &base, Some(&adapter), &with(Some(&routings[4])));
+    let own = rows_of(&dir, "tiny", |i, row| {
+        if i == 0 {
+            row["routing"] = routings[0].clone()
+        }
+    });
+    let mixed = evaluated(&own, &["--routing", "average"]);
+    assert_eq!((mixed[0], &mixed[1..]), (together[0], &average[1..]));
+    let refused = ["--generate", "off", "--data", str(&plain), "--routing", r#"{"weights": [1]}"#];
+    fails(&[&common[..], &refused].concat(), 3, "tiny-rows.jsonl:1: --routing: 1 weights");
+    let refused = ["--generate", "off", "--data", str(&plain), "--routing", "{"];
+    fails(&[&common[..], &refused].concat(), 2, "--routing: malformed JSON, column 1");
+
     let by_task = rows_of(&dir, "tiny", |_, row| row["task_id"] = json!(1));
     assert_eq!(nll(&dir, &base, Some(&adapter), &by_task)[0], seen[0], "a task, said otherwise");
     seen.sort_by(f64::total_cmp);

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 DATA = Path(__file__).resolve().parent
-CASES = ["tiny", "v10-hub", "llama", "qwen3", "bart"]
+CASES = ["tiny", "v10-hub", "llama", "qwen3", "gemma3", "bart"]
 OPTIONS = [
     {"max_new_tokens": 9, "num_beams": 4},
     {"max_new_tokens": 9, "num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0},

@@ -42,8 +42,9 @@ from peft.tuners.poly.layer import Linear as PolyLinear
 from peft.tuners.poly.router import EPS, PolyRouter
 from safetensors.torch import load_file, save_file
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
-from transformers import (BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MT5Config, MT5ForConditionalGeneration,
+from transformers import (BartConfig, BartForConditionalGeneration, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MT5Config, MT5ForConditionalGeneration,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration)
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
@@ -71,6 +72,7 @@ FAMILIES = {
     "mt5": (MT5Config, MT5ForConditionalGeneration),
     "bart": (BartConfig, BartForConditionalGeneration),
     "gpt2": (GPT2Config, GPT2LMHeadModel),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
@@ -157,6 +159,12 @@ CASES = [
     Case("qwen3", "norms of the heads of q and k, tied; a regular expression",
          decoder(40, 4, 2, 12, 36, 2, 101, max_position_embeddings=64, tie_word_embeddings=True),
          poly(7, 1, 3, 2, r".*\.layers\.\d+\.(self_attn\.[qk]_proj|mlp\.down_proj)"), family="qwen3", seed=51),
+    Case("gemma3", "Gemma 3's language model: norms on both sides, a scaled embedding, a window and other angles in two layers of three",
+         decoder(36, 4, 2, 10, 52, 3, 103, max_position_embeddings=64, tie_word_embeddings=True, query_pre_attn_scalar=12, sliding_window=5,
+                 layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                 rope_parameters=dict(full_attention=dict(rope_type="linear", factor=2.0, rope_theta=5000.0),
+                                      sliding_attention=dict(rope_type="default", rope_theta=300.0))),
+         poly(2, 3, 3, 2, ["q_proj", "v_proj", "o_proj", "down_proj"]), family="gemma3_text", seed=51),
     Case("bart", "learned positions, norms after the sums, other heads and widths on either side",
          dict(d_model=24, vocab_size=101, max_position_embeddings=32, encoder_layers=1, encoder_attention_heads=3, encoder_ffn_dim=36,
               decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=44, dropout=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=1,
@@ -323,7 +331,10 @@ def exact_norms():
     """RMS norms take the mean square in float32 even of float64 values; here they do not."""
     def exact(self, x):
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+    def exact_gemma(self, x):
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Gemma3RMSNorm, "forward", exact_gemma))
         for norm in NORMS:
             stack.enter_context(mock.patch.object(norm, "forward", exact))
         yield

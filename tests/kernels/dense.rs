@@ -217,7 +217,7 @@ pub fn embed(random: &mut Gen, class: Class, batch: Batch) -> Case<Embed> {
     let (vocabulary, d_model) = (random.size(129), random.size(257));
     let weights = vec![random.weight(class, vocabulary, d_model)];
     let inputs = Inputs { weights, ..Inputs::default() };
-        // Gemma's is the root of its width; powers of two keep integers exact.
+    // Gemma's is the root of its width; powers of two keep integers exact.
     let scale = [1.0, 4.0][random.size(2) - 1];
     Case { class, batch, inputs, op: Embed { vocabulary, scale } }
 }

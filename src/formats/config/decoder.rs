@@ -250,7 +250,7 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     };
     let ropes = gemma_ropes(fields)?;
     let common = common(fields, "gemma3_text", defaults)?;
-    let is_local = |layer: usize| (layer as u64 + 1) % pattern != 0;
+    let is_local = |layer: usize| !(layer as u64 + 1).is_multiple_of(pattern);
     let windows = typed_windows(fields, common.n_layers, window)?.unwrap_or_else(|| {
         (0..common.n_layers).map(|layer| window.filter(|_| is_local(layer))).collect()
     });
@@ -625,6 +625,36 @@ mod tests {
     }
 
     #[test]
+    fn gemma_as_on_the_hub() {
+        let gemma = parse(&json!({
+            "architectures": ["Gemma3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+            "attn_logit_softcapping": null, "bos_token_id": 2, "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106], "final_logit_softcapping": null, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+            "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+            "num_attention_heads": 4, "num_hidden_layers": 7, "num_key_value_heads": 1, "pad_token_id": 0,
+            "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1000000, "sliding_window": 512,
+            "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+            "use_cache": true, "vocab_size": 262144
+        }))
+        .unwrap();
+        let rope = RopeConfig { theta: 1e6, scaling: RopeScaling::Linear { factor: 8.0 } };
+        let window_rope = RopeConfig { theta: 1e4, scaling: RopeScaling::None };
+        assert_eq!((gemma.rope, gemma.window_rope), (rope, Some(window_rope)));
+        let of_layer = [Some(512), Some(512), Some(512), Some(512), Some(512), None, Some(512)];
+        assert_eq!((&gemma.windows[..], gemma.score_scale), (&of_layer[..], 1.0 / 16.0));
+        assert!(gemma.is_gemma && gemma.qk_norm && gemma.tie_word_embeddings && !gemma.qkv_bias);
+        assert_eq!(
+            (gemma.activation, &gemma.eos_token_ids[..]),
+            (Activation::GeluNew, &[1, 106][..])
+        );
+        let error = parse(&json!({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("final_logit_softcapping"), "{error}");
+    }
+
+    #[test]
     fn bad_values_are_refused_by_name() {
         let rope = |value| json!({"rope_type": value});
         let cases = [
@@ -668,7 +698,9 @@ mod tests {
         let unknown = json!({"model_type": "gemma3"});
         let error = parse(&unknown).unwrap_err().to_string();
         assert!(
-            error.contains("supported: t5, mt5, bart, llama, mistral, qwen2, qwen3, gemma3_text, gpt2"),
+            error.contains(
+                "supported: t5, mt5, bart, llama, mistral, qwen2, qwen3, gemma3_text, gpt2"
+            ),
             "{error}"
         );
     }

@@ -85,6 +85,7 @@ const HARMLESS: &[&str] = &[
     "use_bfloat16",
     "use_cache",
     // Speed and memory only.
+    "cache_implementation",
     "pretraining_tp",
     "chunk_size_feed_forward",
     // Classifiers and retrieval.

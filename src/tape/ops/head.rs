@@ -107,7 +107,8 @@ impl<'m, B: Backend> Tape<'m, B> {
             }
         }
         if let Some((epsilon, mean)) = self.loss_shape.as_ref().and_then(|shape| shape.smoothing) {
-            let of_labels = backend.embed(Embed { table: spec.weight, ids: spec.labels, scale: 1.0 });
+            let of_labels =
+                backend.embed(Embed { table: spec.weight, ids: spec.labels, scale: 1.0 });
             let of_labels = backend.download(&of_labels);
             let rows = values.chunks_exact_mut(d_model).zip(of_labels.chunks_exact(d_model));
             for ((row, of_label), weight) in rows.zip(weights) {
