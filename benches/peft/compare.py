@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times polytape against Hugging Face PEFT on the same T5 weights, and checks first that both compute the same thing.
+"""Times polytape against Hugging Face PEFT on the same weights (T5 or decoder-only), and checks first that both compute the same thing.
 
     pip install torch==2.11.0 transformers==5.17.0 peft==0.21.2
     cargo build --release
@@ -48,12 +48,16 @@ def peft_model(spec, check=False):
     """The base from `spec["model"]` with a fresh adapter. For a check, one that changes the output (B and the logits not small)."""
     import torch
     from peft import LoraConfig, PolyConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     torch.manual_seed(0)
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[spec["dtype"]]
-    model = AutoModelForSeq2SeqLM.from_pretrained(spec["model"], dtype=dtype, dropout_rate=0.0)
-    common = dict(task_type=TaskType.SEQ_2_SEQ_LM, r=spec["r"], target_modules=spec["target_modules"].split(","))
+    if is_causal(spec["model"]):
+        model, task_type = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype), TaskType.CAUSAL_LM
+    else:
+        model = AutoModelForSeq2SeqLM.from_pretrained(spec["model"], dtype=dtype, dropout_rate=0.0)
+        task_type = TaskType.SEQ_2_SEQ_LM
+    common = dict(task_type=task_type, r=spec["r"], target_modules=spec["target_modules"].split(","))
     if spec["adapter"] == "none":
         return model.requires_grad_(False)
     if spec["adapter"] == "lora" and not check:
@@ -65,6 +69,11 @@ def peft_model(spec, check=False):
                 if "module_logits" in name:
                     weight.copy_(2 * torch.randn_like(weight))
     return model
+
+
+def is_causal(folder):
+    """Whether a model folder is of a decoder-only family: its labels follow its input in one sequence."""
+    return "CausalLM" in json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
 
 
 def peft_check(spec):
@@ -79,7 +88,11 @@ def peft_check(spec):
         for row in spec["rows"]:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["label_ids"])
             routed = {} if spec["adapter"] == "none" else {"task_ids": torch.tensor([row["task_id"]])}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels[None], **routed).logits[0]
+            if is_causal(spec["model"]):
+                ids = torch.cat([ids, labels[None, :-1]], 1)
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **routed).logits[0, -len(labels):]
+            else:
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels[None], **routed).logits[0]
             result.append(float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")))
     return {"nll": result}
 
@@ -96,8 +109,13 @@ def peft_bench(spec):
     random_ids = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (spec["batch"], spec["src"]), generator=random_ids)
     labels = torch.randint(3, vocab, (spec["batch"], spec["tgt"]), generator=random_ids)
+    prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    causal = is_causal(spec["model"])
+    if causal and spec["mode"] != "generate":
+        ids, labels = torch.cat([ids, labels], 1), torch.cat([torch.full_like(ids, -100), labels], 1)
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if spec["adapter"] == "poly":
+        prompt["task_ids"] = torch.arange(spec["batch"]) % spec["n_tasks"]
         inputs["task_ids"] = torch.arange(spec["batch"]) % spec["n_tasks"]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
@@ -113,6 +131,10 @@ def peft_bench(spec):
         """No weight learns, so the embeddings ask for a gradient: otherwise torch would skip the backward."""
         embed = model.get_input_embeddings()
         source = embed(ids).detach().requires_grad_()
+        if causal:
+            out = model(attention_mask=inputs["attention_mask"], inputs_embeds=source, labels=labels)
+            out.loss.backward()
+            return float(out.loss)
         target = embed(model._shift_right(labels)).detach().requires_grad_()
         out = model(attention_mask=inputs["attention_mask"], inputs_embeds=source, decoder_inputs_embeds=target, labels=labels)
         out.loss.backward()
@@ -124,8 +146,8 @@ def peft_bench(spec):
 
     @torch.no_grad()
     def generate():
-        out = model.generate(**inputs, max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=False, num_beams=1)
-        assert out.shape == (spec["batch"], spec["new"] + 1)  # And the start token.
+        out = model.generate(**prompt, max_new_tokens=spec["new"], min_new_tokens=spec["new"], do_sample=False, num_beams=1)
+        assert out.shape == (spec["batch"], spec["new"] + (spec["src"] if causal else 1))  # And the prompt, or the start token.
 
     step = {"train": train if trainable else train_frozen, "eval": evaluate, "generate": generate}[spec["mode"]]
     model.train(spec["mode"] == "train")
