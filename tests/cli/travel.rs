@@ -233,8 +233,7 @@ fn rows_are_mixed_as_they_say() {
         assert_near(&exported, &alike, 1e-5, &routing);
         seen.push(alike[0]);
     }
-    // For all rows that do not say it themselves, and in a column of a table.
-    let plain = rows_of(&dir, "tiny", |_, _| ());
+    // For all rows that do not say it themselves.
     let out = dir.join("all.jsonl");
     let common = ["eval", "--model", str(&base), "--adapter", str(&adapter), "--dtype", "f32"];
     let evaluated = |data: &Path, more: &[&str]| {
@@ -255,6 +254,7 @@ fn rows_are_mixed_as_they_say() {
     });
     let mixed = evaluated(&own, &["--routing", "average"]);
     assert_eq!((mixed[0], &mixed[1..]), (together[0], &average[1..]));
+    let plain = rows_of(&dir, "tiny", |_, _| ());
     let refused = ["--generate", "off", "--data", str(&plain), "--routing", r#"{"weights": [1]}"#];
     fails(&[&common[..], &refused].concat(), 3, "tiny-rows.jsonl:1: --routing: 1 weights");
     let refused = ["--generate", "off", "--data", str(&plain), "--routing", "{"];
