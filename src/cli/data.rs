@@ -24,7 +24,7 @@ use crate::{
 
 #[derive(Args)]
 pub(super) struct DataFlags {
-    /// Rows: JSONL, or CSV with a header (.csv, .tsv). Of several files each is a task of its name,
+    /// Rows: JSONL, CSV with a header (.csv, .tsv), or Parquet (.parquet, where it is built in). Of several files each is a task of its name,
     /// where its rows name none.
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
@@ -194,7 +194,9 @@ impl DataFlags {
             target: self.target_column.clone(),
             task: self.task_column.clone(),
         };
-        let rows = if csv::is_csv(path) {
+        let rows = if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("parquet")) {
+            read_parquet(path, targets, &columns)?
+        } else if csv::is_csv(path) {
             csv::read_csv(path, targets, &columns)?
         } else {
             RowReader::open(path, targets)?.with_columns(columns).collect::<Result<_>>()?
@@ -270,6 +272,17 @@ impl DataFlags {
         let files = self.read(targets)?;
         self.encode(files, &Recipe::default(), model, tokenizer, routes, targets)
     }
+}
+
+#[cfg(feature = "parquet")]
+use crate::formats::parquet::read_parquet;
+
+#[cfg(not(feature = "parquet"))]
+fn read_parquet(path: &Path, _: Targets, _: &Columns) -> Result<Vec<Row>> {
+    Err(Error::file(
+        path,
+        "Parquet is not built in: cargo build --release --features parquet, or convert the file to JSONL",
+    ))
 }
 
 /// What a row's field `choices` or `choice_ids` lists; what is wrong with it otherwise.

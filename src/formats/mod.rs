@@ -11,6 +11,7 @@
 //!                 the same of LoRA     -> lora         -> pairs
 //!                 tasks.json           -> tasks        -> names of task ids
 //! data            rows.jsonl, .csv     -> rows, csv    -> Row, with its line number
+//!                 .parquet             -> parquet      -> Row, with its number (feature parquet)
 //! ```
 //!
 //! Every reader here accepts any bytes at all: it returns a value that keeps its module's promises,
@@ -38,5 +39,7 @@ pub mod poly_config;
 // Data:
 #[cfg(feature = "cli")]
 pub mod csv;
+#[cfg(feature = "parquet")]
+pub mod parquet;
 pub mod rows;
 pub mod tasks;

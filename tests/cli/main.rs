@@ -364,6 +364,15 @@ fn bad_input_is_3_and_names_its_place() {
     fails(&own, 2, "the model's own folder");
 }
 
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn parquet_that_is_not_built_in_says_so() {
+    let dir = scratch("no-parquet");
+    let rows = dir.join("rows.parquet");
+    fs::write(&rows, b"PAR1").unwrap();
+    fails(&train(&rows, &dir.join("out"), &[]), 3, "rows.parquet: Parquet is not built in");
+}
+
 #[test]
 fn a_missing_device_is_4() {
     let dir = scratch("device");
