@@ -11,7 +11,7 @@
 //! ask for it usually have a date for that case.
 //!
 //! A template is a program of the model folder's. It gets a budget of work and memory
-//! ([`FUEL`]), reads no files, and fails with an error.
+//! (`FUEL`), reads no files, and fails with an error.
 
 use std::path::{Path, PathBuf};
 

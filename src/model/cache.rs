@@ -9,7 +9,7 @@
 //! number of tokens to any of them: a whole prompt, or one token each. A slot that is emptied is the
 //! next sequence's. What the caller says will be needed is reserved at once, so nothing is copied
 //! when sequences grow; memory is taken from the system only where something is written. Beyond
-//! [`MAX_RESERVED_BYTES`] the room doubles when a slot is full.
+//! `MAX_RESERVED_BYTES` the room doubles when a slot is full.
 
 use std::{ops::Range, sync::Arc};
 
