@@ -111,8 +111,8 @@ def peft_bench(spec):
     labels = torch.randint(3, vocab, (spec["batch"], spec["tgt"]), generator=random_ids)
     prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     causal = is_causal(spec["model"])
-    if causal and spec["mode"] != "generate":
-        ids, labels = torch.cat([ids, labels], 1), torch.cat([torch.full_like(ids, -100), labels], 1)
+    if causal:
+        labels = ids  # As `polytape bench`: trained on all of the source, and --tgt does not matter.
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if spec["adapter"] == "poly":
         prompt["task_ids"] = torch.arange(spec["batch"]) % spec["n_tasks"]
@@ -160,7 +160,7 @@ def peft_bench(spec):
         loss = step()
         times.append(time.perf_counter() - start)
         memory.sample()
-    n_tokens = spec["batch"] * (spec["new"] if spec["mode"] == "generate" else spec["src"] + spec["tgt"])
+    n_tokens = spec["batch"] * (spec["new"] if spec["mode"] == "generate" else spec["src"] + (0 if causal else spec["tgt"]))
     median = statistics.median(times)
     return dict(median_s=median, min_s=min(times), tok_per_s=n_tokens / median, rss_mib=proc_status_mib("VmHWM"),
                 anon_mib=memory.peak_mib, import_anon_mib=import_anon_mib, isa=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), loss=loss,
@@ -354,7 +354,7 @@ def parse_args():
     parser.add_argument("--bin", type=Path, help="the polytape binary")
     parser.add_argument("--out", type=Path, required=True, help="output folder; bases are kept in models/ there")
     parser.add_argument("--presets", type=words, default=["flan-t5-small", "flan-t5-base"], help="of `polytape init`, comma-separated")
-    parser.add_argument("--model", type=Path, help="an existing T5 folder instead of presets")
+    parser.add_argument("--model", type=Path, help="an existing folder instead of presets")
     parser.add_argument("--modes", type=words, default=["train", "eval", "generate"])
     parser.add_argument("--adapters", type=words, default=["poly", "none"], help="of poly,lora,none")
     parser.add_argument("--dtypes", type=words, default=["bf16"], help="of f32,bf16")

@@ -10,7 +10,7 @@ use crate::{
     dtype::Dtype,
     error::Result,
     kernels::{
-        cpu::{Cpu, isa::Isa},
+        cpu::{Cpu, Peaks, isa::Isa},
         cuda::{self, Cuda},
     },
 };
@@ -38,6 +38,7 @@ impl Doctor {
                 Some(format!("L{} {} {}", level.trim(), kind.trim().to_lowercase(), size.trim()))
             })
             .collect();
+        let Peaks { fma, amx, read, read_by_one } = cpu.peaks();
         let cuda = cuda::probe();
         if let Device::Cuda = self.common.device {
             Cuda::new(dtype)?; // Fails where --device cuda would.
@@ -47,6 +48,8 @@ impl Doctor {
                 "version": env!("CARGO_PKG_VERSION"), "cpu": model, "isa": cpu.isa().name(),
                 "isa_available": available, "isa_forced": forced, "threads": cpu.n_threads(),
                 "memory": memory, "memory_available": free, "caches": caches,
+                "fma_gflop_per_s": fma / 1e9, "amx_gflop_per_s": amx.map(|amx| amx / 1e9),
+                "read_gb_per_s": read / 1e9, "read_gb_per_s_one_thread": read_by_one / 1e9,
                 "cuda": cuda.iter().map(|(k, v)| ((*k).to_owned(), v.clone().into())).collect::<Map<_, _>>(),
             }));
         }
@@ -60,7 +63,13 @@ impl Doctor {
             ("caches", caches.join(", ")),
             ("instruction sets", available.join(", ")),
             ("in use", format!("{} ({why}), {} threads", cpu.isa().name(), cpu.n_threads())),
+            ("f32 peak", format!("{:.0} GFLOP/s, measured now", fma / 1e9)),
+            ("bf16 tiles", amx.map_or("no AMX".into(), |amx| format!("{:.0} GFLOP/s", amx / 1e9))),
             ("memory", format!("{memory}, {free} available")),
+            (
+                "read from memory",
+                format!("{:.1} GB/s, {:.1} GB/s by one thread", read / 1e9, read_by_one / 1e9),
+            ),
         ]
         .into_iter()
         .chain(cuda)

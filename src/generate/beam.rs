@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::{
     Engine, GenerateOptions, Generated,
     options::EarlyStopping,
@@ -38,6 +40,7 @@ struct Search {
 }
 
 /// A continuation of beam `parent`.
+#[derive(Clone, Copy)]
 struct Candidate {
     parent: usize,
     id: u32,
@@ -162,14 +165,17 @@ impl Search {
             *scoring.options;
         let n_new = self.running[0].history.len() - self.prompt_len;
         let is_full = self.running.iter().any(|beam| stepper.is_full(beam.slot));
-        let mut candidates = Vec::new();
-        for (parent, (beam, scores)) in self.running.iter().zip(scores).enumerate() {
+        let rows: Vec<(&Beam, &mut [f64])> = self.running.iter().zip(scores).collect();
+        let of_beams = rows.into_par_iter().enumerate().map(|(parent, (beam, scores))| {
             log_softmax(scores);
             scoring.apply(&Progress { history: &beam.history, n_new }, scores);
+            let mut candidates = Vec::new();
             best(scores, n_candidates(scoring), |id, score| {
                 candidates.push(Candidate { parent, id, score: beam.score + score });
             });
-        }
+            candidates
+        });
+        let mut candidates = of_beams.collect::<Vec<_>>().concat();
         candidates.sort_by(|a, b| {
             b.score.total_cmp(&a.score).then((a.parent, a.id).cmp(&(b.parent, b.id)))
         });
