@@ -54,11 +54,13 @@ pub fn heat_map_svg(map: &HeatMap<'_>) -> String {
     let longest = |names: &[String]| names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
     let left = MARGIN + LETTER * longest(row_names) + 8;
     let panel_width = CELL * column_names.len();
+    let largest = panels.iter().flat_map(|p| &p.values).fold(0.0_f64, |a, &b| a.max(b));
+    // Where all cells are near the largest all are dark: without the number that says nothing.
+    let note = format!("{note}; white is 0, the darkest {largest:.3}");
     let text_width = LETTER * title.chars().count().max(note.chars().count());
     let width = (left + panels.len() * (panel_width + GAP)).max(MARGIN + text_width) + MARGIN;
     let bottom = HEAD + CELL * row_names.len();
     let height = bottom + 12 + LETTER * longest(column_names) + MARGIN;
-    let largest = panels.iter().flat_map(|p| &p.values).fold(0.0_f64, |a, &b| a.max(b));
 
     let mut svg = String::new();
     let mut line = |text: std::fmt::Arguments<'_>| {
@@ -70,7 +72,7 @@ pub fn heat_map_svg(map: &HeatMap<'_>) -> String {
     ));
     line(format_args!(r##"<rect width="{width}" height="{height}" fill="#fff"/>"##));
     line(format_args!(r##"<text x="{MARGIN}" y="24" font-size="15">{}</text>"##, escape(title)));
-    line(format_args!(r##"<text x="{MARGIN}" y="44" fill="#666">{}</text>"##, escape(note)));
+    line(format_args!(r##"<text x="{MARGIN}" y="44" fill="#666">{}</text>"##, escape(&note)));
     for (row, name) in row_names.iter().enumerate() {
         let (x, y) = (left - 8, HEAD + CELL * row + CELL * 2 / 3);
         line(format_args!(r##"<text x="{x}" y="{y}" text-anchor="end">{}</text>"##, escape(name)));
@@ -154,7 +156,7 @@ mod tests {
         assert_eq!(svg.matches("<title>").count(), 8);
         assert_eq!(svg.matches("#0c2c6e").count(), 1);
         assert!(svg.contains("<title>two, s1: 0.500</title>"));
-        assert!(svg.contains("a &lt; b"));
+        assert!(svg.contains("a &lt; b") && svg.contains("white is 0, the darkest 1.000"));
         assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n"));
     }
 

@@ -112,16 +112,21 @@ svg{max-width:100%;height:auto;display:block;margin:1rem 0}h2{margin-top:2.5rem;
 table{border-collapse:collapse;font-size:13px}th,td{text-align:left;padding:.15rem .8rem .15rem 0;vertical-align:top;word-break:break-word}\
 th{font-weight:600;white-space:nowrap}";
 
+/// So many of something.
+fn count(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
 fn summary(run: &Run<'_>) -> String {
     let (config, modules) = run.adapter;
     let last = |key: &str| series(run.log, key).last().copied();
     let mut text = format!(
-        "<p>{} tasks, {} skills of rank {}, {} splits, {} adapted linears.",
-        config.n_tasks,
-        config.n_skills,
+        "<p>{}, {} of rank {}, {}, {}.",
+        count(config.n_tasks, "task"),
+        count(config.n_skills, "skill"),
         config.r,
-        config.n_splits,
-        modules.len()
+        count(config.n_splits, "split"),
+        count(modules.len(), "adapted linear"),
     );
     if let Some((step, loss)) = last("loss") {
         let _ = write!(text, " {step} steps, training loss {loss:.4}.");
