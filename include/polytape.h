@@ -17,6 +17,15 @@
 // library; within one version structures only grow at their end, and functions are only added.
 #define POLYTAPE_ABI_VERSION 1
 
+// A beam search ends when no beam looks better than the worst finished one at its present length.
+#define POLYTAPE_EARLY_STOPPING_FALSE 0
+
+// A beam search ends as soon as there are `num_beams` finished sequences.
+#define POLYTAPE_EARLY_STOPPING_TRUE 1
+
+// A beam search ends when no beam can become better at any length.
+#define POLYTAPE_EARLY_STOPPING_NEVER 2
+
 // Computes in bf16 where the base is 16-bit, else in f32.
 #define POLYTAPE_DTYPE_AUTO 0
 
@@ -145,7 +154,8 @@ typedef struct polytape_example {
     uint32_t reserved;
 } polytape_example;
 
-// How tokens are generated: greedily.
+// How tokens are generated: names, meaning and defaults of transformers' GenerationConfig. The defaults
+// of polytape_generate_options_init are greedy; those of zeros are not allowed.
 typedef struct polytape_generate_options {
     // sizeof(polytape_generate_options).
     size_t size;
@@ -153,6 +163,28 @@ typedef struct polytape_generate_options {
     size_t max_new_tokens;
     // No end token before this many.
     size_t min_new_tokens;
+    // Sequences that a beam search follows; 1: no beam search.
+    size_t num_beams;
+    // Draws among this many of the most probable tokens; 0: among all.
+    size_t top_k;
+    // No so many tokens in a row occur twice; 0: they may.
+    size_t no_repeat_ngram_size;
+    // What draws are derived from, together with an example's index and a token's position.
+    uint64_t seed;
+    // Exponent of the length by which a beam's score is divided.
+    double length_penalty;
+    // Divides the scores before a draw.
+    double temperature;
+    // Draws among the most probable tokens that together have this probability.
+    double top_p;
+    // Draws among tokens of at least this share of the largest probability.
+    double min_p;
+    // Divides (where negative: multiplies) the scores of tokens that were there before.
+    double repetition_penalty;
+    // Not 0: draws tokens instead of taking the most probable.
+    uint32_t do_sample;
+    // When a beam search ends: a POLYTAPE_EARLY_STOPPING_.
+    uint32_t early_stopping;
 } polytape_generate_options;
 
 // Sees each token as it is made: the example's index and the id. Not 0: stop. It runs in one of
@@ -269,6 +301,10 @@ typedef struct polytape_model_options {
     uint32_t dtype;
     // Threads; 0: one a core.
     uint32_t n_threads;
+    // Not 0: the weights are read into memory, so that what happens to the files later does not matter.
+    uint32_t in_memory;
+    // 0.
+    uint32_t reserved;
 } polytape_model_options;
 
 // What a base is.
@@ -424,9 +460,10 @@ int32_t polytape_engine_logits(const struct polytape_engine *engine,
 // The defaults. `size` is sizeof(polytape_generate_options).
 int32_t polytape_generate_options_init(struct polytape_generate_options *options, size_t size);
 
-// The most probable continuation of each example, token by token: `on_token` sees new tokens only,
-// with the end token where one comes. Rows of different tasks step together. `options` may be null.
-// Returns POLYTAPE_STOPPED where the callback said so.
+// A continuation of each example, by default the most probable one, token by token: `on_token` sees new
+// tokens only, with the end token where one comes; those of a beam search at its end. Rows of
+// different tasks step together. `options` may be null. Returns POLYTAPE_STOPPED where the callback
+// said so, and POLYTAPE_BAD_INPUT where the base's files changed meanwhile: the tokens may be wrong.
 int32_t polytape_engine_generate(const struct polytape_engine *engine,
                                  const struct polytape_example *examples,
                                  size_t n_examples,
@@ -609,9 +646,10 @@ int32_t polytape_engine_logits(const struct polytape_engine *engine,
 // The defaults. `size` is sizeof(polytape_generate_options).
 int32_t polytape_generate_options_init(struct polytape_generate_options *options, size_t size);
 
-// The most probable continuation of each example, token by token: `on_token` sees new tokens only,
-// with the end token where one comes. Rows of different tasks step together. `options` may be null.
-// Returns POLYTAPE_STOPPED where the callback said so.
+// A continuation of each example, by default the most probable one, token by token: `on_token` sees new
+// tokens only, with the end token where one comes; those of a beam search at its end. Rows of
+// different tasks step together. `options` may be null. Returns POLYTAPE_STOPPED where the callback
+// said so, and POLYTAPE_BAD_INPUT where the base's files changed meanwhile: the tokens may be wrong.
 int32_t polytape_engine_generate(const struct polytape_engine *engine,
                                  const struct polytape_example *examples,
                                  size_t n_examples,

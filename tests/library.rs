@@ -142,7 +142,9 @@ fn the_example_of_a_routed_linear_learns_both_tasks() {
 
 /// Everything that an engine and a trainer on their own base compute: a fingerprint of the bits.
 fn work(name: &str, dtype: Dtype, n_threads: usize) -> Vec<u64> {
-    let model = Model::open(base(name), &Options { dtype: Some(dtype), n_threads }).unwrap();
+    let model =
+        Model::open(base(name), &Options { dtype: Some(dtype), n_threads, ..Options::default() })
+            .unwrap();
     let config = PolyConfig { n_tasks: 2, n_skills: 2, r: 4, ..PolyConfig::default() };
     let adapter = Adapter::new(&model, &config, 3).unwrap();
     let examples: Vec<_> = (0..6)

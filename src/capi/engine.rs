@@ -16,7 +16,7 @@ use super::{
     status::{Failure, Stopped, call},
 };
 use crate::{
-    generate::{Engine, GenerateOptions},
+    generate::{EarlyStopping, Engine, GenerateOptions},
     kernels::cpu::Cpu,
     model::{Adapter, Example, Mixing, Model},
 };
@@ -217,6 +217,7 @@ pub unsafe extern "C" fn polytape_engine_nll(
         check_room(n_nll, n_labels(&examples), "nll")?;
         let to = memory::write(nll, n_nll, "nll")?;
         let found = object.engine.nll(&examples.iter().collect::<Vec<_>>());
+        object.model.verify_unchanged()?;
         to.iter_mut().zip(found.into_iter().flatten()).for_each(|(to, nll)| *to = nll);
         Ok(())
     })
@@ -238,13 +239,16 @@ pub unsafe extern "C" fn polytape_engine_logits(
         let needed = n_labels(&examples).saturating_mul(object.model.vocab_size());
         check_room(n_logits, needed, "logits")?;
         let to = memory::write(logits, n_logits, "logits")?;
-        let found = examples.iter().flat_map(|example| object.engine.logits(example));
+        let found: Vec<f64> =
+            examples.iter().flat_map(|example| object.engine.logits(example)).collect();
+        object.model.verify_unchanged()?;
         to.iter_mut().zip(found).for_each(|(to, logit)| *to = logit as f32);
         Ok(())
     })
 }
 
-/// How tokens are generated: greedily.
+/// How tokens are generated: names, meaning and defaults of transformers' GenerationConfig. The defaults
+/// of polytape_generate_options_init are greedy; those of zeros are not allowed.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct polytape_generate_options {
@@ -254,19 +258,110 @@ pub struct polytape_generate_options {
     pub max_new_tokens: usize,
     /// No end token before this many.
     pub min_new_tokens: usize,
+    /// Sequences that a beam search follows; 1: no beam search.
+    pub num_beams: usize,
+    /// Draws among this many of the most probable tokens; 0: among all.
+    pub top_k: usize,
+    /// No so many tokens in a row occur twice; 0: they may.
+    pub no_repeat_ngram_size: usize,
+    /// What draws are derived from, together with an example's index and a token's position.
+    pub seed: u64,
+    /// Exponent of the length by which a beam's score is divided.
+    pub length_penalty: f64,
+    /// Divides the scores before a draw.
+    pub temperature: f64,
+    /// Draws among the most probable tokens that together have this probability.
+    pub top_p: f64,
+    /// Draws among tokens of at least this share of the largest probability.
+    pub min_p: f64,
+    /// Divides (where negative: multiplies) the scores of tokens that were there before.
+    pub repetition_penalty: f64,
+    /// Not 0: draws tokens instead of taking the most probable.
+    pub do_sample: u32,
+    /// When a beam search ends: a POLYTAPE_EARLY_STOPPING_.
+    pub early_stopping: u32,
 }
+
+/// A beam search ends when no beam looks better than the worst finished one at its present length.
+pub const POLYTAPE_EARLY_STOPPING_FALSE: u32 = 0;
+/// A beam search ends as soon as there are `num_beams` finished sequences.
+pub const POLYTAPE_EARLY_STOPPING_TRUE: u32 = 1;
+/// A beam search ends when no beam can become better at any length.
+pub const POLYTAPE_EARLY_STOPPING_NEVER: u32 = 2;
 
 impl Default for polytape_generate_options {
     fn default() -> Self {
-        let GenerateOptions { max_new_tokens, min_new_tokens, .. } = GenerateOptions::default();
-        Self { size: size_of::<Self>(), max_new_tokens, min_new_tokens }
+        let GenerateOptions {
+            max_new_tokens,
+            min_new_tokens,
+            num_beams,
+            num_return_sequences: _, // The callback sees the best one.
+            length_penalty,
+            early_stopping,
+            do_sample,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            no_repeat_ngram_size,
+            seed,
+        } = GenerateOptions::default();
+        Self {
+            size: size_of::<Self>(),
+            max_new_tokens,
+            min_new_tokens,
+            num_beams,
+            top_k,
+            no_repeat_ngram_size,
+            seed,
+            length_penalty,
+            temperature,
+            top_p,
+            min_p,
+            repetition_penalty,
+            do_sample: u32::from(do_sample),
+            early_stopping: match early_stopping {
+                EarlyStopping::No => POLYTAPE_EARLY_STOPPING_FALSE,
+                EarlyStopping::Yes => POLYTAPE_EARLY_STOPPING_TRUE,
+                EarlyStopping::Never => POLYTAPE_EARLY_STOPPING_NEVER,
+            },
+        }
+    }
+}
+
+impl polytape_generate_options {
+    fn checked(self) -> Result<GenerateOptions, Failure> {
+        let options = GenerateOptions {
+            max_new_tokens: self.max_new_tokens,
+            min_new_tokens: self.min_new_tokens,
+            num_beams: self.num_beams,
+            num_return_sequences: 1,
+            length_penalty: self.length_penalty,
+            early_stopping: match self.early_stopping {
+                POLYTAPE_EARLY_STOPPING_FALSE => EarlyStopping::No,
+                POLYTAPE_EARLY_STOPPING_TRUE => EarlyStopping::Yes,
+                POLYTAPE_EARLY_STOPPING_NEVER => EarlyStopping::Never,
+                other => return Err(Failure::usage(format!("there is no early_stopping {other}"))),
+            },
+            do_sample: self.do_sample != 0,
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            no_repeat_ngram_size: self.no_repeat_ngram_size,
+            seed: self.seed,
+        };
+        options.check()?;
+        Ok(options)
     }
 }
 
 // SAFETY: `repr(C)`, begins with `size`, numbers only.
 unsafe impl Versioned for polytape_generate_options {
     const NAME: &'static str = "polytape_generate_options";
-    const FIRST_SIZE: usize = size_of::<Self>();
+    const FIRST_SIZE: usize = 3 * size_of::<usize>();
 }
 
 /// The defaults. `size` is sizeof(polytape_generate_options).
@@ -302,9 +397,10 @@ impl Callback {
     }
 }
 
-/// The most probable continuation of each example, token by token: `on_token` sees new tokens only,
-/// with the end token where one comes. Rows of different tasks step together. `options` may be null.
-/// Returns POLYTAPE_STOPPED where the callback said so.
+/// A continuation of each example, by default the most probable one, token by token: `on_token` sees new
+/// tokens only, with the end token where one comes; those of a beam search at its end. Rows of
+/// different tasks step together. `options` may be null. Returns POLYTAPE_STOPPED where the callback
+/// said so, and POLYTAPE_BAD_INPUT where the base's files changed meanwhile: the tokens may be wrong.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn polytape_engine_generate(
     engine: *const polytape_engine,
@@ -318,20 +414,14 @@ pub unsafe extern "C" fn polytape_engine_generate(
         let object = handles::object(engine)?;
         let mut examples = object.examples(examples, n_examples)?;
         examples.iter_mut().for_each(|example| example.labels.clear());
-        let options = optional_settings(options)?;
-        let options = GenerateOptions {
-            max_new_tokens: options.max_new_tokens,
-            min_new_tokens: options.min_new_tokens,
-            ..GenerateOptions::default()
-        };
-        options.check()?;
+        let options = optional_settings(options)?.checked()?;
         let Some(function) = on_token else {
             return Err(Failure::new(super::POLYTAPE_NULL, "on_token is null"));
         };
         let mut callback = Callback { function, user };
         let examples: Vec<_> = examples.iter().collect();
         object.engine.generate(&examples, &options, move |row, id| callback.call(row, id));
-        Ok(())
+        Ok(object.model.verify_unchanged()?)
     })
 }
 

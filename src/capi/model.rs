@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     dtype::Dtype,
+    formats::mmap::Access,
     kernels::cpu::Cpu,
     model::{Layout, Model, Options},
 };
@@ -61,6 +62,10 @@ pub struct polytape_model_options {
     pub dtype: u32,
     /// Threads; 0: one a core.
     pub n_threads: u32,
+    /// Not 0: the weights are read into memory, so that what happens to the files later does not matter.
+    pub in_memory: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 // SAFETY: `repr(C)`, begins with `size`, numbers only.
@@ -126,8 +131,11 @@ pub unsafe extern "C" fn polytape_model_open(
     call(|| {
         memory::check_place(model, "model")?;
         let options = optional_settings(options)?;
-        let options =
-            Options { dtype: compute_dtype(options.dtype)?, n_threads: options.n_threads as usize };
+        let options = Options {
+            dtype: compute_dtype(options.dtype)?,
+            n_threads: options.n_threads as usize,
+            access: if options.in_memory == 0 { Access::Mapped } else { Access::InMemory },
+        };
         let opened = Model::open(text(dir, "dir")?, &options)?;
         let isa = CString::new(opened.backend().isa().name()).unwrap_or_default();
         memory::put(model, handles::give(ModelObject { model: Arc::new(opened), isa }), "model")

@@ -85,7 +85,8 @@ impl Export {
         }
         let merged = write_folder(&self.output_dir, |dir| match (&self.model, self.merged) {
             (Some(model), true) => {
-                write_merged(&Checkpoint::open(model)?, &pairs, 1.0 / lora.r as f64, dir).map(Some)
+                let checkpoint = Checkpoint::open_with(model, self.common.access())?;
+                write_merged(&checkpoint, &pairs, 1.0 / lora.r as f64, dir).map(Some)
             }
             _ => save_lora(dir, &lora, &pairs).map(|()| None),
         })?;
@@ -108,6 +109,9 @@ impl Export {
                 })
             }
         };
+        if let Some((model, _)) = &opened {
+            model.verify_unchanged()?;
+        }
         self.say(&files, &routing, pairs.len(), merged.as_ref(), deviation.as_ref())
     }
 

@@ -30,7 +30,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    formats::checkpoint::Checkpoint,
+    formats::{checkpoint::Checkpoint, mmap::Access},
     kernels::{Backend, cpu::Cpu, cuda::Cuda},
     model::{Model, Options, natural_dtype},
 };
@@ -87,6 +87,9 @@ struct Common {
     /// Threads [default: one a core].
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Read the base into memory instead of mapping its files: what happens to them later does not matter.
+    #[arg(long)]
+    no_mmap: bool,
     /// What everything random is derived from.
     #[arg(long, default_value_t = 42)]
     seed: u64,
@@ -137,6 +140,10 @@ impl Common {
         self.threads.map_or(0, usize::from)
     }
 
+    fn access(&self) -> Access {
+        if self.no_mmap { Access::InMemory } else { Access::Mapped }
+    }
+
     /// For verbs that compute nothing on a GPU.
     fn cpu_only(&self, verb: &str) -> Result<()> {
         match self.device {
@@ -156,7 +163,8 @@ impl Common {
     }
 
     fn open_model(&self, dir: &PathBuf) -> Result<Model> {
-        let options = Options { dtype: self.dtype(), n_threads: self.n_threads() };
+        let options =
+            Options { dtype: self.dtype(), n_threads: self.n_threads(), access: self.access() };
         let model = Model::open(dir, &options)?;
         log_opened(&model);
         Ok(model)
@@ -164,10 +172,10 @@ impl Common {
 
     /// The model in a GPU's memory.
     fn open_cuda(&self, dir: &PathBuf) -> Result<Model<Cuda>> {
-        let checkpoint = Checkpoint::open(dir)?;
+        let checkpoint = Checkpoint::open_with(dir, self.access())?;
         let cuda = Cuda::new(self.dtype().unwrap_or_else(|| natural_dtype(&checkpoint)))?;
         cuda.check_fits(checkpoint.n_elements())?;
-        let model = Model::open_on(cuda, dir)?;
+        let model = Model::from_checkpoint(cuda, checkpoint)?;
         log_opened(&model);
         Ok(model)
     }
@@ -293,8 +301,21 @@ fn kebab(argument: String) -> String {
     }
 }
 
+/// Reads a command line as [`run`] does, and runs nothing. Gives what is wrong with it.
+pub fn check_arguments(arguments: &[String]) -> std::result::Result<(), String> {
+    let arguments = arguments.iter().map(|argument| kebab(argument.clone()).into());
+    let arguments = config::expand(arguments.collect(), &Cli::command());
+    let arguments = arguments.map_err(|error| error.to_string())?;
+    match Cli::try_parse_from(arguments) {
+        Err(error) if error.use_stderr() => Err(error.to_string()),
+        _ => Ok(()),
+    }
+}
+
 /// Runs the command line of this process. `kernels` is what `verify` verifies.
 pub fn run(kernels: &[verify::Kernel]) -> ExitCode {
+    #[cfg(unix)]
+    crate::formats::signals::handle();
     let arguments = std::env::args_os().map(|argument| match argument.into_string() {
         Ok(text) => kebab(text).into(),
         Err(raw) => raw,

@@ -91,7 +91,10 @@ pub fn run(options: &DemoOptions, progress: OnProgress<'_>) -> Result<DemoReport
     let DemoOptions { output_dir, seed, n_threads, plan } = options;
     let base_dir = output_dir.join("base");
     write_files(&base_dir, &BASE)?;
-    let base = Model::open(&base_dir, &Options { dtype: Some(Dtype::F32), n_threads: *n_threads })?;
+    let base = Model::open(
+        &base_dir,
+        &Options { dtype: Some(Dtype::F32), n_threads: *n_threads, ..Options::default() },
+    )?;
     let suite = Suite::new(*seed, plan.n_rows);
     write_rows(&output_dir.join("data"), &suite)?;
     let names: Vec<String> = suite.train.iter().map(|task| task.recipe.name()).collect();

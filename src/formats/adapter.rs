@@ -18,7 +18,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
@@ -26,6 +25,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         checkpoint::near_names,
+        disk,
         json::{excerpt, list_names, open_regular},
         poly_config::{self, PolyConfig},
         safetensors::{SafetensorsFile, write_atomically, write_safetensors},
@@ -119,6 +119,7 @@ impl AdapterFiles {
             let names = [LORA_A, LORA_B, ROUTER].map(|end| format!("{PREFIX}{module}{end}"));
             modules.insert(module.to_owned(), read_module(&file, &config, &names)?);
         }
+        file.file().verify_unchanged()?;
         if modules.is_empty() {
             return Err(tensors_error(file.path(), "the file has no Poly tensor".to_owned()));
         }
@@ -365,7 +366,7 @@ pub fn save_adapter(
     let tensors: Vec<(&str, &[usize], &[f32])> =
         tensors.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)).collect();
 
-    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    disk::create_dir_all(dir).map_err(Error::io("create", dir))?;
     write_safetensors(&dir.join(FILE_NAME), &tensors)?;
     match tasks.filter(|tasks| tasks.to_list().is_some()) {
         Some(tasks) => {
@@ -373,12 +374,10 @@ pub fn save_adapter(
             tasks.save(dir)?;
         }
         // Names that an earlier adapter left here are not this one's.
-        None => match fs::remove_file(dir.join(tasks::FILE_NAME)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("remove", dir.join(tasks::FILE_NAME))(error));
-            }
-            _ => {}
-        },
+        None => {
+            let old = dir.join(tasks::FILE_NAME);
+            disk::remove_file(&old).map_err(Error::io("remove", &old))?;
+        }
     }
     let json = config.to_json();
     write_atomically(&dir.join(poly_config::FILE_NAME), |file| {
@@ -388,6 +387,8 @@ pub fn save_adapter(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::{
         Dtype,

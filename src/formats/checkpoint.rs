@@ -22,7 +22,7 @@ use crate::{
     error::{Error, Result},
     formats::{
         json::{self, UniqueMap, excerpt, list_names},
-        mmap::MappedFile,
+        mmap::{Access, MappedFile},
         safetensors::{SafetensorsFile, TensorInfo},
     },
     tensor::Frozen,
@@ -77,13 +77,18 @@ pub struct TensorUse {
 impl Checkpoint {
     /// Opens the weights of a model folder and checks all headers.
     pub fn open(model_dir: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(model_dir, Access::Mapped)
+    }
+
+    /// [`Checkpoint::open`], with files that are mapped or read into memory.
+    pub fn open_with(model_dir: impl AsRef<Path>, access: Access) -> Result<Self> {
         let dir = model_dir.as_ref().to_path_buf();
         let exists = |name: &str| dir.join(name).exists();
         // Like transformers: the single file wins if both are there.
         let files = if exists(SINGLE_FILE) {
-            vec![SafetensorsFile::open(dir.join(SINGLE_FILE))?]
+            vec![SafetensorsFile::open_with(dir.join(SINGLE_FILE), access)?]
         } else if exists(INDEX_FILE) {
-            return Self::open_shards(dir);
+            return Self::open_shards(dir, access);
         } else {
             return Err(no_weights(&dir, PICKLE_FILES.into_iter().find(|name| exists(name))));
         };
@@ -92,7 +97,7 @@ impl Checkpoint {
         Ok(Self { dir, files, tensors })
     }
 
-    fn open_shards(dir: PathBuf) -> Result<Self> {
+    fn open_shards(dir: PathBuf, access: Access) -> Result<Self> {
         #[derive(serde::Deserialize)]
         struct Index {
             weight_map: UniqueMap<String>,
@@ -119,7 +124,7 @@ impl Checkpoint {
                     download the whole folder again"
                 )));
             }
-            let file = SafetensorsFile::open(path)?;
+            let file = SafetensorsFile::open_with(path, access)?;
             for name in file.header().tensors.keys() {
                 let tensor = Tensor { file: files.len(), fate: None };
                 if let Some(Tensor { file: first, .. }) = tensors.insert(name.clone(), tensor) {

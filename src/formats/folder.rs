@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    formats::disk,
+};
 
 /// Fails if there is something at `dir` that a new folder would replace.
 pub fn check_free(dir: &Path) -> Result<()> {
@@ -35,7 +38,7 @@ pub fn write_folder<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
     struct Temporary(PathBuf);
     impl Drop for Temporary {
         fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
+            let _ = disk::remove_dir_all(&self.0);
         }
     }
     check_free(dir)?;
@@ -46,15 +49,16 @@ pub fn write_folder<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
     hidden.push(name);
     hidden.push(format!(".tmp-{}", std::process::id()));
     let temporary = Temporary(dir.with_file_name(hidden));
-    if temporary.0.exists() {
-        fs::remove_dir_all(&temporary.0).map_err(Error::io("remove", &temporary.0))?;
-    }
-    fs::create_dir_all(&temporary.0).map_err(Error::io("create", dir))?;
+    disk::remove_dir_all(&temporary.0).map_err(Error::io("remove", &temporary.0))?;
+    disk::create_dir_all(&temporary.0).map_err(Error::io("create", dir))?;
     let done = fill(&temporary.0)?;
     if dir.exists() {
         fs::remove_dir(dir).map_err(Error::io("remove", dir))?; // It is empty.
     }
-    fs::rename(&temporary.0, dir).map_err(Error::io("rename", dir))?;
+    disk::sync_dir(&temporary.0).map_err(Error::io("sync", &temporary.0))?;
+    disk::rename(&temporary.0, dir).map_err(Error::io("rename", dir))?;
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    disk::sync_dir(parent).map_err(Error::io("sync", parent))?;
     Ok(done)
 }
 

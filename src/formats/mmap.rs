@@ -5,12 +5,14 @@
 //! ```
 //!
 //! Replacing the file by renaming another over it is harmless: the mapping keeps the old one. Writing
-//! into it or truncating it is not, so [`MappedFile::verify_unchanged`] asks again, and long-running
-//! callers call it once a step. Reading the file into memory instead would cost its whole size in
-//! anonymous memory, which is what this crate avoids.
+//! into it or truncating it is not, so [`MappedFile::verify_unchanged`] asks again, and callers ask it
+//! before they give away what they computed. A page that is gone when it is read raises SIGBUS, which
+//! ends the process; `signals::handle` lets it end with a message. [`Access::InMemory`] avoids
+//! both, at the cost of the file's whole size in anonymous memory.
 
 use std::{
-    fs::File,
+    fs::{File, Metadata},
+    io::Read,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -18,37 +20,63 @@ use std::{
 
 use memmap2::Mmap;
 
+#[cfg(all(unix, feature = "cli"))]
+use crate::formats::signals;
 use crate::{
     error::{Error, Result},
     formats::json::open_regular,
     tensor::Bytes,
 };
 
+/// How a file's bytes are had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Access {
+    /// Mapped: pages are read when they are touched, and shared with whoever maps the file.
+    #[default]
+    Mapped,
+    /// Read as a whole when it is opened, so that nothing that happens to the file later matters.
+    InMemory,
+}
+
 /// A mapped file. The bytes live as long as any handle to it.
 #[derive(Debug)]
 pub struct MappedFile {
     path: PathBuf,
-    file: File,
-    map: Mmap,
-    modified: Option<SystemTime>,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Mapped {
+        // Fields drop in this order: a page is watched as long as it is mapped.
+        #[cfg(all(unix, feature = "cli"))]
+        _watched: signals::Watched,
+        map: Mmap,
+        file: File,
+        modified: Option<SystemTime>,
+    },
+    InMemory(Vec<u8>),
 }
 
 impl MappedFile {
     /// Maps a regular file (links are followed).
     pub fn open(path: impl AsRef<Path>) -> Result<Arc<Self>> {
+        Self::open_with(path, Access::Mapped)
+    }
+
+    /// Opens a regular file (links are followed).
+    ///
+    /// # Errors
+    /// If it cannot be opened, changes meanwhile, or does not fit in memory.
+    pub fn open_with(path: impl AsRef<Path>, access: Access) -> Result<Arc<Self>> {
         let path = path.as_ref().to_path_buf();
         let file = open_regular(&path)?;
         let metadata = file.metadata().map_err(Error::io("open", &path))?;
-        // SAFETY: the mapping is private to this process and read-only, and is only ever read as
-        // bytes, for which every bit pattern is valid. What a mapping cannot exclude is another
-        // process writing into the file: `verify_unchanged` is there to notice, and the module doc
-        // says what is harmless.
-        #[allow(unsafe_code)]
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-        if map.len() as u64 != metadata.len() {
-            return Err(Error::file(&path, "the file changed its size while it was opened"));
-        }
-        Ok(Arc::new(Self { path, file, map, modified: metadata.modified().ok() }))
+        let content = match access {
+            Access::Mapped => map(file, &path, &metadata)?,
+            Access::InMemory => Content::InMemory(read(&file, &path, &metadata)?),
+        };
+        Ok(Arc::new(Self { path, content }))
     }
 
     /// The path it was opened by.
@@ -56,33 +84,77 @@ impl MappedFile {
         &self.path
     }
 
-    /// Fails if the mapped file has been truncated, extended or written since it was opened.
+    /// Fails if the mapped file has been truncated, extended or written since it was opened. Asks the
+    /// system, which takes about a microsecond. What was read into memory does not change.
     pub fn verify_unchanged(&self) -> Result<()> {
-        let metadata = self.file.metadata().map_err(Error::io("stat", &self.path))?;
-        let (found, expected) = (metadata.len(), self.map.len() as u64);
-        let remedy = "files in use must be replaced by renaming, not written into: restore the file and \
-        start again";
+        let Content::Mapped { file, map, modified, .. } = &self.content else { return Ok(()) };
+        let metadata = file.metadata().map_err(Error::io("stat", &self.path))?;
+        let (found, expected) = (metadata.len(), map.len() as u64);
         if found != expected {
             return Err(Error::file(
                 &self.path,
                 format!(
-                    "the file had {expected} bytes when it was mapped, now it has {found}; {remedy}"
+                    "the file had {expected} bytes when it was mapped, now it has {found}; {REMEDY}"
                 ),
             ));
         }
-        if metadata.modified().ok() != self.modified {
+        if metadata.modified().ok() != *modified {
             return Err(Error::file(
                 &self.path,
-                format!("the file was written to while it was mapped; {remedy}"),
+                format!("the file was written to while it was mapped; {REMEDY}"),
             ));
         }
         Ok(())
     }
 }
 
+/// What to do about a file that changed.
+pub(super) const REMEDY: &str = "files in use must be replaced by renaming, not written into: restore the file and start \
+    again (--no-mmap reads it into memory instead)";
+
+fn map(file: File, path: &Path, metadata: &Metadata) -> Result<Content> {
+    // SAFETY: the mapping is private to this process and read-only, and is only ever read as
+    // bytes, for which every bit pattern is valid. What a mapping cannot exclude is another
+    // process writing into the file: `verify_unchanged` is there to notice, and the module doc
+    // says what is harmless.
+    #[allow(unsafe_code)]
+    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+    if map.len() as u64 != metadata.len() {
+        return Err(Error::file(path, "the file changed its size while it was opened"));
+    }
+    Ok(Content::Mapped {
+        #[cfg(all(unix, feature = "cli"))]
+        _watched: signals::watch(&map, path),
+        map,
+        file,
+        modified: metadata.modified().ok(),
+    })
+}
+
+fn read(file: &File, path: &Path, metadata: &Metadata) -> Result<Vec<u8>> {
+    let n = metadata.len();
+    let mut bytes = Vec::new();
+    let room = usize::try_from(n).ok().filter(|&n| bytes.try_reserve_exact(n).is_ok());
+    if room.is_none() {
+        let detail = format!("its {n} bytes do not fit in memory: map the file instead");
+        return Err(Error::file(path, detail));
+    }
+    // Not beyond its size: a file that grows meanwhile would take more than was reserved.
+    file.take(n).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    let after = file.metadata().map_err(Error::io("stat", path))?;
+    let same = after.len() == n && after.modified().ok() == metadata.modified().ok();
+    if bytes.len() as u64 != n || !same {
+        return Err(Error::file(path, "the file changed while it was read; try again"));
+    }
+    Ok(bytes)
+}
+
 impl Bytes for MappedFile {
     fn bytes(&self) -> &[u8] {
-        &self.map
+        match &self.content {
+            Content::Mapped { map, .. } => map,
+            Content::InMemory(bytes) => bytes,
+        }
     }
 }
 
@@ -113,6 +185,24 @@ mod tests {
         let error = mapped.verify_unchanged().unwrap_err().to_string();
         assert!(error.contains("polytape-mmap-change"), "{error}");
         assert!(error.contains("had 1 bytes when it was mapped, now it has 0"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn writing_is_noticed_and_does_not_matter_in_memory() {
+        let path = temporary("written");
+        std::fs::write(&path, b"0123456789").unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        let mapped = MappedFile::open(&path).unwrap();
+        let memory = MappedFile::open_with(&path, Access::InMemory).unwrap();
+        std::fs::write(&path, b"9876543210").unwrap();
+        let error = mapped.verify_unchanged().unwrap_err();
+        assert_eq!(error.exit_code(), 3);
+        assert!(error.to_string().contains("was written to while it was mapped"), "{error}");
+        file.set_len(0).unwrap();
+        memory.verify_unchanged().unwrap();
+        assert_eq!(memory.bytes(), b"0123456789");
         std::fs::remove_file(&path).unwrap();
     }
 

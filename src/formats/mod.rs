@@ -19,12 +19,15 @@
 //! found and how to put it right. Sizes are checked before anything is allocated from them. Whoever
 //! uses the values (models, kernels, training) does not check again.
 
+pub mod disk;
 mod fields;
 pub mod fingerprint;
 pub mod folder;
 pub mod json;
 pub mod mmap;
 pub mod safetensors;
+#[cfg(all(unix, feature = "cli"))]
+pub mod signals;
 // Model folders:
 #[cfg(feature = "cli")]
 pub mod chat;

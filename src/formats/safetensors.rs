@@ -19,8 +19,7 @@
 use std::{
     borrow::Cow,
     collections::BTreeMap,
-    fmt,
-    fs::{self, File, OpenOptions},
+    fmt, fs,
     io::{self, BufWriter, Write},
     ops::Range,
     path::Path,
@@ -33,8 +32,9 @@ use crate::{
     dtype::Dtype,
     error::{Error, Result},
     formats::{
+        disk::{self, NewFile},
         json::{UniqueMap, describe, duplicate, excerpt},
-        mmap::MappedFile,
+        mmap::{Access, MappedFile},
     },
     tensor::{Bytes, Frozen},
 };
@@ -378,7 +378,12 @@ pub struct SafetensorsFile {
 impl SafetensorsFile {
     /// Maps a file and checks its header.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let file = MappedFile::open(path)?;
+        Self::open_with(path, Access::Mapped)
+    }
+
+    /// Opens a file, mapped or read into memory, and checks its header.
+    pub fn open_with(path: impl AsRef<Path>, access: Access) -> Result<Self> {
+        let file = MappedFile::open_with(path, access)?;
         let header = parse_header(file.bytes(), file.path())?;
         Ok(Self { file, header })
     }
@@ -559,14 +564,14 @@ pub fn write_safetensors(path: &Path, tensors: &[(&str, &[usize], &[f32])]) -> R
 /// file is removed.
 pub fn write_atomically(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    write: impl FnOnce(&mut BufWriter<NewFile>) -> io::Result<()>,
 ) -> Result<()> {
     /// Removes the file when dropped, so on errors and panics alike.
     struct Temporary<'a>(&'a Path);
     impl Drop for Temporary<'_> {
         fn drop(&mut self) {
             // Nothing more can be done if this fails; the error that led here is the one to report.
-            let _ = fs::remove_file(self.0);
+            let _ = disk::remove_file(self.0);
         }
     }
 
@@ -575,7 +580,7 @@ pub fn write_atomically(
         && !metadata.is_file()
         && !metadata.is_dir()
     {
-        let file = File::options().write(true).open(path).map_err(Error::io("write", path))?;
+        let file = NewFile::open(path).map_err(Error::io("write", path))?;
         let mut file = BufWriter::new(file);
         return write(&mut file).and_then(|()| file.flush()).map_err(Error::io("write", path));
     }
@@ -594,29 +599,16 @@ pub fn write_atomically(
 
     // Process ids come back (in a container it is 1 every time), so what a killed run left goes
     // first; then the name must be free, so that no link put there is written through.
-    let _ = fs::remove_file(temporary.0);
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(temporary.0)
-        .map_err(Error::io("create", path))?;
+    let _ = disk::remove_file(temporary.0);
+    let file = NewFile::create(temporary.0).map_err(Error::io("create", path))?;
     let mut file = BufWriter::with_capacity(1 << 20, file);
     write(&mut file).map_err(Error::io("write", path))?;
     let file = file.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
-    file.sync_all().map_err(Error::io("sync", path))?;
+    file.sync().map_err(Error::io("sync", path))?;
     drop(file);
-    fs::rename(temporary.0, path).map_err(Error::io("rename", path))?;
+    disk::rename(temporary.0, path).map_err(Error::io("rename", path))?;
     std::mem::forget(temporary);
-    sync_folder(folder)
-}
-
-/// Makes renames and removals in a folder last through a power failure.
-fn sync_folder(folder: &Path) -> Result<()> {
-    #[cfg(unix)]
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", folder))?;
-    #[cfg(not(unix))]
-    let _ = folder; // Elsewhere a folder cannot be opened for this.
-    Ok(())
+    disk::sync_dir(folder).map_err(Error::io("sync", folder))
 }
 
 #[cfg(test)]

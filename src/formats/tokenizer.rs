@@ -10,7 +10,10 @@
 //! added chat tokens beyond the rows are not.) Truncation and padding that the file asks for are
 //! switched off: lengths are the command line's, and there is no padding here at all.
 
-use std::path::{Path, PathBuf};
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 
@@ -53,9 +56,14 @@ impl Tokenizer {
                 ),
             ));
         }
-        let bytes = read_capped(&path, MAX_FILE_BYTES)?;
+        Self::parse(&read_capped(&path, MAX_FILE_BYTES)?, &path, vocab_rows)
+    }
+
+    /// Reads the bytes of the `tokenizer.json` at `path`.
+    pub fn parse(bytes: &[u8], path: &Path, vocab_rows: usize) -> Result<Self> {
+        let path = path.to_path_buf();
         let fail = |detail: String| Error::file(&path, detail);
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
+        let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(bytes))
             .map_err(|error| fail(format!("not a tokenizer: {error}")))?;
         inner.with_truncation(None).map_err(|error| fail(error.to_string()))?;
         inner.with_padding(None);
@@ -84,9 +92,7 @@ impl Tokenizer {
 
     /// The ids of a text; with `special` also what the file's post-processor adds.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special)
+        let encoding = contained(|| self.inner.encode_fast(text, special))
             .map_err(|error| self.error(format!("cannot encode {}: {error}", excerpt(text))))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -94,8 +100,7 @@ impl Tokenizer {
     /// The text of ids. Special tokens (`</s>`, ...) leave no text if `skip_special`; unknown ids
     /// leave none.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special)
+        contained(|| self.inner.decode(ids, skip_special))
             .map_err(|error| self.error(format!("cannot decode {} ids: {error}", ids.len())))
     }
 
@@ -128,6 +133,22 @@ impl Tokenizer {
     fn error(&self, detail: String) -> Error {
         Error::file(&self.path, detail)
     }
+}
+
+/// What the crate makes of a file that somebody made to hurt may be a panic (merges whose prefix is longer
+/// than they are, say). It becomes an error; the panic hook has printed where it was.
+fn contained<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    // What the tokenizer keeps for later is a cache, whose lock says if it was poisoned.
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(printable(&error.to_string())),
+        Err(_) => Err("the file is inconsistent (the crate tokenizers panicked)".to_owned()),
+    }
+}
+
+/// A message of the crate, which may quote the file: short, and without control characters.
+fn printable(message: &str) -> String {
+    message.chars().take(500).collect::<String>().replace(char::is_control, " ")
 }
 
 impl std::fmt::Debug for Tokenizer {

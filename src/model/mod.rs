@@ -48,7 +48,7 @@ use crate::{
         checkpoint::{Checkpoint, TensorUse},
         config::{GenerationConfig, ModelConfig},
         fingerprint::Fingerprint,
-        mmap::MappedFile,
+        mmap::{Access, MappedFile},
         poly_config::PolyConfig,
     },
     kernels::{Backend, cpu::Cpu},
@@ -62,6 +62,8 @@ pub struct Options {
     pub dtype: Option<Dtype>,
     /// Threads; 0: one a core.
     pub n_threads: usize,
+    /// Whether the weights are mapped or read into memory.
+    pub access: Access,
 }
 
 /// A module of the base, as Hugging Face names it.
@@ -114,7 +116,8 @@ impl Model<Cpu> {
     /// `config.json` implies, or a setting is not supported: the message names it.
     pub fn open(dir: impl AsRef<Path>, options: &Options) -> Result<Self> {
         let dir = dir.as_ref();
-        let (config, checkpoint) = (ModelConfig::open(dir)?, Checkpoint::open(dir)?);
+        let (config, checkpoint) =
+            (ModelConfig::open(dir)?, Checkpoint::open_with(dir, options.access)?);
         let dtype = options.dtype.unwrap_or_else(|| natural_dtype(&checkpoint));
         Self::build(Cpu::new(dtype, options.n_threads)?, config, checkpoint)
     }
@@ -140,6 +143,14 @@ impl<B: Backend> Model<B> {
     pub fn open_on(backend: B, dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         Self::build(backend, ModelConfig::open(dir)?, Checkpoint::open(dir)?)
+    }
+
+    /// The model of a folder whose weights are open, none of them used yet.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_checkpoint(backend: B, checkpoint: Checkpoint) -> Result<Self> {
+        Self::build(backend, ModelConfig::open(checkpoint.dir())?, checkpoint)
     }
 
     fn build(backend: B, config: ModelConfig, mut checkpoint: Checkpoint) -> Result<Self> {

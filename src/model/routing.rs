@@ -13,13 +13,13 @@
 //! each of its linears, with the same numbers: PEFT computes the same with them (and would train them
 //! apart). What is shared or given stands in `routing.json`, which PEFT ignores.
 
-use std::{fs, io::Write, path::Path};
+use std::{io::Write, path::Path};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result},
-    formats::{json::read_json, safetensors::write_atomically},
+    formats::{disk, json::read_json, safetensors::write_atomically},
 };
 
 /// The name of the file in an adapter folder.
@@ -94,12 +94,7 @@ impl Routing {
     pub fn save(&self, adapter_dir: &Path) -> Result<()> {
         let path = adapter_dir.join(FILE_NAME);
         if *self == Self::default() {
-            return match fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    Err(Error::io("remove", path)(error))
-                }
-                _ => Ok(()),
-            };
+            return disk::remove_file(&path).map_err(Error::io("remove", path));
         }
         let json = serde_json::to_value(self).unwrap_or_default();
         write_atomically(&path, |file| writeln!(file, "{json:#}"))
@@ -128,6 +123,8 @@ impl InitA {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

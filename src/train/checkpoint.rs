@@ -26,7 +26,7 @@ use serde_json::{Map, Value, json};
 use super::Trainer;
 use crate::{
     error::{Error, Result},
-    formats::{json::read_json, safetensors::write_atomically},
+    formats::{disk, json::read_json, safetensors::write_atomically},
     kernels::Backend,
 };
 
@@ -129,7 +129,7 @@ pub fn list(output_dir: &Path) -> Result<Vec<CheckpointDir>> {
 pub fn remove_leftovers(output_dir: &Path) -> Result<()> {
     for (name, path) in entries(output_dir)? {
         if name.starts_with(&format!(".{PREFIX}")) && name.contains(".tmp-") {
-            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            disk::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
         }
     }
     Ok(())
@@ -167,14 +167,16 @@ pub fn rotate(output_dir: &Path, limit: usize) -> Result<()> {
     found[..found.len().saturating_sub(limit)].iter().try_for_each(|old| remove(&old.path))
 }
 
-/// Removes a checkpoint: first its name, then its content.
+/// Removes a checkpoint: first its name, for good, then its content.
 ///
 /// # Errors
 /// If it cannot be removed.
 pub fn remove(path: &Path) -> Result<()> {
     let hidden = hidden_name(path);
-    fs::rename(path, &hidden).map_err(Error::io("rename", path))?;
-    fs::remove_dir_all(&hidden).map_err(Error::io("remove", hidden))
+    disk::rename(path, &hidden).map_err(Error::io("rename", path))?;
+    // Or a loss of power could give the name back to what is left.
+    sync_parent(path)?;
+    disk::remove_dir_all(&hidden).map_err(Error::io("remove", hidden))
 }
 
 /// `.checkpoint-<step>.tmp-<pid>` beside `checkpoint-<step>`.
@@ -197,30 +199,46 @@ pub fn save<B: Backend>(
     if path.exists() {
         return Ok(path); // The run was stopped at the step it was resumed at: the same bits.
     }
-    let hidden = hidden_name(&path);
-    if hidden.exists() {
-        fs::remove_dir_all(&hidden).map_err(Error::io("remove", &hidden))?;
+    let hidden = Hidden(hidden_name(&path));
+    fill(&hidden.0, trainer, state, arguments)?;
+    disk::rename(&hidden.0, &path).map_err(Error::io("rename", &path))?;
+    sync_parent(&path)?;
+    Ok(path)
+}
+
+/// A folder without a name yet; removed when it is dropped, so after errors and panics alike. After the
+/// rename there is nothing to remove.
+struct Hidden(PathBuf);
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = disk::remove_dir_all(&self.0);
     }
-    fs::create_dir_all(&hidden).map_err(Error::io("create", &hidden))?;
-    trainer.adapter().save_peft(trainer.model().backend(), &hidden)?;
+}
+
+/// Writes a checkpoint's files into a folder.
+fn fill<B: Backend>(
+    hidden: &Path,
+    trainer: &Trainer<'_, B>,
+    state: &TrainerState,
+    arguments: &Map<String, Value>,
+) -> Result<()> {
+    disk::remove_dir_all(hidden).map_err(Error::io("remove", hidden))?;
+    disk::create_dir_all(hidden).map_err(Error::io("create", hidden))?;
+    trainer.adapter().save_peft(trainer.model().backend(), hidden)?;
     trainer.save_optimizer(&hidden.join(OPTIMIZER_FILE))?;
     let write = |name: &str, value: &Value| {
         write_atomically(&hidden.join(name), |file| writeln!(file, "{value:#}"))
     };
     write(ARGUMENTS_FILE, &Value::Object(arguments.clone()))?;
     write(STATE_FILE, &serde_json::to_value(state).unwrap_or_default())?;
-    sync_dir(&hidden)?;
-    fs::rename(&hidden, &path).map_err(Error::io("rename", &path))?;
-    sync_dir(output_dir)?;
-    Ok(path)
+    disk::sync_dir(hidden).map_err(Error::io("sync", hidden))
 }
 
-/// So that the names in a folder survive a loss of power.
-fn sync_dir(dir: &Path) -> Result<()> {
-    if cfg!(unix) {
-        fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", dir))?;
-    }
-    Ok(())
+/// So that a name survives a loss of power.
+fn sync_parent(path: &Path) -> Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    disk::sync_dir(dir).map_err(Error::io("sync", dir))
 }
 
 /// The state of a checkpoint.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     adafactor::{self, Adafactor, Matrices, Moments},
-    checkpoint::OPTIMIZER_FILE,
+    checkpoint::{OPTIMIZER_FILE, STATE_FILE},
     choices::{Counts, t_few_weights},
     prior,
 };
@@ -24,6 +24,9 @@ use crate::{
     tensor::Tensor,
     train::Schedule,
 };
+
+/// The most steps of a run: what f64 counts exactly.
+const MAX_STEPS: u64 = 1 << 53;
 
 /// How gradients become steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -340,8 +343,12 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// adapter is the checkpoint's already.
     ///
     /// # Errors
-    /// If the moments are missing, or not as many as they must be.
+    /// If the moments are missing, not as many as they must be, or none that a run leaves.
     pub fn restore(&mut self, checkpoint_dir: &Path, step: u64) -> Result<()> {
+        if step > MAX_STEPS {
+            let detail = format!("global_step is {step}; at most {MAX_STEPS} are counted");
+            return Err(Error::file(checkpoint_dir.join(STATE_FILE), detail));
+        }
         let path = checkpoint_dir.join(OPTIMIZER_FILE);
         let file = SafetensorsFile::open(&path)?;
         let read = |name: &str, n: usize| -> Result<Vec<f64>> {
@@ -353,7 +360,16 @@ impl<'m, B: Backend> Trainer<'m, B> {
                 let (path, name, found) = (path.clone(), name.to_owned(), shape.to_vec());
                 return Err(Error::Shape { path, name, expected: vec![n], found });
             }
-            Ok(tensor.to_f32().iter().map(|&v| f64::from(v)).collect())
+            let values: Vec<f64> = tensor.to_f32().iter().map(|&v| f64::from(v)).collect();
+            // Means of squares have roots. Others would make every parameter NaN, a step later.
+            let is_square = name.starts_with("exp_avg_sq");
+            let possible = |v: &f64| v.is_finite() && (!is_square || *v >= 0.0);
+            if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !possible(v)) {
+                let detail =
+                    format!("tensor {name} has the value {value} at {i}; the file is damaged");
+                return Err(Error::file(&path, detail));
+            }
+            Ok(values)
         };
         match &mut self.memory {
             Memory::AdamW { m, v } => {
@@ -380,8 +396,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// One optimiser step over these examples, in micro-batches of the configured size.
     ///
     /// # Errors
-    /// If an example is mixed otherwise than by its task, or the loss or a gradient is not finite:
-    /// parameters and moments are as before the step.
+    /// If an example is mixed otherwise than by its task, the loss or a gradient is not finite, or the
+    /// base's files have changed: parameters and moments are as before the step.
     ///
     /// # Panics
     /// If an example's task is not below the adapter's `n_tasks`.
@@ -439,6 +455,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
             let wrong = wrong.map(|wrong| &wrong[i * size..][..examples.len()]);
             total += self.accumulate(Micro { examples, wrong, first: i * size, step, counts });
         }
+        // Before anything is learned from what was computed.
+        self.model.verify_unchanged()?;
         self.add_prior();
         let loss = total / n_labels.max(1) as f64;
         let groups = self.groups(step, examples);

@@ -33,6 +33,7 @@ fn open() -> *mut polytape_model {
         size: size_of::<polytape_model_options>(),
         dtype: POLYTAPE_DTYPE_F32,
         n_threads: 2,
+        ..Default::default()
     };
     let mut model = null_mut();
     // SAFETY: everything lives through the call, here and below.
@@ -274,6 +275,174 @@ fn a_callback_stops() {
         ok(polytape_engine_free(engine));
         ok(polytape_model_free(model));
     }
+}
+
+unsafe extern "C" fn keep(user: *mut c_void, example: usize, token: u32) -> c_int {
+    // SAFETY: what `generated` passed, one call at a time.
+    unsafe { (*user.cast::<Vec<(usize, u32)>>()).push((example, token)) };
+    0
+}
+
+/// What C generates with these options.
+fn generated(
+    engine: *const polytape_engine,
+    options: *const polytape_generate_options,
+) -> Vec<(usize, u32)> {
+    let inputs = [[5_u32, 6, 1], [9, 4, 1], [7, 7, 1]];
+    let examples = inputs.each_ref().map(|input| example(input, &[], 0));
+    let mut tokens: Vec<(usize, u32)> = Vec::new();
+    // SAFETY: as above; `keep` gets what it expects.
+    ok(unsafe {
+        let user = (&raw mut tokens).cast();
+        polytape_engine_generate(engine, examples.as_ptr(), 3, options, Some(keep), user)
+    });
+    tokens
+}
+
+/// Every setting means what it means in Rust.
+#[test]
+fn generation_is_set_as_in_rust() {
+    use polytape::{
+        Dtype,
+        generate::{EarlyStopping, Engine, GenerateOptions},
+        model::{Example, Model, Options},
+    };
+    let (model, mut engine) = (open(), null_mut());
+    // SAFETY: as above.
+    ok(unsafe { polytape_engine_new(model, null(), null(), 0, 8, &mut engine) });
+    let base = root().join("tests/data/parity/tiny/base");
+    let options = Options { dtype: Some(Dtype::F32), ..Options::default() };
+    let in_rust = Model::open(base, &options).unwrap();
+    let rust = Engine::new(&in_rust, None, [], 8);
+    let inputs = [[5, 6, 1], [9, 4, 1], [7, 7, 1]];
+    let examples =
+        inputs.map(|input| Example { input: input.into(), labels: vec![], task: 0, mixing: None });
+    let common = GenerateOptions { max_new_tokens: 9, min_new_tokens: 5, ..Default::default() };
+    let beams = GenerateOptions { num_beams: 3, ..common.clone() };
+    let draws = GenerateOptions { do_sample: true, seed: 11, top_k: 0, ..common.clone() };
+    let mut seen = Vec::new();
+    for options in [
+        common.clone(),
+        GenerateOptions { repetition_penalty: 3.0, ..common.clone() },
+        GenerateOptions { no_repeat_ngram_size: 1, ..common.clone() },
+        beams.clone(),
+        GenerateOptions { length_penalty: -8.0, min_new_tokens: 0, ..beams.clone() },
+        GenerateOptions { early_stopping: EarlyStopping::Yes, min_new_tokens: 0, ..beams.clone() },
+        GenerateOptions { early_stopping: EarlyStopping::Never, ..beams },
+        draws.clone(),
+        GenerateOptions { seed: 12, ..draws.clone() },
+        GenerateOptions { temperature: 9.0, ..draws.clone() },
+        GenerateOptions { top_k: 2, ..draws.clone() },
+        GenerateOptions { top_p: 0.3, ..draws.clone() },
+        GenerateOptions { min_p: 0.9, ..draws },
+    ] {
+        let in_c = polytape_generate_options {
+            max_new_tokens: options.max_new_tokens,
+            min_new_tokens: options.min_new_tokens,
+            num_beams: options.num_beams,
+            top_k: options.top_k,
+            no_repeat_ngram_size: options.no_repeat_ngram_size,
+            seed: options.seed,
+            length_penalty: options.length_penalty,
+            temperature: options.temperature,
+            top_p: options.top_p,
+            min_p: options.min_p,
+            repetition_penalty: options.repetition_penalty,
+            do_sample: u32::from(options.do_sample),
+            early_stopping: match options.early_stopping {
+                EarlyStopping::No => POLYTAPE_EARLY_STOPPING_FALSE,
+                EarlyStopping::Yes => POLYTAPE_EARLY_STOPPING_TRUE,
+                EarlyStopping::Never => POLYTAPE_EARLY_STOPPING_NEVER,
+            },
+            ..Default::default()
+        };
+        let mut expected = Vec::new();
+        let examples: Vec<&Example> = examples.iter().collect();
+        rust.generate(&examples, &options, |example, id| expected.push((example, id)));
+        assert_eq!(generated(engine, &in_c), expected, "{options:?}");
+        seen.push(expected);
+    }
+    // The settings are not ignored alike on both sides.
+    seen.sort();
+    seen.dedup();
+    assert!(seen.len() >= 8, "{} different outputs", seen.len());
+
+    // A program that was compiled when there were three fields gets the defaults of the others.
+    #[repr(C)]
+    struct Old([usize; 3], [u8; 8]);
+    let old = Old([24, 9, 5], [0xFF; 8]);
+    let new =
+        polytape_generate_options { max_new_tokens: 9, min_new_tokens: 5, ..Default::default() };
+    assert_eq!(generated(engine, (&raw const old).cast()), generated(engine, &new));
+    // SAFETY: as above.
+    unsafe {
+        let refused = |options: &polytape_generate_options, status, part| {
+            let generate =
+                polytape_engine_generate(engine, null(), 0, options, Some(keep), null_mut());
+            expect(generate, status, part);
+        };
+        refused(&polytape_generate_options { size: 16, ..new }, POLYTAPE_BAD_SIZE, "has size 16");
+        refused(&polytape_generate_options { num_beams: 0, ..new }, POLYTAPE_USAGE, "num-beams");
+        refused(&polytape_generate_options { top_p: f64::NAN, ..new }, POLYTAPE_USAGE, "top-p");
+        refused(&polytape_generate_options { early_stopping: 3, ..new }, POLYTAPE_USAGE, "3");
+        ok(polytape_engine_free(engine));
+        ok(polytape_model_free(model));
+    }
+}
+
+/// A base that changes gives a status and no number; one in memory does not change.
+#[test]
+fn a_base_that_changes_is_noticed() {
+    let dir = std::env::temp_dir().join(format!("polytape-c-changing-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    for in_memory in [0, 1] {
+        for file in ["config.json", "generation_config.json", "model.safetensors"] {
+            let from = root().join("tests/data/parity/tiny/base").join(file);
+            if from.exists() {
+                std::fs::copy(from, dir.join(file)).unwrap();
+            }
+        }
+        let path = CString::new(dir.to_str().unwrap()).unwrap();
+        let options = polytape_model_options {
+            size: size_of::<polytape_model_options>(),
+            in_memory,
+            ..Default::default()
+        };
+        let mut model = null_mut();
+        // SAFETY: as above.
+        ok(unsafe { polytape_model_open(path.as_ptr(), &options, &mut model) });
+        let (engine, adapter) = (engine(model), adapter(model));
+        let weights = dir.join("model.safetensors");
+        // Shorter by a byte: within the last page, so that nothing but a question can tell.
+        let file = std::fs::File::options().write(true).open(weights).unwrap();
+        file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+        let (input, labels) = ([5_u32, 6, 1], [7_u32, 1]);
+        let example = example(&input, &labels, 0);
+        let (mut nll, mut logits, mut trainer) = ([7.0; 2], [7.0; 202], null_mut());
+        // SAFETY: as above.
+        unsafe {
+            ok(polytape_trainer_new(adapter, &Default::default(), &mut trainer));
+            let check = |status| match in_memory {
+                0 => expect(status, POLYTAPE_BAD_INPUT, "model.safetensors"),
+                _ => ok(status),
+            };
+            check(polytape_model_verify(model));
+            check(polytape_engine_nll(engine, &example, 1, nll.as_mut_ptr(), 2));
+            check(polytape_engine_logits(engine, &example, 1, logits.as_mut_ptr(), 202));
+            check(polytape_trainer_step(trainer, &example, 1, null_mut()));
+            let mut tokens: Vec<(usize, u32)> = Vec::new();
+            let user = (&raw mut tokens).cast();
+            check(polytape_engine_generate(engine, &example, 1, null(), Some(keep), user));
+            if in_memory == 0 {
+                assert_eq!((nll, logits), ([7.0; 2], [7.0; 202]));
+            }
+            ok(polytape_trainer_free(trainer));
+            ok(polytape_adapter_free(adapter));
+            ok(polytape_engine_free(engine));
+            ok(polytape_model_free(model));
+        }
+    }
+    std::fs::remove_dir_all(dir).unwrap();
 }
 
 #[test]

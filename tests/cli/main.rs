@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod adapt;
+#[cfg(unix)]
+mod changing;
 mod chat;
 mod generation;
 mod resume;

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    formats::tasks::TaskNames,
+    formats::{folder::write_folder, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
     kernels::{Backend, cuda::catch_faults},
     model::{Adapter, Example, Model, dataset::Dataset},
@@ -145,7 +145,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let log = Log::open(out, Some((from, state.global_step)))?;
         let (best, old) = (out.join("best"), from.join("best"));
         if state.best_global_step.is_some() && !best.exists() && old.is_dir() {
-            copy_files(&old, &best)?;
+            write_folder(&best, |dir| copy_files(&old, dir))?;
         }
         let mut state = state.clone();
         state.best_model_checkpoint = state.best_global_step.map(|_| best);
@@ -267,6 +267,7 @@ impl<'a, B: Backend> Run<'a, B> {
         let Some(evaluator) = &self.plan.evaluator else { return Ok(None) };
         let step = self.plan.trainer.steps_done();
         let evaluation = evaluator.run(self.plan.trainer.adapter())?;
+        evaluator.model.verify_unchanged()?;
         let scores = &evaluation.overall;
         let mut line = json!({
             "step": step, "eval_loss": scores.loss, "eval_n_rows": scores.n_rows,
@@ -381,7 +382,6 @@ fn remove_best(output_dir: &Path) -> Result<()> {
 }
 
 fn copy_files(from: &Path, to: &Path) -> Result<()> {
-    fs::create_dir_all(to).map_err(Error::io("create", to))?;
     for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
         let entry = entry.map_err(Error::io("read", from))?;
         let target = to.join(entry.file_name());
