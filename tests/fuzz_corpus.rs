@@ -12,12 +12,22 @@ mod checkpoint;
 mod config;
 #[path = "../fuzz/src/corpus.rs"]
 mod corpus;
+#[cfg(feature = "cli")]
+#[path = "../fuzz/src/flags.rs"]
+mod flags;
+#[path = "../fuzz/src/index.rs"]
+mod index;
 #[path = "../fuzz/src/memory.rs"]
 mod memory;
 #[path = "../fuzz/src/messages.rs"]
 mod messages;
+#[path = "../fuzz/src/resume.rs"]
+mod resume;
 #[path = "../fuzz/src/rows.rs"]
 mod rows;
+#[cfg(feature = "cli")]
+#[path = "../fuzz/src/tokenizer.rs"]
+mod tokenizer;
 
 #[global_allocator]
 static ALLOCATOR: memory::Counting = memory::Counting;
@@ -40,4 +50,26 @@ fn row_files() {
 #[test]
 fn configurations() {
     corpus::replay("config", config::check);
+}
+
+#[test]
+fn indices() {
+    corpus::replay("index", index::check);
+}
+
+#[test]
+fn checkpoints() {
+    corpus::replay("resume", resume::check);
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn tokenizers() {
+    corpus::replay("tokenizer", tokenizer::check);
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn command_lines() {
+    corpus::replay("flags", flags::check);
 }

@@ -5,15 +5,24 @@
 //! of the C library.
 
 pub mod adapter;
+pub mod attention;
 pub mod capi;
 pub mod checkpoint;
 pub mod config;
+pub mod flags;
+pub mod gemm;
+pub mod index;
 pub mod memory;
 pub mod messages;
+pub mod resume;
 pub mod routed_lora;
 pub mod rows;
+pub mod tokenizer;
 
 // The harness of the kernels' tests, and its cases.
+#[path = "../../tests/kernels/attention.rs"]
+#[allow(dead_code, unused_imports)]
+mod attention_cases;
 #[path = "../../tests/common/mod.rs"]
 #[allow(dead_code)]
 mod common;
