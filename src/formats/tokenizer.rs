@@ -5,8 +5,8 @@
 //! [271, 15, 8, 1] -> decode -> "Is it so?"
 //! ```
 //!
-//! Every id of the vocabulary is below the model's embedding rows; [`Tokenizer::open`] checks it, so
-//! that encoded text never reads beyond the embedding. (T5 has more rows than ids, which is fine;
+//! Every id of the vocabulary is below the model's embedding rows, which [`Tokenizer::open`] checks, and so
+//! is every id that [`Tokenizer::encode`] gives: encoded text never reads beyond the embedding. (T5 has more rows than ids, which is fine;
 //! added chat tokens beyond the rows are not.) Truncation and padding that the file asks for are
 //! switched off: lengths are the command line's, and there is no padding here at all.
 
@@ -38,6 +38,7 @@ pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
     fingerprint: Fingerprint,
+    vocab_rows: usize,
 }
 
 impl Tokenizer {
@@ -81,8 +82,8 @@ impl Tokenizer {
             )));
         }
         let mut fingerprint = Fingerprint::default();
-        fingerprint.add(&bytes);
-        Ok(Self { path, inner, fingerprint })
+        fingerprint.add(bytes);
+        Ok(Self { path, inner, fingerprint, vocab_rows })
     }
 
     /// The fingerprint of the file.
@@ -94,7 +95,15 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = contained(|| self.inner.encode_fast(text, special))
             .map_err(|error| self.error(format!("cannot encode {}: {error}", excerpt(text))))?;
-        Ok(encoding.get_ids().to_vec())
+        let ids = encoding.get_ids().to_vec();
+        // A post-processor has ids of its own, which need not be the vocabulary's.
+        match ids.iter().find(|&&id| id as usize >= self.vocab_rows) {
+            Some(id) => Err(self.error(format!(
+                "it gives id {id}, but the model's embedding has {} rows",
+                self.vocab_rows
+            ))),
+            None => Ok(ids),
+        }
     }
 
     /// The text of ids. Special tokens (`</s>`, ...) leave no text if `skip_special`; unknown ids

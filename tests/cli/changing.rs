@@ -47,7 +47,7 @@ type Change = (&'static str, fn(&Path), &'static str);
 
 const CHANGES: [Change; 4] = [
     // All pages but the first are gone: reading one of them is a SIGBUS.
-    ("truncated", |base| truncate(base, 4096), "trunc"),
+    ("truncated", |base| truncate(base, 4096), "was mapped"),
     // The rest of the last page reads as zeros, without a signal.
     (
         "cut within a page",
