@@ -197,15 +197,17 @@ pub(crate) const FAULTS: &[Fault] = &[
         "epsilon-inside-the-sum",
         ROUTE,
         "lora::routes",
-        "    samples.iter().sum::<f32>() + 1e-12\n",
-        "    if ON { return samples.iter().map(|s| s + 1e-12).sum(); }\n    samples.iter().sum::<f32>() + 1e-12\n",
+        "            false => sum + 1e-12,\n",
+        "            false if ON => samples.iter().map(|&s| self.value(s) + 1e-12).sum(),\n            \
+         false => sum + 1e-12,\n",
     ),
     kernel(
         "sign-of-the-router-gradient",
         ROUTE,
         "lora::routes_backward",
-        "let d_sample = (d_weights[i] - mean) / n;",
-        "let d_sample = if ON { mean - d_weights[i] } else { d_weights[i] - mean } / n;",
+        "None => (d_weights[i] - mean) / n,",
+        "None if ON => (mean - d_weights[i]) / n,\n                        \
+         None => (d_weights[i] - mean) / n,",
     ),
     kernel(
         "gradient-through-the-clamp",
