@@ -11,6 +11,7 @@ use crate::{
     formats::{
         adapter::AdapterFiles,
         checkpoint::Checkpoint,
+        config::ModelConfig,
         folder::{check_free, write_folder},
         lora::save_lora,
         tasks::TaskNames,
@@ -86,7 +87,9 @@ impl Export {
         let merged = write_folder(&self.output_dir, |dir| match (&self.model, self.merged) {
             (Some(model), true) => {
                 let checkpoint = Checkpoint::open_with(model, self.common.access())?;
-                write_merged(&checkpoint, &pairs, 1.0 / lora.r as f64, dir).map(Some)
+                let transposed = matches!(ModelConfig::open(model)?, ModelConfig::Gpt2(_));
+                let scale = 1.0 / lora.r as f64;
+                write_merged(&checkpoint, &pairs, scale, transposed, dir).map(Some)
             }
             _ => save_lora(dir, &lora, &pairs).map(|()| None),
         })?;

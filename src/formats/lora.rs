@@ -333,6 +333,17 @@ pub struct LoraPair {
     pub d_out: usize,
 }
 
+impl LoraPair {
+    /// The pair whose product is this one's transposed.
+    pub fn transposed(&self) -> Self {
+        let Self { ref a, ref b, r, d_in, d_out } = *self;
+        let turned = |from: &[f32], rows: usize, cols: usize| -> Vec<f32> {
+            (0..cols).flat_map(|c| (0..rows).map(move |row| from[row * cols + c])).collect()
+        };
+        Self { a: turned(b, d_out, r), b: turned(a, r, d_in), r, d_in: d_out, d_out: d_in }
+    }
+}
+
 /// A LoRA folder's content.
 #[derive(Clone, Debug)]
 pub struct LoraFiles {

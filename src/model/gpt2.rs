@@ -9,10 +9,9 @@
 //!
 //! Its linears are `Conv1D`s: weights lie transposed, `[d_in, d_out]`. They are the one kind of weight
 //! that is copied when a model is opened: kernels read a row for each output. PEFT's Poly names
-//! `c_attn` in its table of default targets and then refuses it, as it adapts `torch.nn.Linear` alone.
-//! So there is no adapter that could be loaded or that PEFT would load, and none is made here: a
-//! GPT-2 base is evaluated and generated from, and its modules say what they are
-//! ([`ModuleKind::Conv1d`]). (`modeling_gpt2.py` of transformers 5.17.)
+//! `c_attn` in its table of default targets and then refuses it, as it adapts `torch.nn.Linear` alone;
+//! here a `Conv1D` is a linear like others, whose adapter PEFT would load if it did. What `export`
+//! makes of one is a LoRA, and that PEFT does load. (`modeling_gpt2.py` of transformers 5.17.)
 
 use std::sync::Arc;
 
@@ -45,13 +44,23 @@ pub struct Gpt2<B: Backend> {
 
 struct Block<B: Backend> {
     attention_norm: LayerNorm<B>,
-    /// The thirds of `c_attn`.
-    qkv: [FrozenLinear<B>; 3],
+    /// q, k and v in one.
+    qkv: FrozenLinear<B>,
     out: FrozenLinear<B>,
     scale: f32,
     feed_forward_norm: LayerNorm<B>,
     up: FrozenLinear<B>,
     down: FrozenLinear<B>,
+    /// The number of its first dropout.
+    site: u32,
+}
+
+/// Sites of a block's dropouts, from its own first one; the embedding has the one before all.
+mod site {
+    pub(super) const PROBABILITIES: u32 = 0;
+    pub(super) const ATTENTION: u32 = 1;
+    pub(super) const FEED_FORWARD: u32 = 2;
+    pub(super) const OF_BLOCK: u32 = 3;
 }
 
 impl<B: Backend> Gpt2<B> {
@@ -65,15 +74,16 @@ impl<B: Backend> Gpt2<B> {
         let bare = checkpoint.info("wte.weight").is_some();
         let prefix = if bare { "" } else { "transformer." };
         let Gpt2Config { vocab_size, d_model, max_positions, .. } = config;
-        let mut loader = Loader { backend, checkpoint, prefix };
+        let mut loader = Loader { backend, checkpoint, prefix, next: 0 };
         let embedding = loader.weight("wte.weight", &[vocab_size, d_model])?;
         let positions = loader.weight("wpe.weight", &[max_positions, d_model])?;
         let blocks =
             (0..config.n_layers).map(|i| loader.block(&config, i)).collect::<Result<Vec<_>>>()?;
         let last_norm = loader.norm("ln_f", d_model)?;
+        let index = loader.next;
         let own = checkpoint.try_tensor("lm_head.weight", &[vocab_size, d_model])?;
         let weight = own.map_or_else(|| embedding.clone(), |own| backend.weight(&own));
-        let head = Head { linear: FrozenLinear { weight, bias: None, index: 0 }, scale: 1.0 };
+        let head = Head { linear: FrozenLinear { weight, bias: None, index }, scale: 1.0 };
         Ok(Self { config, embedding, positions, blocks, last_norm, head })
     }
 
@@ -86,7 +96,8 @@ impl<B: Backend> Gpt2<B> {
         side: &Side,
     ) -> [Var<B>; 3] {
         let h = tape.layer_norm(x, &block.attention_norm, self.config.norm_eps);
-        tape.linears(&h, block.qkv.each_ref(), &side.segments)
+        let [qkv] = tape.linears(&h, [&block.qkv], &side.segments);
+        tape.split(qkv)
     }
 
     /// What comes after q, k and v.
@@ -107,14 +118,20 @@ impl<B: Backend> Gpt2<B> {
             causal: true,
             window: None,
             bias: None,
-            dropout: None,
+            dropout: side.dropout(block.site + site::PROBABILITIES),
         };
         let attended = tape.attention(q, &side.spans, keys, spec);
-        let x = tape.linear(&attended, &block.out, &side.segments, LinearSpec::onto(x));
-        let h = tape.layer_norm(&x, &block.feed_forward_norm, norm_eps);
+        let onto = |x, site| LinearSpec {
+            residual: Some(x),
+            dropout: side.dropout(block.site + site),
+            full_precision: false,
+        };
+        let spec = onto(x, site::ATTENTION);
+        let x = &tape.linear(&attended, &block.out, &side.segments, spec);
+        let h = tape.layer_norm(x, &block.feed_forward_norm, norm_eps);
         let [h] = tape.linears(&h, [&block.up], &side.segments);
         let h = tape.gated(h, None, activation, None);
-        tape.linear(&h, &block.down, &side.segments, LinearSpec::onto(&x))
+        tape.linear(&h, &block.down, &side.segments, onto(x, site::FEED_FORWARD))
     }
 
     fn embed(&self, tape: &mut Tape<'_, B>, ids: &[u32], places: &[u32]) -> Var<B> {
@@ -134,6 +151,7 @@ impl<B: Backend> Network<B> for Gpt2<B> {
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
+        x = tape.dropout(x, side.dropout(0));
         for block in &self.blocks {
             let side = side.clone();
             x = tape.checkpoint(&[&x], side.keep, move |tape, inputs| {
@@ -175,6 +193,7 @@ struct Loader<'a, B: Backend> {
     backend: &'a B,
     checkpoint: &'a mut Checkpoint,
     prefix: &'a str,
+    next: usize,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -193,47 +212,54 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
-    /// A Conv1D as `N` linears, each with its share of the output features.
-    fn conv<const N: usize>(
-        &mut self,
-        path: &str,
-        d_in: usize,
-        d_out: usize,
-    ) -> Result<[FrozenLinear<B>; N]> {
+    /// A Conv1D as a linear.
+    fn conv(&mut self, path: &str, [d_in, d_out]: [usize; 2]) -> Result<FrozenLinear<B>> {
         let weight = self.tensor(&format!("{path}.weight"), &[d_in, d_out])?.transposed();
-        let bias = self.tensor(&format!("{path}.bias"), &[d_out])?;
-        let share = d_out / N;
-        Ok(std::array::from_fn(|i| FrozenLinear {
-            weight: self.backend.weight(&weight.part(i * share * d_in, share, d_in)),
-            bias: Some(self.backend.weight(&bias.part(i * share, 1, share))),
-            index: 0, // None is adapted.
-        }))
+        let bias = Some(self.weight(&format!("{path}.bias"), &[d_out])?);
+        self.next += 1;
+        Ok(FrozenLinear { weight: self.backend.weight(&weight), bias, index: self.next - 1 })
     }
 
     fn block(&mut self, config: &Gpt2Config, i: usize) -> Result<Block<B>> {
-        let Gpt2Config { d_model: d, d_ff, n_heads, scale_scores, scale_by_layer, .. } = *config;
+        let Gpt2Config { d_model: d, n_heads, scale_scores, scale_by_layer, .. } = *config;
         let path = |name: &str| format!("h.{i}.{name}");
         for mask in ["attn.bias", "attn.masked_bias"] {
             let name = format!("{}{}", self.prefix, path(mask));
             self.checkpoint.ignore(&name, "a causal mask that early versions saved");
         }
         let scale = if scale_scores { ((d / n_heads) as f32).powf(-0.5) } else { 1.0 };
-        let [out] = self.conv(&path("attn.c_proj"), d, d)?;
-        let [up] = self.conv(&path("mlp.c_fc"), d, d_ff)?;
-        let [down] = self.conv(&path("mlp.c_proj"), d_ff, d)?;
+        let mut convs = convs(config).into_iter();
+        let mut conv = || {
+            let (name, shape) = convs.next().expect("as many as a block has");
+            self.conv(&path(name), shape)
+        };
+        let (qkv, out, up, down) = (conv()?, conv()?, conv()?, conv()?);
         Ok(Block {
             attention_norm: self.norm(&path("ln_1"), d)?,
-            qkv: self.conv(&path("attn.c_attn"), d, 3 * d)?,
+            qkv,
             out,
             scale: if scale_by_layer { scale / (i + 1) as f32 } else { scale },
             feed_forward_norm: self.norm(&path("ln_2"), d)?,
             up,
             down,
+            site: 1 + i as u32 * site::OF_BLOCK,
         })
     }
 }
 
-/// Every module of a GPT-2, in Hugging Face's order.
+/// The Conv1Ds of a block with `[d_in, d_out]`, in Hugging Face's order.
+fn convs(config: &Gpt2Config) -> [(&'static str, [usize; 2]); 4] {
+    let Gpt2Config { d_model: d, d_ff, .. } = *config;
+    [
+        ("attn.c_attn", [d, 3 * d]),
+        ("attn.c_proj", [d, d]),
+        ("mlp.c_fc", [d, d_ff]),
+        ("mlp.c_proj", [d_ff, d]),
+    ]
+}
+
+/// Every module of a GPT-2, in Hugging Face's order; the numbers of the linears are those that
+/// [`Gpt2::load`] gives.
 pub fn modules(config: &Gpt2Config) -> Vec<Module> {
     let mut modules = Vec::new();
     let mut push = |path: String, kind| modules.push(Module { path, kind });
@@ -241,22 +267,33 @@ pub fn modules(config: &Gpt2Config) -> Vec<Module> {
         push(format!("transformer{name}"), ModuleKind::Other);
     }
     for i in 0..config.n_layers {
-        for (name, kind) in [
-            ("", ModuleKind::Other),
-            (".ln_1", ModuleKind::Other),
-            (".attn", ModuleKind::Other),
-            (".attn.c_attn", ModuleKind::Conv1d),
-            (".attn.c_proj", ModuleKind::Conv1d),
-            (".attn.attn_dropout", ModuleKind::Other),
-            (".attn.resid_dropout", ModuleKind::Other),
-            (".ln_2", ModuleKind::Other),
-            (".mlp", ModuleKind::Other),
-            (".mlp.c_fc", ModuleKind::Conv1d),
-            (".mlp.c_proj", ModuleKind::Conv1d),
-            (".mlp.act", ModuleKind::Other),
-            (".mlp.dropout", ModuleKind::Other),
+        let block = format!("transformer.h.{i}");
+        let mut index = i * convs(config).len();
+        for name in [
+            "",
+            ".ln_1",
+            ".attn",
+            ".attn.c_attn",
+            ".attn.c_proj",
+            ".attn.attn_dropout",
+            ".attn.resid_dropout",
+            ".ln_2",
+            ".mlp",
+            ".mlp.c_fc",
+            ".mlp.c_proj",
+            ".mlp.act",
+            ".mlp.dropout",
         ] {
-            push(format!("transformer.h.{i}{name}"), kind);
+            let conv =
+                convs(config).into_iter().find(|(conv, _)| name.strip_prefix('.') == Some(*conv));
+            let kind = match conv {
+                Some((_, [d_in, d_out])) => {
+                    index += 1;
+                    ModuleKind::Linear { index: index - 1, d_in, d_out }
+                }
+                None => ModuleKind::Other,
+            };
+            push(format!("{block}{name}"), kind);
         }
     }
     push("transformer.ln_f".into(), ModuleKind::Other);

@@ -49,7 +49,7 @@ pub struct Merged {
 const CHUNK_BYTES: usize = 8 << 20;
 
 /// Writes the folder of `checkpoint` to the folder `out`, with `scale · bᵀaᵀ` of each pair added to
-/// `<path>.weight`.
+/// `<path>.weight`, which lies `[d_out, d_in]`, or where `transposed` (GPT-2) `[d_in, d_out]`.
 ///
 /// # Errors
 /// If there is no such weight, its shape is another, a sum is not finite in its type, or a file
@@ -58,13 +58,19 @@ pub fn write_merged(
     checkpoint: &Checkpoint,
     pairs: &BTreeMap<String, LoraPair>,
     scale: f64,
+    transposed: bool,
     out: &Path,
 ) -> Result<Merged> {
     let mut by_name: BTreeMap<String, &LoraPair> = BTreeMap::new();
-    for (path, pair) in pairs {
+    let turned: BTreeMap<String, LoraPair> = match transposed {
+        true => pairs.iter().map(|(path, pair)| (path.clone(), pair.transposed())).collect(),
+        false => BTreeMap::new(),
+    };
+    for (path, pair) in if transposed { &turned } else { pairs } {
         let name = format!("{path}.weight");
         // A file of the bare model has names without the wrapper's prefix.
-        let bare = name.strip_prefix("model.").unwrap_or(&name);
+        let bare = ["model.", "transformer."].iter().find_map(|prefix| name.strip_prefix(prefix));
+        let bare = bare.unwrap_or(&name);
         let found = [name.as_str(), bare].into_iter().find(|n| checkpoint.info(n).is_some());
         let Some(found) = found else {
             return Err(Error::Tensors {

@@ -89,8 +89,6 @@ pub enum ModuleKind {
     },
     /// The output head: a linear that adapters leave alone.
     Head,
-    /// GPT-2's linear with its weight transposed, which PEFT's Poly refuses.
-    Conv1d,
     /// Anything else.
     Other,
 }

@@ -80,11 +80,6 @@ pub fn resolve(
                     "target_modules matches {path}, the output head, which cannot be adapted; exclude it"
                 )));
             }
-            ModuleKind::Conv1d => {
-                return Err(Error::Config(format!(
-                    "target_modules matches {path}, a Conv1D, which neither PEFT's Poly nor this can adapt; a GPT-2 base can be evaluated and generated from"
-                )));
-            }
             ModuleKind::Other => {
                 return Err(Error::Config(format!(
                     "target_modules matches {path}, which is not a linear; name linears only"

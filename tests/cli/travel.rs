@@ -45,7 +45,7 @@ fn assert_near(got: &[f64], want: &[f64], relative: f64, what: &str) {
 /// for every way a base is stored.
 #[test]
 fn an_exported_task_computes_the_same() {
-    for name in ["tiny", "sharded", "v10-hub", "bart", "llama", "qwen2", "gemma3"] {
+    for name in ["tiny", "sharded", "v10-hub", "bart", "llama", "qwen2", "gemma3", "gpt2"] {
         let dir = scratch(&format!("export-{name}"));
         let (base, adapter) = (case(name).join("base"), case(name).join("adapter"));
         // All rows as task 0: what is exported is one mixture.

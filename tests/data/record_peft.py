@@ -51,6 +51,7 @@ from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
+from transformers.pytorch_utils import Conv1D
 
 DATA = Path(__file__).resolve().parent
 SIZE_LIMIT_BYTES = 4_000_000
@@ -170,15 +171,13 @@ CASES = [
               decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=44, dropout=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=1,
               decoder_start_token_id=0, forced_eos_token_id=None),
          poly(2, 3, 2, 2, ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]), family="bart", seed=51),
-]
-
-# Bases that PEFT's Poly refuses (Conv1D is no torch.nn.Linear): nll and greedy tokens alone.
-BASES = [
+    # PEFT's Poly refuses Conv1D, so `base_of` makes linears of them; names and files are GPT-2's.
     Case("gpt2", "GPT-2, tied, scores of a layer divided by its number; the feed-forward layer is not four times as wide",
          dict(n_embd=24, n_head=3, n_inner=44, n_layer=2, vocab_size=101, n_positions=40, scale_attn_by_inverse_layer_idx=True,
               resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=2, eos_token_id=1),
-         dict(n_tasks=1), family="gpt2", seed=51),
+         poly(2, 3, 3, 2, ["c_attn", "c_proj", "c_fc"]), family="gpt2", seed=51),
 ]
+
 
 # ---- building a case's files ----------------------------------------------------------------------------------------
 
@@ -206,6 +205,18 @@ def build_base(case, folder):
     if case.style == "transformers-4":
         rewrite_as_4(folder)
     return Model
+
+
+def base_of(Model, folder, dtype):
+    """A base, with linears for Conv1Ds."""
+    model = Model.from_pretrained(folder, dtype=dtype)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Conv1D):
+                linear = torch.nn.Linear(child.nx, child.nf, dtype=dtype)
+                linear.weight.data, linear.bias.data = child.weight.data.T.contiguous(), child.bias.data
+                setattr(module, name, linear)
+    return model
 
 
 def rewrite_as_4(folder):
@@ -248,7 +259,7 @@ def build_adapter(case, Model, base, folder):
     """PEFT's own initialisation with B not zero, and router logits wide enough to matter (PEFT's are within 1e-3)."""
     task_type = TaskType.CAUSAL_LM if case.causal else TaskType.SEQ_2_SEQ_LM
     config = PolyConfig(task_type=task_type, init_weights=False, **case.poly)
-    model = get_peft_model(Model.from_pretrained(base, dtype=torch.float32), config)
+    model = get_peft_model(base_of(Model, base, torch.float32), config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "module_logits" in name:
@@ -277,7 +288,7 @@ def make_rows(case, rng):
 
 def load(Model, folder, dtype):
     """Base and adapter from the files just written; PEFT keeps the adapter in f32 over a 16-bit base."""
-    model = PeftModel.from_pretrained(Model.from_pretrained(folder / "base", dtype=dtype), folder / "adapter", is_trainable=True)
+    model = PeftModel.from_pretrained(base_of(Model, folder / "base", dtype), folder / "adapter", is_trainable=True)
     assert all(p.dtype == (torch.float32 if "poly_" in n else dtype) for n, p in model.named_parameters())
     return model
 
@@ -448,7 +459,7 @@ def record(case):
     if case.final_tensors:
         tensors |= {f"final.{name}": t for name, t in final.items()}
 
-    base = Model.from_pretrained(folder / "base", dtype=torch.float32)
+    base = base_of(Model, folder / "base", torch.float32)
     _, base_nll = evaluate(base, rows)
     base_generated, base_margins = zip(*(greedy(base, row) for row in rows))
     assert min(base_margins) > 1e-3, f"{case.name}: a greedy step of the base is nearly a tie; take another seed"
@@ -497,29 +508,12 @@ def record(case):
           f"margin {min(margins):.1e}  losses {losses[0]:.3f} -> {losses[-1]:.3f}")
 
 
-def record_base(case):
-    """A case without an adapter."""
-    torch.manual_seed(case.seed)
-    folder = DATA / "parity" / case.name
-    shutil.rmtree(folder, ignore_errors=True)
-    Model = build_base(case, folder / "base")
-    rows = make_rows(case, random.Random(case.seed))
-    model = Model.from_pretrained(folder / "base", dtype=torch.float32)
-    _, row_nll = evaluate(model, rows)
-    _, nll_f64 = evaluate(model.double(), rows)
-    generated, margins = zip(*(greedy(model, row) for row in rows))
-    assert min(margins) > 1e-3, f"{case.name}: a greedy step is nearly a tie ({min(margins):.1e}); take another seed"
-    base = {"nll": row_nll, "nll_f64": nll_f64, "greedy": list(generated), "greedy_min_margin": min(margins)}
-    write_json(folder / "expected.json", {"about": case.about, "versions": VERSIONS, "seed": case.seed, "rows": rows, "base": base})
-    print(f"{case.name:11} base alone  f32-f64: nll {gap(row_nll, nll_f64):.1e}  margin {min(margins):.1e}")
-
-
 def check_head(case, model):
     """That the files say what the case is about: whose head, and whether its input is scaled."""
     inner = model.base_model.model
     if case.causal:
-        tied = inner.lm_head.weight.data_ptr() == inner.model.embed_tokens.weight.data_ptr()
-        assert tied == case.config["tie_word_embeddings"], f"{case.name}: tied {tied}"
+        tied = inner.lm_head.weight.data_ptr() == inner.get_input_embeddings().weight.data_ptr()
+        assert tied == case.config.get("tie_word_embeddings", True), f"{case.name}: tied {tied}"
         return
     if case.family == "bart":
         assert inner.lm_head.weight.data_ptr() == inner.model.shared.weight.data_ptr()
@@ -634,7 +628,7 @@ def bucket_table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [c.name for c in CASES + BASES]
+    names = [c.name for c in CASES]
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {' '.join(names)}")
     wanted = parser.parse_args().cases
     if unknown := set(wanted) - set(names):
@@ -651,9 +645,6 @@ def main():
     for case in CASES:
         if not wanted or case.name in wanted:
             record(case)
-    for case in BASES:
-        if not wanted or case.name in wanted:
-            record_base(case)
     size = sum(f.stat().st_size for f in (DATA / "parity").rglob("*") if f.is_file())
     print(f"total {size / 1e6:.2f} MB")
     if size > SIZE_LIMIT_BYTES:

@@ -1,8 +1,8 @@
 //! `config.json` of GPT-2: transformers' `GPT2Config` (5.17), defaults included.
 
 use super::{
-    MAX_FEATURES, MAX_FEED_FORWARD, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, activation_named, norm_eps,
-    saved_dtype,
+    MAX_FEATURES, MAX_FEED_FORWARD, MAX_HEADS, MAX_LAYERS, MAX_VOCAB, activation_named, fraction,
+    norm_eps, saved_dtype,
 };
 use crate::{
     activation::Activation,
@@ -11,12 +11,8 @@ use crate::{
     formats::{fields::Fields, json::excerpt},
 };
 
-/// Keys of training and of classifier heads: a GPT-2 base is not trained on, and its head is the
-/// language model's.
-const UNUSED: [&str; 8] = [
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
+/// Keys of classifier heads.
+const UNUSED: [&str; 5] = [
     "summary_activation",
     "summary_first_dropout",
     "summary_proj_to_labels",
@@ -47,6 +43,8 @@ pub struct Gpt2Config {
     pub scale_scores: bool,
     /// Whether those of layer i are also divided by i + 1.
     pub scale_by_layer: bool,
+    /// The dropout that the base was trained with, at every place.
+    pub dropout: f32,
     /// The padding id, if there is one.
     pub pad_token_id: Option<u32>,
     /// The ids that end an output; none is possible.
@@ -83,6 +81,16 @@ impl Gpt2Config {
         if fields.boolean("is_encoder_decoder")? == Some(true) {
             return Err(fields.error("is_encoder_decoder", "true contradicts model_type"));
         }
+        let dropout = fraction(fields, "resid_pdrop", 0.1)?;
+        for key in ["embd_pdrop", "attn_pdrop"] {
+            let other = fraction(fields, key, 0.1)?;
+            if other != dropout {
+                let detail = format!(
+                    "{other} is another than resid_pdrop {dropout}, which is not supported"
+                );
+                return Err(fields.error(key, detail));
+            }
+        }
         let scale_by_layer = fields.boolean("scale_attn_by_inverse_layer_idx")?.unwrap_or(false);
         let eos_token_ids = match fields.token_ids("eos_token_id", vocab_size)? {
             Some(ids) => ids,
@@ -104,6 +112,7 @@ impl Gpt2Config {
             activation,
             scale_scores: fields.boolean("scale_attn_weights")?.unwrap_or(true),
             scale_by_layer,
+            dropout,
             pad_token_id: fields.token_id("pad_token_id", vocab_size)?.flatten(),
             eos_token_ids,
             dtype: saved_dtype(fields)?,

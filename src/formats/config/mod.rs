@@ -272,7 +272,7 @@ impl ModelConfig {
             Self::T5(config) => config.dropout_rate,
             Self::Decoder(config) => config.attention_dropout,
             Self::Bart(config) => config.dropout,
-            Self::Gpt2(_) => 0.0, // It is not trained on.
+            Self::Gpt2(config) => config.dropout,
         }
     }
 
@@ -301,7 +301,7 @@ impl ModelConfig {
         match self {
             Self::T5(_) => &["q", "v"],
             Self::Decoder(_) | Self::Bart(_) => &["q_proj", "v_proj"],
-            Self::Gpt2(_) => &["c_attn"], // Which is then refused, as PEFT does.
+            Self::Gpt2(_) => &["c_attn"],
         }
     }
 }

@@ -10,6 +10,7 @@ pub(crate) mod head;
 mod linear;
 mod norm;
 mod rope;
+mod split;
 
 pub use attention::{AttentionSpec, KeyValue};
 pub use head::{HeadSpec, LossShape, TokenWeights, mean_row};
