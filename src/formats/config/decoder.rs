@@ -431,9 +431,10 @@ fn typed_windows(
         .map(|name| match (name.as_str(), window) {
             (Some("full_attention"), _) => Ok(None),
             (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
-            (Some("sliding_attention"), None) => {
-                Err(fields.error(key, "sliding_attention needs a sliding_window"))
-            }
+            (Some("sliding_attention"), None) => Err(fields.error(
+                key,
+                "sliding_attention needs sliding_window (Qwen: and use_sliding_window)",
+            )),
             _ => Err(fields.error(
                 key,
                 format!(
@@ -694,7 +695,7 @@ mod tests {
         }
         let sliding = json!({"model_type": "qwen3", "num_hidden_layers": 1, "layer_types": ["sliding_attention"]});
         let error = parse(&sliding).unwrap_err().to_string();
-        assert!(error.contains("needs use_sliding_window"), "{error}");
+        assert!(error.contains("needs sliding_window (Qwen: and use_sliding_window)"), "{error}");
         let unknown = json!({"model_type": "gemma3"});
         let error = parse(&unknown).unwrap_err().to_string();
         assert!(
