@@ -7,6 +7,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/folder.rs"]
+mod folder;
+
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
@@ -15,6 +18,7 @@ use std::{
     rc::Rc,
 };
 
+use folder::Folder;
 use polytape::{
     Dtype, Result,
     formats::{
@@ -31,23 +35,6 @@ use polytape::{
         checkpoint::{self, TrainerState},
     },
 };
-
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = env::temp_dir().join(format!("polytape-crash-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 fn model() -> Model {
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity/tiny/base");

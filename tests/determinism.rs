@@ -3,11 +3,15 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/folder.rs"]
+mod folder;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
 };
 
+use folder::Folder;
 use polytape::{
     Dtype,
     formats::poly_config::PolyConfig,
@@ -99,25 +103,11 @@ fn train(
     found
 }
 
-struct Folder(PathBuf);
-
 impl Folder {
-    fn new(name: &str) -> Self {
-        let path = env::temp_dir().join(format!("polytape-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        Self(path)
-    }
-
     fn of_step(&self, step: u64) -> PathBuf {
         let path = self.0.join(step.to_string());
         fs::create_dir_all(&path).unwrap();
         path
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

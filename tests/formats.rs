@@ -3,12 +3,16 @@
 
 #![allow(clippy::unwrap_used)] // Its helpers are test code, too.
 
+#[path = "common/folder.rs"]
+mod folder;
+
 use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
 
+use folder::Folder;
 use polytape::{
     Dtype, Error, Result,
     activation::Activation,
@@ -23,36 +27,12 @@ use polytape::{
     },
 };
 
-/// A folder of its own, removed at the end.
-struct Folder(PathBuf);
-
 impl Folder {
-    fn new(name: &str) -> Self {
-        let path =
-            std::env::temp_dir().join(format!("polytape-formats-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    /// Writes a file and gives its path.
-    fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.join(name);
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-
     /// Writes a safetensors file of one-row tensors.
     fn tensors(&self, name: &str, tensors: &[&str]) {
         let shape: &[usize] = &[1, 2];
         let tensors: Vec<_> = tensors.iter().map(|&name| (name, shape, &[1.0, 2.0][..])).collect();
         write_safetensors(&self.0.join(name), &tensors).unwrap();
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

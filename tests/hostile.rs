@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
+#[path = "common/folder.rs"]
+mod folder;
 #[path = "../fuzz/src/memory.rs"]
 #[allow(dead_code)]
 mod memory;
@@ -14,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use folder::Folder;
 use polytape::{
     Error, Result,
     formats::{
@@ -33,31 +36,6 @@ use polytape::{
 static ALLOCATOR: memory::Counting = memory::Counting;
 
 const MIB: usize = 1 << 20;
-
-/// A folder of its own, removed at the end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path =
-            std::env::temp_dir().join(format!("polytape-hostile-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.join(name);
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 /// A refusal that blames the input, names its place, is short and printable; within ten seconds (of a
 /// busy machine) and this much memory.
