@@ -248,7 +248,7 @@ fn gemma3(fields: &mut Fields) -> Result<DecoderConfig> {
     let Some(pattern) = pattern.as_u64().filter(|&pattern| pattern > 0) else {
         return Err(fields.wrong_type("sliding_window_pattern", "a count of layers", &pattern));
     };
-    let ropes = gemma_ropes(fields)?;
+    let ropes = gemma_ropes(fields)?; // Before `common`, which finds none of their keys then.
     let common = common(fields, "gemma3_text", defaults)?;
     let is_local = |layer: usize| !(layer as u64 + 1).is_multiple_of(pattern);
     let windows = typed_windows(fields, common.n_layers, window)?.unwrap_or_else(|| {
@@ -349,7 +349,6 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
     if fields.boolean("is_encoder_decoder")? == Some(true) {
         return Err(fields.error("is_encoder_decoder", "true contradicts model_type"));
     }
-    let is_gemma = model_type == "gemma3_text";
     Ok(DecoderConfig {
         model_type: model_type.to_owned(),
         vocab_size,
@@ -362,14 +361,10 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
         max_positions,
         norm_eps: norm_eps(fields, "rms_norm_eps", 1e-6)?,
         activation,
-        rope: if is_gemma {
-            RopeConfig { theta: 1.0, scaling: RopeScaling::None } // It reads its own.
-        } else {
-            RopeConfig::from_fields(fields, max_positions)?
-        },
+        rope: RopeConfig::from_fields(fields, max_positions)?,
         window_rope: None,
         score_scale: (head_dim as f32).powf(-0.5),
-        is_gemma,
+        is_gemma: false,
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
