@@ -260,11 +260,8 @@ impl<B: Backend> Network<B> for Bart<B> {
         let source = &sides.source;
         let encoded = self.run(tape, &self.encoder, &batch.source, source, None);
         let layers = self.decoder.layers.iter().filter_map(|layer| layer.cross.as_ref());
-        let mut writer = decoding.write_source(tape.backend(), slots, &source.spans.lens);
-        for AttentionLayer { k, v, .. } in layers {
-            let [k, v] = tape.linears(&encoded, [k, v], &source.segments);
-            writer.layer(&k, &v);
-        }
+        let layers = layers.map(|AttentionLayer { k, v, .. }| [k, v]);
+        decoding.write_source(tape, &encoded, source, slots, layers);
     }
 
     fn advance<'m>(

@@ -18,7 +18,11 @@ use crate::{
         Backend, Precision,
         ops::{CacheWrite, Gather, RelativeBias, Rotary, Segments, Spans},
     },
-    tape::{Var, ops::KeyValue},
+    model::network::Side,
+    tape::{
+        Tape, Var,
+        ops::{FrozenLinear, KeyValue},
+    },
     tensor::Tensor,
 };
 
@@ -113,16 +117,23 @@ impl<B: Backend> Decoding<B> {
         self.cache.copy_slots(backend, pairs);
     }
 
-    /// Makes room for the encoder's output of sources with these lengths; layers are written next.
-    pub(super) fn write_source<'d>(
-        &'d mut self,
-        backend: &'d B,
+    /// Writes the encoder's output for the examples of a batch, as keys and values of each layer's
+    /// linears; example i is decoded in `slots[i]`.
+    pub(super) fn write_source<'m>(
+        &mut self,
+        tape: &mut Tape<'m, B>,
+        encoded: &Var<B>,
+        source: &Side,
         slots: &[usize],
-        lens: &[usize],
-    ) -> SourceWriter<'d, B> {
+        layers: impl Iterator<Item = [&'m FrozenLinear<B>; 2]>,
+    ) {
         let Some(cross) = &mut self.cross else { unreachable!("a network without an encoder") };
-        let placed = cross.place(backend, slots, lens);
-        SourceWriter { backend, cross, placed, next: 0 }
+        let backend = tape.backend();
+        let placed = cross.place(backend, slots, &source.spans.lens);
+        for (layer, linears) in layers.enumerate() {
+            let [k, v] = tape.linears(encoded, linears, &source.segments);
+            cross.write(backend, layer, &placed, &k, &v);
+        }
     }
 
     /// How many positions the tables must have for a step that was placed; none if they have them.
@@ -138,22 +149,6 @@ impl<B: Backend> Decoding<B> {
     pub(super) fn cross(&self, layer: usize, slots: &[usize]) -> KeyValue<B> {
         let Some(cross) = &self.cross else { unreachable!("a network without an encoder") };
         cross.view(layer, slots.iter().map(|&slot| self.source_of[slot]))
-    }
-}
-
-/// Writes the encoder's output, layer by layer.
-pub(super) struct SourceWriter<'d, B: Backend> {
-    backend: &'d B,
-    cross: &'d mut Cache<B>,
-    placed: Placed,
-    next: usize,
-}
-
-impl<B: Backend> SourceWriter<'_, B> {
-    /// The next layer's keys and values, `[source tokens, width]`.
-    pub(super) fn layer(&mut self, k: &Var<B>, v: &Var<B>) {
-        self.cross.write(self.backend, self.next, &self.placed, k, v);
-        self.next += 1;
     }
 }
 

@@ -249,12 +249,9 @@ impl<B: Backend> Network<B> for T5<B> {
     ) {
         let source = &sides.source;
         let encoded = self.run(tape, &self.encoder, &batch.source, source, None);
-        let blocks = self.decoder.blocks.iter().filter_map(|block| block.cross.as_ref());
-        let mut writer = decoding.write_source(tape.backend(), slots, &source.spans.lens);
-        for AttentionLayer { k, v, .. } in blocks {
-            let [k, v] = tape.linears(&encoded, [k, v], &source.segments);
-            writer.layer(&k, &v);
-        }
+        let layers = self.decoder.blocks.iter().filter_map(|block| block.cross.as_ref());
+        let layers = layers.map(|AttentionLayer { k, v, .. }| [k, v]);
+        decoding.write_source(tape, &encoded, source, slots, layers);
     }
 
     fn advance<'m>(
