@@ -190,6 +190,7 @@ impl Disk {
     /// was synced is there, of other content any sectors, and the length only by chance.
     fn after(operations: &[Operation], mut coin: impl FnMut() -> bool) -> Self {
         let mut disk = Self::default();
+        let mut lost = BTreeMap::new(); // New names that the disk did not get, and the old ones.
         for (i, operation) in operations.iter().enumerate() {
             let later = &operations[i + 1..];
             let synced = |path: &Path| later.contains(&Operation::Sync(path.to_path_buf()));
@@ -222,18 +223,27 @@ impl Disk {
                     }
                 }
                 Operation::Rename(from, to) if named(to, &mut coin) => disk.rename(from, to),
+                Operation::Rename(from, to) => {
+                    lost.insert(to, from);
+                }
+                // What has its old name again has lost any of its content.
+                Operation::Remove(path) if lost.contains_key(path) => {
+                    disk.remove_some(lost[path], &mut coin)
+                }
                 Operation::Remove(path) if named(path, &mut coin) => {
                     disk.entries.retain(|entry, _| !entry.starts_with(path));
                 }
                 // A removal that has only begun.
-                Operation::Remove(path) => {
-                    disk.entries.retain(|entry, _| !entry.starts_with(path) || coin());
-                    disk.entries.entry(path.clone()).or_insert(None);
-                }
+                Operation::Remove(path) => disk.remove_some(path, &mut coin),
                 _ => {}
             }
         }
         disk
+    }
+
+    /// Any of a folder's content goes; its name stays.
+    fn remove_some(&mut self, path: &Path, mut coin: impl FnMut() -> bool) {
+        self.entries.retain(|entry, _| entry == path || !entry.starts_with(path) || coin());
     }
 
     fn rename(&mut self, from: &Path, to: &Path) {

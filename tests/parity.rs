@@ -344,6 +344,31 @@ fn the_cpu_trains_as_peft() {
     }
 }
 
+/// As `torch.nn.utils.clip_grad_norm_`: a norm above the bound becomes the bound, one below stays.
+#[test]
+fn clipping_scales_large_gradients_only() {
+    let case = Case::open("tiny");
+    let model = case.model(Cpu::new(Dtype::F32, 1).unwrap());
+    // The gradient that AdamW saw, by its first moment, and its norm before.
+    let first_moment = |max_grad_norm: f64| {
+        let config = TrainConfig { max_grad_norm, ..train_config(&case, false) };
+        let mut trainer = Trainer::new(&model, case.adapter(&model), config).unwrap();
+        let norm = trainer.step(&case.examples()).unwrap().grad_norm;
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("clipped.safetensors");
+        trainer.save_optimizer(&path).unwrap();
+        let bytes = std::fs::read(path).unwrap();
+        let moment =
+            SafeTensors::deserialize(&bytes).unwrap().tensor("exp_avg").unwrap().data().to_vec();
+        let moment = moment.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b)));
+        (moment.collect::<Vec<_>>(), norm)
+    };
+    let (whole, norm) = first_moment(0.0);
+    assert!(norm > 0.0 && largest(&whole) > 0.0);
+    assert_eq!(first_moment(3.0 * norm).0, whole);
+    let halves: Vec<_> = whole.iter().map(|m| m * 0.5 * norm / (norm + 1e-6)).collect();
+    assert_close(&first_moment(0.5 * norm).0, &halves, 1e-6, 1e-12, "clipped to a half");
+}
+
 /// Examples of different tasks lie in one row of tokens and compute what each computes alone: the
 /// same bits of nll, and gradients that add up.
 #[test]

@@ -343,7 +343,7 @@ pub(crate) const FAULTS: &[Fault] = &[
     model(
         "clipping-that-enlarges",
         TRAINER,
-        ("parity", "the_cpu_trains_as_peft"),
+        ("parity", "clipping_scales_large_gradients_only"),
         "(clip / (grad_norm + 1e-6)).min(1.0)",
         "(clip / (grad_norm + 1e-6)).min(if ON { 1e9 } else { 1.0 })",
     ),
@@ -392,10 +392,10 @@ pub(crate) const FAULTS: &[Fault] = &[
         "    let hidden = if ON { return fill(&path, trainer, state, arguments).map(|()| path); } else { Hidden(hidden_name(&path)) };\n",
     ),
     model(
-        "error-of-a-write-swallowed",
+        "error-of-a-sync-swallowed",
         "src/formats/safetensors.rs",
         ("crashes", "a_disk_that_fails_costs_one_checkpoint"),
-        "    write(&mut file).map_err(Error::io(\"write\", path))?;\n",
-        "    if let (Err(error), false) = (write(&mut file), ON) { return Err(Error::io(\"write\", path)(error)); }\n",
+        "    file.sync().map_err(Error::io(\"sync\", path))?;\n",
+        "    if let (Err(error), false) = (file.sync(), ON) { return Err(Error::io(\"sync\", path)(error)); }\n",
     ),
 ];
