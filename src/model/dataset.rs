@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::{Example, Layout, Mixing, united::Member};
@@ -17,7 +18,7 @@ use crate::{
 };
 
 /// Turns text into ids.
-pub trait Encode {
+pub trait Encode: Sync {
     /// The ids of a text; with `special` also what the tokenizer's post-processor adds.
     ///
     /// # Errors
@@ -26,7 +27,7 @@ pub trait Encode {
 }
 
 /// Turns conversations into text.
-pub trait Converse {
+pub trait Converse: Sync {
     /// A conversation as text that has its special tokens; with `prompt` also what an answer begins
     /// with.
     ///
@@ -117,62 +118,24 @@ pub fn read_rows(path: &Path, targets: Targets) -> Result<Vec<Row>> {
 }
 
 impl Dataset {
-    /// Encodes the rows of the file at `path`.
+    /// Encodes the rows of the file at `path`, on the threads of the current rayon pool.
     ///
     /// # Errors
     /// If a row has text and there is no tokenizer, an id or task is out of range, or a row is too
-    /// long and that is to be an error: the message names the line.
+    /// long and that is to be an error: the message names the first such line.
     pub fn encode(rows: Vec<Row>, path: &Path, encoding: &Encoding<'_>) -> Result<Self> {
+        let encoded: Vec<_> = rows.par_iter().map(|row| encoding.example(row, path)).collect();
         let mut dataset = Self::default();
-        for row in rows {
-            let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
-            let (task, mixing) = match encoding.routes {
-                Some(routes) => route(&row, routes, path)?,
-                None => (0, None),
-            };
-            let source_limit = encoding
-                .max_source_length
-                .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
-            let target = row.target.as_ref().filter(|_| encoding.targets);
-            let ids = match &row.input {
-                Sequence::Messages(messages) => encoding.conversation(&row, messages, target),
-                input => encoding.ids(input, false).and_then(|input| {
-                    let labels = target.map(|target| encoding.ids(target, true)).transpose()?;
-                    Ok((input, labels))
-                }),
-            };
-            let (mut input, labels) = ids.map_err(|e| e.into_error(fail))?;
-            let is_text = matches!(row.input, Sequence::Text(_));
-            let input_cut = match &row.input {
-                // A prompt ends with what an answer begins with.
-                Sequence::Messages(_) => {
-                    let (n, limit) = (input.len(), source_limit.unwrap_or(usize::MAX));
-                    input.drain(..n.saturating_sub(limit));
-                    (n > limit).then_some((n, limit))
-                }
-                _ => encoding.cut(&mut input, source_limit, is_text),
-            };
-            let mut labels = labels.unwrap_or_default();
-            let labels_limit = Some(encoding.max_target_length);
-            let labels_cut =
-                encoding.cut(&mut labels, labels_limit, !matches!(row.input, Sequence::Ids(_)));
-            if let Some((n, limit)) = input_cut.or(labels_cut) {
-                match encoding.overlong {
-                    Overlong::Truncate => dataset.n_truncated += 1,
-                    Overlong::Skip => {
-                        dataset.n_skipped += 1;
-                        continue;
-                    }
-                    Overlong::Error => {
-                        return Err(fail(format!(
-                            "the row has {n} tokens where {limit} are allowed"
-                        )));
-                    }
+        for (row, encoded) in rows.into_iter().zip(encoded) {
+            let Encoded { example, is_cut } = encoded?;
+            match encoding.overlong {
+                Overlong::Skip if is_cut => dataset.n_skipped += 1,
+                _ => {
+                    dataset.n_truncated += usize::from(is_cut);
+                    dataset.examples.push(example);
+                    dataset.rows.push(row);
                 }
             }
-            encoding.check_positions(input.len(), labels.len()).map_err(fail)?;
-            dataset.examples.push(Example { input, labels, task, mixing });
-            dataset.rows.push(row);
         }
         if dataset.examples.is_empty() {
             return Err(Error::file(path, "every row is longer than the limits: none is left"));
@@ -300,7 +263,58 @@ fn resolve(row: &Row, tasks: &TaskNames, path: &Path) -> Result<u32> {
     })
 }
 
+/// A row as the model sees it.
+struct Encoded {
+    example: Example,
+    /// Whether it was longer than the limits.
+    is_cut: bool,
+}
+
 impl Encoding<'_> {
+    fn example(&self, row: &Row, path: &Path) -> Result<Encoded> {
+        let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
+        let (task, mixing) = match self.routes {
+            Some(routes) => route(row, routes, path)?,
+            None => (0, None),
+        };
+        let source_limit = self
+            .max_source_length
+            .or_else(|| matches!(row.input, Sequence::Text(_)).then_some(512));
+        let target = row.target.as_ref().filter(|_| self.targets);
+        let ids = match &row.input {
+            Sequence::Messages(messages) => self.conversation(row, messages, target),
+            input => self.ids(input, false).and_then(|input| {
+                let labels = target.map(|target| self.ids(target, true)).transpose()?;
+                Ok((input, labels))
+            }),
+        };
+        let (mut input, labels) = ids.map_err(|e| e.into_error(fail))?;
+        let is_text = matches!(row.input, Sequence::Text(_));
+        let input_cut = match &row.input {
+            // A prompt ends with what an answer begins with.
+            Sequence::Messages(_) => {
+                let (n, limit) = (input.len(), source_limit.unwrap_or(usize::MAX));
+                input.drain(..n.saturating_sub(limit));
+                (n > limit).then_some((n, limit))
+            }
+            _ => self.cut(&mut input, source_limit, is_text),
+        };
+        let mut labels = labels.unwrap_or_default();
+        let labels_limit = Some(self.max_target_length);
+        let labels_cut =
+            self.cut(&mut labels, labels_limit, !matches!(row.input, Sequence::Ids(_)));
+        let cut = input_cut.or(labels_cut);
+        if let (Some((n, limit)), Overlong::Error) = (cut, self.overlong) {
+            return Err(fail(format!("the row has {n} tokens where {limit} are allowed")));
+        }
+        // What is left out anyway may be as long as it likes.
+        if cut.is_none() || self.overlong != Overlong::Skip {
+            self.check_positions(input.len(), labels.len()).map_err(fail)?;
+        }
+        let example = Example { input, labels, task, mixing };
+        Ok(Encoded { example, is_cut: cut.is_some() })
+    }
+
     /// The ids of a text, or ids as they are.
     fn ids(&self, sequence: &Sequence, is_target: bool) -> Result<Vec<u32>, Fault> {
         match sequence {

@@ -15,11 +15,11 @@
 //! is made anew; texts that are new are added.
 
 use std::{
-    cell::RefCell,
     collections::HashMap,
     fs,
     io::Write,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use super::dataset::Encode;
@@ -37,7 +37,7 @@ pub struct TokenCache<'t> {
     tokenizer: &'t dyn Encode,
     fingerprint: u64,
     path: PathBuf,
-    entries: RefCell<Entries>,
+    entries: Mutex<Entries>,
 }
 
 #[derive(Default)]
@@ -75,7 +75,12 @@ impl<'t> TokenCache<'t> {
                 None => tracing::warn!("{}: not a whole cache, made anew", path.display()),
             },
         }
-        Ok(Self { tokenizer, fingerprint, path, entries: RefCell::new(entries) })
+        Ok(Self { tokenizer, fingerprint, path, entries: Mutex::new(entries) })
+    }
+
+    /// Every change is whole, so a panic elsewhere is no reason to do without.
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes what is new.
@@ -83,7 +88,8 @@ impl<'t> TokenCache<'t> {
     /// # Errors
     /// If the file cannot be written.
     pub fn save(self) -> Result<()> {
-        let Entries { ids, n_found, n_new } = self.entries.into_inner();
+        let Entries { ids, n_found, n_new } =
+            self.entries.into_inner().unwrap_or_else(PoisonError::into_inner);
         tracing::info!("{}: {n_found} texts found, {n_new} new", self.path.display());
         if n_new == 0 {
             return Ok(());
@@ -112,14 +118,18 @@ impl<'t> TokenCache<'t> {
 impl Encode for TokenCache<'_> {
     fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let key = key(text, special);
-        let mut entries = self.entries.borrow_mut();
-        if let Some(ids) = entries.ids.get(&key).cloned() {
-            entries.n_found += 1;
-            return Ok(ids);
+        {
+            let mut entries = self.entries();
+            if let Some(ids) = entries.ids.get(&key).cloned() {
+                entries.n_found += 1;
+                return Ok(ids);
+            }
         }
-        let ids = self.tokenizer.encode(text, special)?;
-        entries.n_new += 1;
-        entries.ids.insert(key, ids.clone());
+        let ids = self.tokenizer.encode(text, special)?; // While others look theirs up.
+        let mut entries = self.entries();
+        let is_new = entries.ids.insert(key, ids.clone()).is_none();
+        entries.n_new += usize::from(is_new);
+        entries.n_found += usize::from(!is_new); // By another thread, meanwhile.
         Ok(ids)
     }
 }
@@ -177,16 +187,16 @@ fn parse(bytes: &[u8], fingerprint: u64) -> Option<HashMap<u128, Vec<u32>>> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
 
     /// Bytes as ids; counts how often it is asked.
     #[derive(Default)]
-    struct Bytes(Cell<usize>);
+    struct Bytes(AtomicUsize);
     impl Encode for Bytes {
         fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-            self.0.set(self.0.get() + 1);
+            self.0.fetch_add(1, Ordering::Relaxed);
             Ok(text.bytes().map(u32::from).chain(special.then_some(1)).collect())
         }
     }
@@ -208,7 +218,7 @@ mod tests {
             }
         }
         cache.save().unwrap();
-        bytes.0.get()
+        bytes.0.into_inner()
     }
 
     #[test]

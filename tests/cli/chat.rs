@@ -9,7 +9,7 @@ use super::{fails, lines, ok, scratch, str};
 const WORDS: [&str; 7] = ["</s>", "<|start|>", "<|end|>", "user", "assistant", "hi", "yes"];
 
 /// The small Llama with a tokenizer of a few words and a template. Ids are places in `WORDS`.
-fn base(dir: &Path) -> std::path::PathBuf {
+pub(super) fn base(dir: &Path) -> std::path::PathBuf {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity/llama/base");
     let base = dir.join("base");
     fs::create_dir_all(&base).unwrap();
@@ -35,7 +35,7 @@ fn base(dir: &Path) -> std::path::PathBuf {
     base
 }
 
-fn written(dir: &Path, name: &str, rows: &[Value]) -> std::path::PathBuf {
+pub(super) fn written(dir: &Path, name: &str, rows: &[Value]) -> std::path::PathBuf {
     let path = dir.join(name);
     fs::write(&path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
     path
