@@ -11,6 +11,14 @@ pub struct Memory {
     pub anon_mib: u64,
 }
 
+/// Bytes that the system could still give without swapping, if it tells.
+pub fn available_bytes() -> Option<u64> {
+    let info = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib * 1024)
+}
+
 impl Memory {
     /// As of now.
     pub fn now() -> Self {

@@ -33,6 +33,7 @@ use crate::{
     formats::{checkpoint::Checkpoint, mmap::Access},
     kernels::{Backend, cpu::Cpu, cuda::Cuda},
     model::{Model, Options, natural_dtype},
+    process::available_bytes,
 };
 
 /// Trains and runs Poly / MHR adapters over a frozen, memory-mapped transformer.
@@ -162,7 +163,15 @@ impl Common {
         }
     }
 
+    /// Of what is done before a backend computes: tokenising.
+    fn limit_host_threads(&self) {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(self.n_threads());
+        // A pool that is there already was made by an earlier call.
+        let _ = pool.build_global();
+    }
+
     fn open_model(&self, dir: &PathBuf) -> Result<Model> {
+        self.limit_host_threads();
         let options =
             Options { dtype: self.dtype(), n_threads: self.n_threads(), access: self.access() };
         let model = Model::open(dir, &options)?;
@@ -172,6 +181,7 @@ impl Common {
 
     /// The model in a GPU's memory.
     fn open_cuda(&self, dir: &PathBuf) -> Result<Model<Cuda>> {
+        self.limit_host_threads();
         let checkpoint = Checkpoint::open_with(dir, self.access())?;
         let cuda = Cuda::new(self.dtype().unwrap_or_else(|| natural_dtype(&checkpoint)))?;
         cuda.check_fits(checkpoint.n_elements())?;
@@ -214,6 +224,10 @@ trait Described: Backend {
     fn hardware(&self) -> String;
     /// Threads of the host that compute.
     fn host_threads(&self) -> usize;
+    /// Bytes of all buffers at their peak.
+    fn peak_bytes(&self) -> usize;
+    /// Bytes that buffers can still take, if that is known.
+    fn free_bytes(&self) -> Option<u64>;
     /// The CPU backend, if it is that.
     fn cpu(&self) -> Option<&Cpu> {
         None
@@ -230,6 +244,12 @@ impl Described for Cpu {
     fn host_threads(&self) -> usize {
         self.n_threads()
     }
+    fn peak_bytes(&self) -> usize {
+        self.peak_bytes()
+    }
+    fn free_bytes(&self) -> Option<u64> {
+        available_bytes()
+    }
     fn cpu(&self) -> Option<&Cpu> {
         Some(self)
     }
@@ -244,6 +264,12 @@ impl Described for Cuda {
     }
     fn host_threads(&self) -> usize {
         1
+    }
+    fn peak_bytes(&self) -> usize {
+        self.peak_bytes()
+    }
+    fn free_bytes(&self) -> Option<u64> {
+        self.device().memory().ok().map(|(_, free)| free as u64)
     }
 }
 

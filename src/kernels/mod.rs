@@ -23,6 +23,7 @@ pub mod oracle;
 pub mod philox;
 pub mod planner;
 pub mod segments;
+pub mod sizes;
 
 use crate::{
     dtype::Dtype,

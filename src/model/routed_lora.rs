@@ -96,6 +96,20 @@ impl<B: Backend> Adapter<B> {
         Ok(adapter)
     }
 
+    /// The same adapter on the same base elsewhere, with parameters that are not written yet.
+    pub(crate) fn on<C: Backend>(&self, base: &Model<C>) -> Adapter<C> {
+        let Self { config, routing, targets, banks, logits, params, tasks } = self;
+        Adapter {
+            config: config.clone(),
+            routing: routing.clone(),
+            targets: targets.clone(),
+            banks: banks.clone(),
+            logits: logits.clone(),
+            params: base.backend().room(params.rows(), params.cols(), Precision::Full),
+            tasks: tasks.clone(),
+        }
+    }
+
     /// Loads a PEFT adapter folder onto a base.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ pub mod adapt;
 pub mod checkpoint;
 pub mod choices;
 pub mod evaluate;
+pub mod memory;
 pub mod metrics;
 pub mod order;
 pub mod prior;

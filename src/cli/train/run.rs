@@ -13,7 +13,7 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    super::{Common, eval::task_name, print},
+    super::{Common, Described, eval::task_name, print},
     flags::{Evaluating, Metric, ReportTo, Resumed, Saving},
     log::Log,
 };
@@ -33,6 +33,7 @@ use crate::{
         checkpoint::{self, TrainerState},
         choices::Choices,
         evaluate::{Decode, Evaluation, evaluate},
+        memory::{longest, step_bytes},
         order::Batches,
     },
 };
@@ -118,7 +119,7 @@ pub(in crate::cli) fn interruption() -> Arc<AtomicBool> {
     interrupted
 }
 
-impl<'a, B: Backend> Run<'a, B> {
+impl<'a, B: Described> Run<'a, B> {
     /// Begins anew, or where a checkpoint stood.
     pub(in crate::cli) fn start(mut plan: Plan<'a, B>, resumed: Option<&Resumed>) -> Result<Self> {
         let out = plan.output_dir;
@@ -160,6 +161,7 @@ impl<'a, B: Backend> Run<'a, B> {
 
     /// All steps that are left; then the adapter is saved.
     pub(in crate::cli) fn go(mut self, interrupted: &AtomicBool) -> Result<Outcome<'a, B>> {
+        let memory = self.plan_memory()?;
         let bar = self.plan.common.progress(self.plan.n_steps);
         bar.set_position(self.plan.trainer.steps_done());
         let (mut last, mut evaluation) = (None, None);
@@ -198,6 +200,8 @@ impl<'a, B: Backend> Run<'a, B> {
             }
         }
         bar.finish_and_clear();
+        let taken = self.plan.trainer.model().backend().peak_bytes() as u64;
+        tracing::info!("memory: {} MiB taken at the peak, {} planned", mib(taken), mib(memory));
         match &self.state.best_model_checkpoint {
             Some(best) if self.plan.keep_best && !interrupted.load(Ordering::Relaxed) => {
                 Adapter::open(self.plan.trainer.model(), best)?
@@ -210,6 +214,32 @@ impl<'a, B: Backend> Run<'a, B> {
             return Err(Error::Interrupted);
         }
         Ok(Outcome { trainer: self.plan.trainer, last, evaluation, state: self.state })
+    }
+
+    /// What the step of the longest rows will take, in bytes.
+    fn plan_memory(&self) -> Result<u64> {
+        let Plan { trainer, data, choices, .. } = &self.plan;
+        let places = longest(&data.examples, trainer.config().batch_size);
+        let examples: Vec<&Example> = places.iter().map(|&i| &data.examples[i]).collect();
+        let wrong = choices.map(|choices| -> Vec<&[Example]> {
+            places.iter().map(|&i| &choices.wrong[i][..]).collect()
+        });
+        let bytes = step_bytes(trainer, &examples, wrong.as_deref())?;
+        tracing::info!("memory: {} MiB for the longest rows, beside the base", mib(bytes));
+        let backend = trainer.model().backend();
+        let Some(free) = backend.free_bytes().filter(|&free| free < bytes) else {
+            return Ok(bytes);
+        };
+        let told = format!(
+            "the longest rows take {} MiB beside the base, and {} MiB are free: a smaller --batch-size with more --gradient-accumulation-steps, --checkpointing on, or a lower --max-source-length need less",
+            mib(bytes),
+            mib(free)
+        );
+        if backend.cpu().is_none() {
+            return Err(Error::Device(told));
+        }
+        tracing::warn!("{told}"); // The system may swap.
+        Ok(bytes)
     }
 
     fn step(&mut self) -> Result<(StepReport, f64)> {
@@ -359,6 +389,10 @@ impl<'a, B: Backend> Run<'a, B> {
         let trainer = &self.plan.trainer;
         trainer.adapter().save_peft(trainer.model().backend(), self.plan.output_dir)
     }
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes.div_ceil(1 << 20)
 }
 
 fn evaluator_metric<B: Backend>(

@@ -1,0 +1,79 @@
+//! What training will need in memory, before it begins: a step on a backend that only counts.
+
+use super::{TrainConfig, Trainer};
+use crate::{
+    error::Result,
+    kernels::{Backend, Precision, sizes::Sizes},
+    model::{Example, Model},
+};
+
+/// Bytes of tensors at the peak of a step on these examples: parameters, gradients, moments, and
+/// activations. The base's weights and what a kernel needs while it runs are not in it.
+///
+/// # Errors
+/// As [`Model::open`] and [`Trainer::step`].
+pub fn step_bytes<B: Backend>(
+    trainer: &Trainer<'_, B>,
+    examples: &[&Example],
+    wrong: Option<&[&[Example]]>,
+) -> Result<u64> {
+    let base = trainer.model();
+    let sizes = Sizes::new(base.backend().dtype(Precision::Activation));
+    let model = Model::open_on(sizes.clone(), base.dir())?;
+    let adapter = trainer.adapter().on(&model);
+    let config = TrainConfig { batch_size: examples.len().max(1), ..trainer.config().clone() };
+    let mut counted = Trainer::new(&model, adapter, config)?;
+    match wrong {
+        None => counted.step(examples)?,
+        Some(wrong) => counted.step_on_choices(examples, wrong)?,
+    };
+    Ok(sizes.peak())
+}
+
+/// The places of the `n` examples with most tokens.
+pub fn longest(examples: &[Example], n: usize) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..examples.len()).collect();
+    let tokens = |place: &usize| examples[*place].input.len() + examples[*place].labels.len();
+    places.sort_by_key(|place| std::cmp::Reverse(tokens(place)));
+    places.truncate(n);
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{Dtype, formats::poly_config::PolyConfig, kernels::cpu::Cpu, model::Adapter};
+
+    /// What is counted is what the CPU takes, but for scratch and for buffers that are larger than what
+    /// is in them.
+    #[test]
+    fn the_count_is_what_a_step_takes() {
+        for name in ["tiny", "llama", "bart", "gpt2"] {
+            let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity").join(name);
+            for checkpointing in [false, true] {
+                let cpu = Cpu::new(Dtype::F32, 1).unwrap();
+                let model = Model::open_on(cpu.clone(), base.join("base")).unwrap();
+                let config = PolyConfig { n_tasks: 2, n_skills: 2, r: 2, ..PolyConfig::default() };
+                let adapter = Adapter::new(&model, &config, 1).unwrap();
+                let config = TrainConfig { checkpointing, ..TrainConfig::default() };
+                let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+                let example = |task| Example {
+                    input: (0..40).map(|i| 3 + i % 7).collect(),
+                    labels: vec![5, 6, 1],
+                    task,
+                    mixing: None,
+                };
+                let examples: Vec<Example> = (0..24).map(|i| example(i % 2)).collect();
+                let examples: Vec<&Example> = examples.iter().collect();
+                let counted = step_bytes(&trainer, &examples, None).unwrap();
+                trainer.step(&examples).unwrap();
+                let taken = cpu.peak_bytes() as u64;
+                let ratio = taken as f64 / counted as f64;
+                println!("{name} {checkpointing}: {counted} counted, {taken} taken, {ratio:.3}");
+                assert!((0.9..1.6).contains(&ratio), "{name} {checkpointing}: {ratio}");
+            }
+        }
+    }
+}
