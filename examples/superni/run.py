@@ -5,7 +5,8 @@
     python examples/superni/run.py --model MODEL --data DATA --output-dir runs            # the whole experiment
     python examples/superni/run.py ... --steps 100 --seeds 0 --adapt-steps 0              # a look
 
-For every method and seed: train on DATA/train.jsonl, evaluate on DATA/test.jsonl; then for every held-out task and number of
+First every method gets the learning rate, of those given, that has the lowest loss on DATA/val.jsonl after training with the first
+seed. Then for every method and seed: train on DATA/train.jsonl, evaluate on DATA/test.jsonl; then for every held-out task and number of
 shots adapt with z (the routing row), mu (the average) and all, DATA/heldout_val16.jsonl picking the steps, and evaluate on
 DATA/heldout_test.jsonl. Prints tables as Markdown, and writes them to OUTPUT_DIR/results.md: mean over tasks, then mean and
 range over seeds. What is done is not done again, and an interrupted training goes on from its checkpoint: start it again.
@@ -67,11 +68,12 @@ def cut(source, to, per_task=None, task=None):
     return to
 
 
-def evaluate(args, adapter, data):
-    result = polytape(args, "eval", "--model", args.model, "--adapter", adapter, "--data", data,
-                      "--max-new-tokens", args.max_new_tokens, "--batch-size", args.eval_batch_size)
+def evaluate(args, adapter, data, metrics=("loss", "exact_match", "rouge_l")):
+    """Means over tasks of what each task's rows have on average."""
+    generate = ["--max-new-tokens", args.max_new_tokens] if "exact_match" in metrics else ["--generate", "off"]
+    result = polytape(args, "eval", "--model", args.model, "--adapter", adapter, "--data", data, "--batch-size", args.eval_batch_size, *generate)
     tasks = result["tasks"].values()
-    return {key: statistics.fmean(task[key] for task in tasks) for key in ("loss", "exact_match", "rouge_l")}
+    return {key: statistics.fmean(task[key] for task in tasks) for key in metrics}
 
 
 def once(path, compute):
@@ -83,18 +85,35 @@ def once(path, compute):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def train(args, method, seed, out):
+def train(args, method, rate, seed, steps, out):
+    polytape(args, "train", "--model", args.model, "--data", args.rows / "train.jsonl", "--output-dir", out, "--max-steps", steps,
+             "--batch-size", args.batch_size, "--learning-rate", rate, "--router-learning-rate", args.router_learning_rate,
+             "--warmup-steps", 0.06, "--router-sampling", args.router_sampling, "--target-modules", args.target_modules, "--seed", seed,
+             "--save-steps", args.save_steps, "--save-total-limit", 1, "--resume", *METHODS[method](args))
+
+
+def choose(args, method, rate):
+    """The loss on validation rows that a learning rate leads to."""
+    out = args.output_dir / "rates" / f"{method}-{rate:g}"
+
     def compute():
-        polytape(args, "train", "--model", args.model, "--data", args.rows / "train.jsonl", "--output-dir", out, "--max-steps", args.steps,
-                 "--batch-size", args.batch_size, "--learning-rate", args.learning_rate, "--router-learning-rate", args.router_learning_rate,
-                 "--warmup-steps", 0.06, "--router-sampling", args.router_sampling, "--target-modules", args.target_modules, "--seed", seed,
-                 "--save-steps", args.save_steps, "--save-total-limit", 1, "--resume", *METHODS[method](args))
+        train(args, method, rate, args.seeds[0], args.rate_steps or args.steps, out)
+        return evaluate(args, out, args.rows / "val.jsonl", ("loss",))["loss"]
+    return once(out.with_name(out.name + ".json"), compute)
+
+
+def trained(args, method, rate, seed):
+    out = args.output_dir / f"{method}-{seed}"
+
+    def compute():
+        train(args, method, rate, seed, args.steps, out)
         config = json.loads((out / "adapter_config.json").read_text())
         return evaluate(args, out, args.rows / "test.jsonl") | {"r": config["r"], "n_skills": config["n_skills"]}
     return once(out.with_suffix(".json"), compute)
 
 
-def adapt(args, method, seed, trained, task, n_shots, tune):
+def adapted(args, method, rate, seed, task, n_shots, tune):
+    trained = args.output_dir / f"{method}-{seed}"
     out = trained.parent / f"{trained.name}-{n_shots}-{tune}-{task}"
 
     def compute():
@@ -102,7 +121,7 @@ def adapt(args, method, seed, trained, task, n_shots, tune):
         val = cut(args.data / "heldout_val16.jsonl", args.rows / f"{task}-val.jsonl", task=task)
         test = cut(args.data / "heldout_test.jsonl", args.rows / f"{task}-test.jsonl", args.test_rows, task)
         common = ["--data", few, "--eval-data", val, "--output-dir", out, "--max-steps", args.adapt_steps, "--batch-size", 8, "--seed", seed,
-                  "--warmup-steps", 0.06, "--learning-rate", args.learning_rate, "--router-learning-rate", args.router_learning_rate,
+                  "--warmup-steps", 0.06, "--learning-rate", rate, "--router-learning-rate", args.router_learning_rate,
                   "--eval-steps", max(1, args.adapt_steps // 5), "--overwrite-output-dir"]
         if method == "private":  # None of its LoRAs is for this task: a fresh one.
             polytape(args, "train", "--model", args.model, *common, "--routing", "shared", "--r", args.rank, "--target-modules",
@@ -124,10 +143,15 @@ def table(header, lines):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def report(args, trained, adapted):
+def report(args, rates, trained, adapted):
     metrics = ("exact_match", "rouge_l", "loss")
     flags = " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if key not in {"model", "data", "output_dir", "binary", "rows"})
-    text = f"{flags}\n\n## Training tasks, test rows\n\n"
+    text = f"{flags}\n\n"
+    if len(args.learning_rate) > 1:
+        text += "## Loss on validation rows by learning rate; the lowest is taken\n\n"
+        text += table(["method", *(f"{rate:g}" for rate in args.learning_rate)], [
+            [method, *(f"{loss:.3f}" for loss in losses.values())] for method, losses in rates.items()]) + "\n"
+    text += "## Training tasks, test rows\n\n"
     text += table(["method", "seeds", *metrics], [
         [f"{method}, {runs[0]['n_skills']} x r {runs[0]['r']}", len(runs), *(spread([run[m] for run in runs]) for m in metrics)]
         for method, runs in trained.items()])
@@ -156,7 +180,8 @@ def main():
     parser.add_argument("--n-skills", type=int, default=8)
     parser.add_argument("--n-splits", type=int, default=4, help="of MHR")
     parser.add_argument("--target-modules", default="q,k,v,o")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="of several each method takes its best")
+    parser.add_argument("--rate-steps", type=int, help="of the runs that choose it [default: --steps]")
     parser.add_argument("--router-learning-rate", type=float, default=0.1)
     parser.add_argument("--router-sampling", default="on")
     parser.add_argument("--save-steps", type=int, default=500)
@@ -173,6 +198,7 @@ def main():
     args.rows = args.output_dir / "rows"
     args.rows.mkdir(parents=True, exist_ok=True)
     cut(args.data / "train.jsonl", args.rows / "train.jsonl", args.train_rows)
+    cut(args.data / "val.jsonl", args.rows / "val.jsonl", args.test_rows)
     cut(args.data / "test.jsonl", args.rows / "test.jsonl", args.test_rows)
     # What a result depends on: with other settings it would be taken for theirs.
     free = {"output_dir", "binary", "methods", "seeds", "shots", "tunes", "n_held_out", "eval_batch_size", "threads", "rows", "save_steps"}
@@ -184,20 +210,22 @@ def main():
     args.n_tasks = len({row["task"] for row in rows(args.rows / "train.jsonl")})
     held_out = sorted({row["task"] for row in rows(args.data / "heldout_test.jsonl")})[:args.n_held_out]
 
-    trained, adapted = collections.defaultdict(list), collections.defaultdict(lambda: collections.defaultdict(list))
+    rates, on_trained, on_held_out = {}, collections.defaultdict(list), collections.defaultdict(lambda: collections.defaultdict(list))
+    for method in args.methods:
+        rates[method] = {rate: choose(args, method, rate) if len(args.learning_rate) > 1 else 0 for rate in args.learning_rate}
+    best = {method: min(losses, key=losses.get) for method, losses in rates.items()}
     for seed in args.seeds:
         for method in args.methods:
-            trained[method].append(train(args, method, seed, args.output_dir / f"{method}-{seed}"))
-            report(args, trained, adapted)
+            on_trained[method].append(trained(args, method, best[method], seed))
+            report(args, rates, on_trained, on_held_out)
     for seed in args.seeds if args.adapt_steps else []:
         for method in args.methods:
             for shots in args.shots:
                 # Without a learned routing there is one thing to tune: the LoRA.
                 for tune in args.tunes if method in ("poly", "mhr") else ["all"]:
                     for task in held_out:
-                        result = adapt(args, method, seed, args.output_dir / f"{method}-{seed}", task, shots, tune)
-                        adapted[method, tune, shots][seed].append(result)
-                    report(args, trained, adapted)
+                        on_held_out[method, tune, shots][seed].append(adapted(args, method, best[method], seed, task, shots, tune))
+                    report(args, rates, on_trained, on_held_out)
 
 
 if __name__ == "__main__":
