@@ -96,7 +96,7 @@ def last_json(command):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{Path(str(command[0])).name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # Others print dictionaries of Python.
 
 
 def run_peft(spec):

@@ -392,10 +392,10 @@ pub(crate) const FAULTS: &[Fault] = &[
         "    let hidden = if ON { return fill(&path, trainer, state, arguments).map(|()| path); } else { Hidden(hidden_name(&path)) };\n",
     ),
     model(
-        "error-of-a-sync-swallowed",
+        "error-of-a-rename-swallowed",
         "src/formats/safetensors.rs",
         ("crashes", "a_disk_that_fails_costs_one_checkpoint"),
-        "    file.sync().map_err(Error::io(\"sync\", path))?;\n",
-        "    if let (Err(error), false) = (file.sync(), ON) { return Err(Error::io(\"sync\", path)(error)); }\n",
+        "    disk::rename(temporary.0, path).map_err(Error::io(\"rename\", path))?;\n",
+        "    if let (Err(error), false) = (disk::rename(temporary.0, path), ON) { return Err(Error::io(\"rename\", path)(error)); }\n",
     ),
 ];
