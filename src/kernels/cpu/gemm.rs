@@ -7,7 +7,8 @@
 //! ```
 //!
 //! What follows one another in time lies one after the other, also across tiles: prefetchers do not
-//! cross a page, and a tile of a block is about a page.
+//! cross a page, and a tile of a block is about a page. What cannot (the next tile of an operand that
+//! is not in blocks, a weight's or an output's next row) is fetched by instruction.
 //!
 //! The register tile is `MR x WIDTH` ([`Simd::TILE`]). Within a block
 //! of [`K_BLOCK`] an element is one chain of fused multiply-adds in registers; blocks are added to
@@ -18,7 +19,7 @@
 //! the instruction set wherever the closure's caller is not inlined, each to a function call.
 //!
 //! Frozen weights are packed anew by every operation, straight from the mapped file: a second copy
-//! of the base would double its memory, and at 1000 rows packing takes 2 % of the time.
+//! of the base would double its memory, and at 1000 rows packing takes 2 to 4 % of the time.
 
 use std::ops::Range;
 
@@ -44,6 +45,9 @@ pub(super) const COLS: usize = 128;
 const MAX_TILE: usize = 512;
 /// Tiles of rows that stay in the L2 cache while the panels pass over them.
 const TILES: usize = 16;
+
+/// Rows of a right operand or an output that are fetched before their turn.
+const ROWS_AHEAD: usize = 8;
 
 /// Evaluates an expression with the element type of a dtype's bytes.
 macro_rules! with_element {
@@ -221,17 +225,18 @@ impl Packed {
         self.buffer.as_mut_slice::<f32>().par_chunks_mut(tile)
     }
 
-    /// Some k of a tile; of one block where the operand is in blocks.
-    fn tile(&self, tile: usize, k: Range<usize>) -> &[f32] {
-        let start = if self.in_blocks {
+    /// Some k, of one block where the operand is in blocks: tile 0 is at the start of the values, and
+    /// each next one a stride further.
+    fn tiles(&self, k: Range<usize>) -> (&[f32], usize) {
+        let (start, stride) = if self.in_blocks {
             let first = k.start / K_BLOCK * K_BLOCK;
             let len = K_BLOCK.min(self.k - first);
             assert!(k.end <= first + len, "a range of k in one block");
-            first * self.n_tiles + tile * len + k.start - first
+            (first * self.n_tiles + k.start - first, len)
         } else {
-            tile * self.k + k.start
+            (k.start, self.k)
         };
-        &self.buffer.as_slice()[start * self.mr..(start + k.len()) * self.mr]
+        (&self.buffer.as_slice()[start * self.mr..], stride * self.mr)
     }
 }
 
@@ -271,24 +276,30 @@ impl SimdOp for PackRows<'_> {
 #[inline(always)]
 fn pack_rows<S: Simd>(simd: S, args: PackRows<'_>) {
     let PackRows { matrix, first_row, out } = args;
-    let mr = S::TILE.0;
+    let (mr, k) = (S::TILE.0, matrix.cols);
+    let n_together = LANES / mr; // Tiles whose rows fill a transposed block.
     with_element!(matrix.dtype, E => {
-        for (tile, out) in out.chunks_mut((mr * matrix.cols).max(1)).enumerate() {
+        for (i, out) in out.chunks_mut((n_together * mr * k).max(1)).enumerate() {
             let mut rows: [&[<E as Element>::Item]; LANES] = [&[]; LANES];
-            let first = first_row + tile * mr;
-            for (i, row) in rows.iter_mut().enumerate().take(mr.min(matrix.rows - first)) {
+            let first = first_row + i * n_together * mr;
+            let n_rows = (out.len() / k).min(matrix.rows - first);
+            for (i, row) in rows.iter_mut().enumerate().take(n_rows) {
                 *row = matrix.row::<E>(first + i);
             }
-            for (i, out) in out.chunks_mut(mr * LANES).enumerate() {
+            let mut columns = [[0.0; LANES]; LANES];
+            for start in (0..k).step_by(LANES) {
                 let mut block = [simd.splat(0.0); LANES];
-                for (v, row) in block.iter_mut().zip(rows).take(mr) {
-                    *v = load_lanes::<S, E>(simd, row, i);
+                for (v, row) in block.iter_mut().zip(rows).take(n_rows) {
+                    *v = load_lanes::<S, E>(simd, row, start / LANES);
                 }
-                let block = simd.transpose(block);
-                for (out, v) in out.chunks_exact_mut(mr).zip(block) {
-                    let mut lanes = [0.0; LANES];
-                    simd.store(v, &mut lanes);
-                    out.copy_from_slice(&lanes[..mr]);
+                for (column, v) in columns.iter_mut().zip(simd.transpose(block)) {
+                    simd.store(v, column);
+                }
+                for (tile, out) in out.chunks_mut(mr * k).enumerate() {
+                    let out = &mut out[start * mr..k.min(start + LANES) * mr];
+                    for (out, column) in out.chunks_exact_mut(mr).zip(&columns) {
+                        out.copy_from_slice(&column[tile * mr..(tile + 1) * mr]);
+                    }
                 }
             }
         }
@@ -343,6 +354,8 @@ pub(super) struct Product<'a> {
 pub(super) struct Accumulator {
     isa: Isa,
     sums: Buffer,
+    /// Whether there is a product in the sums; nothing but rubbish before.
+    used: bool,
     panels: Buffer,
     rows: Range<usize>,
     cols: Range<usize>,
@@ -356,10 +369,9 @@ impl Accumulator {
         assert!(cols.len() <= COLS);
         let (mr, width) = tile_shape(cpu.isa);
         let padded_cols = cols.len().next_multiple_of(width);
-        let mut sums = cpu.scratch(rows.len().next_multiple_of(mr) * padded_cols);
-        sums.bytes_mut().fill(0);
+        let sums = cpu.scratch(rows.len().next_multiple_of(mr) * padded_cols);
         let panels = cpu.scratch(K_BLOCK * padded_cols);
-        Self { isa: cpu.isa, sums, panels, rows, cols, mr, width }
+        Self { isa: cpu.isa, sums, used: false, panels, rows, cols, mr, width }
     }
 
     /// Adds a product. `lhs`'s tiles and this one's must begin at the same rows.
@@ -369,17 +381,27 @@ impl Accumulator {
 
     /// The columns' sums of output row `row`; rubbish past the last column.
     pub(super) fn row(&self, row: usize) -> [f32; COLS] {
+        let mut values = [0.0; COLS];
+        self.read_row(row, &mut values);
+        values
+    }
+
+    /// [`Accumulator::row`], to where the last one was.
+    #[inline(always)]
+    pub(super) fn read_row(&self, row: usize, values: &mut [f32; COLS]) {
+        if !self.used {
+            return values.fill(0.0);
+        }
         let row = row - self.rows.start;
         let (tile, within) = (row / self.mr, row % self.mr);
         let n_panels = self.cols.len().div_ceil(self.width);
         let n_tiles = self.rows.len().div_ceil(self.mr);
-        let mut values = [0.0; COLS];
         let sums = self.sums.as_slice::<f32>();
         for (panel, values) in values.chunks_mut(self.width).take(n_panels).enumerate() {
             let start = ((panel * n_tiles + tile) * self.mr + within) * self.width;
-            values.copy_from_slice(&sums[start..start + values.len()]);
+            let sums = sums[start..start + values.len()].as_chunks::<8>().0; // All widths are whole eights.
+            values.as_chunks_mut().0.iter_mut().zip(sums).for_each(|(v, s)| *v = *s);
         }
-        values
     }
 }
 
@@ -400,7 +422,7 @@ impl SimdOp for Add<'_> {
 #[inline(always)]
 fn add<S: Simd>(simd: S, args: Add<'_>) {
     let (mr, tile_width) = S::TILE;
-    let Accumulator { sums, panels, rows, cols, width, .. } = args.sums;
+    let Accumulator { sums, used, panels, rows, cols, width, .. } = args.sums;
     let Product { lhs, first_k, rows: product_rows, rhs } = args.product;
     let (Some(first), Some(last)) = (rhs.first(), rhs.last()) else { return };
     let k = first.k();
@@ -427,6 +449,13 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
 
     let (panels, sums) = (panels.as_mut_slice::<f32>(), sums.as_mut_slice::<f32>());
     let (tile_len, n_tiles) = (mr * tile_width, rows.len().div_ceil(mr));
+    // The first product writes the sums, which saves a pass over them, if it has all their tiles.
+    let everywhere = tiles == (0..n_tiles) && used_panels == (0..n_panels) && k > 0;
+    let only = !*used && everywhere;
+    if !*used && !everywhere {
+        sums.fill(0.0);
+    }
+    *used = true;
     for k0 in (0..k).step_by(K_BLOCK) {
         let block = k0..k.min(k0 + K_BLOCK);
         let panel_len = block.len() * *width;
@@ -437,19 +466,23 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
         for rhs in *rhs {
             pack_rhs::<S>(simd, rhs, block.clone(), cols, panels);
         }
+        let (lhs, stride) = lhs.tiles(first_k + block.start..first_k + block.end);
+        let lhs_of = |tile: usize| &lhs[(skipped / mr + tile) * stride..][..block.len() * mr];
         for some_tiles in tiles.clone().step_by(TILES) {
+            let some_tiles = some_tiles..tiles.end.min(some_tiles + TILES);
             for panel in used_panels.clone() {
                 let rhs = &panels[panel * panel_len..][..panel_len];
-                for tile in some_tiles..tiles.end.min(some_tiles + TILES) {
-                    let k = first_k + block.start..first_k + block.end;
-                    let lhs = lhs.tile(skipped / mr + tile, k);
-                    let sums = &mut sums[(panel * n_tiles + tile) * tile_len..][..tile_len];
+                for tile in some_tiles.clone() {
                     let wanted = Wanted {
                         rows: clamp(first_row, tile * mr, mr)..clamp(end_row, tile * mr, mr),
                         cols: clamp(first_col, panel * *width, *width)
                             ..clamp(end_col, panel * *width, *width),
+                        only: only && k0 == 0,
                     };
-                    add_tile(simd, lhs, rhs, sums, &wanted);
+                    // After the last one the next panel starts over.
+                    let next = if tile + 1 < some_tiles.end { tile + 1 } else { some_tiles.start };
+                    let sums = &mut sums[(panel * n_tiles + tile) * tile_len..][..tile_len];
+                    add_tile(simd, [lhs_of(tile), lhs_of(next)], rhs, sums, &wanted);
                 }
             }
         }
@@ -462,23 +495,35 @@ fn clamp(at: usize, start: usize, len: usize) -> usize {
     at.saturating_sub(start).min(len)
 }
 
-/// The rows and columns of a register tile that a product is added to.
+/// The part of a register tile's sums that a product is added to.
 struct Wanted {
     rows: Range<usize>,
     cols: Range<usize>,
+    /// There is nothing in the sums yet.
+    only: bool,
 }
 
-/// The innermost product: a tile of the left operand with a panel of the right one.
+/// The innermost product: a tile of the left operand (and which one is next) with a panel of the
+/// right one.
 #[inline(always)]
-fn add_tile<S: Simd>(simd: S, lhs: &[f32], rhs: &[f32], sums: &mut [f32], wanted: &Wanted) {
+fn add_tile<S: Simd>(
+    simd: S,
+    [lhs, next_lhs]: [&[f32]; 2],
+    rhs: &[f32],
+    sums: &mut [f32],
+    wanted: &Wanted,
+) {
     let (mr, width) = S::TILE;
     if wanted.rows.len() == mr && wanted.cols.len() == width {
-        return simd.add_tile(lhs, rhs, sums);
+        return simd.add_tile(lhs, rhs, sums, wanted.only, next_lhs);
     }
     // Rows of other segments and columns of other splits must not even get a zero: 0 * inf is NaN.
     let mut products = [0.0; MAX_TILE];
     let products = &mut products[..mr * width];
-    simd.add_tile(lhs, rhs, products);
+    simd.add_tile(lhs, rhs, products, true, next_lhs);
+    if wanted.only {
+        sums.fill(0.0);
+    }
     for i in wanted.rows.clone() {
         for j in wanted.cols.clone() {
             sums[i * width + j] += products[i * width + j];
@@ -517,6 +562,8 @@ fn pack_as_is<S: Simd, E: Element>(simd: S, matrix: Matrix<'_>, at: usize, panel
     let (n_k, width) = (matrix.rows, S::TILE.1);
     for k in 0..n_k {
         let mut row = matrix.row::<E>(k);
+        // A row's next one is in another page, where no prefetcher looks for it.
+        simd.prefetch(matrix.row::<E>((k + ROWS_AHEAD).min(n_k - 1)));
         let mut at = at;
         while !row.is_empty() {
             let (now, later) = row.split_at(row.len().min(width - at % width));
@@ -550,31 +597,45 @@ fn pack_transposed<S: Simd, E: Element>(
     panels: &mut [f32],
 ) {
     let (n_k, width) = (matrix.cols, S::TILE.1);
-    let mut n = 0;
-    while n < matrix.rows {
-        // A vector does not reach into the next panel.
-        let now = LANES.min(width - (at + n) % width).min(matrix.rows - n);
+    for n in (0..matrix.rows).step_by(LANES) {
         let mut rows: [&[E::Item]; LANES] = [&[]; LANES];
-        for (i, row) in rows.iter_mut().enumerate().take(now) {
+        let n_rows = LANES.min(matrix.rows - n);
+        for (i, row) in rows.iter_mut().enumerate().take(n_rows) {
             *row = matrix.row::<E>(n + i);
         }
-        let panel = &mut panels[(at + n) / width * n_k * width..][..n_k * width];
-        let first = (at + n) % width;
-        for (i, out) in panel.chunks_mut(LANES * width).enumerate() {
+        // They may end in the next panel.
+        let (panel, first) = ((at + n) / width, (at + n) % width);
+        let n_here = n_rows.min(width - first);
+        let (here, there) = panels[panel * n_k * width..].split_at_mut(n_k * width);
+        for start in (0..n_k).step_by(LANES) {
             let mut block = [simd.splat(0.0); LANES];
             for (v, row) in block.iter_mut().zip(rows) {
-                *v = load_lanes::<S, E>(simd, row, i);
+                *v = load_lanes::<S, E>(simd, row, start / LANES);
             }
-            let block = simd.transpose(block);
-            for (out, v) in out.chunks_exact_mut(width).zip(block) {
-                let out = &mut out[first..first + now];
-                match out.as_chunks_mut().0 {
-                    [out] => simd.store(v, out),
-                    _ => simd.store_part(v, out),
+            for (k, v) in (start..n_k).zip(simd.transpose(block)) {
+                let out = &mut here[k * width + first..][..n_here];
+                if let [out] = out.as_chunks_mut().0 {
+                    simd.store(v, out);
+                    continue;
+                }
+                let mut lanes = [0.0; LANES];
+                simd.store(v, &mut lanes);
+                copy(out, &lanes[..n_here]);
+                if n_here < n_rows {
+                    copy(&mut there[k * width..][..n_rows - n_here], &lanes[n_here..n_rows]);
                 }
             }
         }
-        n += now;
+    }
+}
+
+/// `to = from`; half a vector, which is usual, without a call.
+#[inline(always)]
+fn copy(to: &mut [f32], from: &[f32]) {
+    if from.len() == LANES / 2 {
+        to[..LANES / 2].copy_from_slice(&from[..LANES / 2]);
+    } else {
+        to.copy_from_slice(from);
     }
 }
 
@@ -591,10 +652,10 @@ pub(super) struct Rectangle<'a, T> {
     pub(super) out: Vec<&'a mut [T]>,
 }
 
-/// Columns of a task that multiplies with this instruction set: whole panels, at most [`COLS`].
+/// Columns of a task that multiplies with this instruction set: four panels. (Models' widths are multiples
+/// of 96 more often than of 120: no thread waits for another's last task.)
 pub(super) fn task_cols(isa: Isa) -> usize {
-    let width = tile_shape(isa).1;
-    COLS / width * width
+    COLS.min(4 * tile_shape(isa).1)
 }
 
 /// Cuts rows of a row-major output, of which the first is `first_row`, into rectangles of at most
@@ -666,12 +727,12 @@ pub(super) enum Residual<'a> {
 }
 
 impl Finish<'_> {
-    /// Writes a task's outputs from its sums by row.
+    /// Writes a task's outputs from its sums: `sums` writes those of a row.
     pub(super) fn write<T: ElementMut<Item = T>>(
         self,
         isa: Isa,
         rectangle: Rectangle<'_, T>,
-        sums: impl Fn(usize) -> [f32; COLS],
+        sums: impl Fn(usize, &mut [f32; COLS]),
     ) {
         isa.run(Write { finish: self, rectangle, sums });
     }
@@ -684,18 +745,24 @@ struct Write<'a, T, F> {
     sums: F,
 }
 
-impl<T: ElementMut<Item = T>, F: Fn(usize) -> [f32; COLS]> SimdOp for Write<'_, T, F> {
+impl<T: ElementMut<Item = T>, F: Fn(usize, &mut [f32; COLS])> SimdOp for Write<'_, T, F> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Finish { bias, dropout, residual } = self.finish;
-        let Rectangle { rows, cols, out } = self.rectangle;
+        let Rectangle { rows, cols, mut out } = self.rectangle;
+        let mut values = [0.0; COLS];
         let mut bias_lanes = [0.0; COLS];
         if let Some(bias) = bias {
             bias_lanes[..cols.len()].copy_from_slice(&bias[cols.clone()]);
         }
-        for (row, out) in rows.zip(out) {
-            let mut values = (self.sums)(row);
+        for (i, row) in rows.enumerate() {
+            // A row's next one is in another page, where no prefetcher looks for it.
+            if let Some(out) = out.get(i + ROWS_AHEAD) {
+                simd.prefetch(out);
+            }
+            let out = &mut *out[i];
+            (self.sums)(row, &mut values);
             if bias.is_some() {
                 for (v, b) in values.iter_mut().zip(&bias_lanes) {
                     *v += b;

@@ -526,13 +526,12 @@ impl<T: ElementMut<Item = T>> Task<'_, T> {
                         let out = out.by_ref().take(rows.len()).collect();
                         let rectangle = Rectangle { rows: rows.clone(), cols: cols.clone(), out };
                         let more = more.get(j);
-                        finish.write(cpu.isa, rectangle, |row| {
-                            let mut values = sums.0[row - start];
+                        finish.write(cpu.isa, rectangle, |row, values| {
+                            *values = sums.0[row - start];
                             if let Some(more) = more {
                                 let others = more.row(row);
                                 values.iter_mut().zip(others).for_each(|(v, o)| *v += o);
                             }
-                            values
                         });
                     }
                 }

@@ -88,7 +88,7 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
             rows: rectangle.rows.clone(),
             rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: true, first_col: 0 }],
         });
-        Finish::default().write(cpu.isa, rectangle, |row| sums.row(row));
+        Finish::default().write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
     });
     logits
 }
@@ -116,7 +116,7 @@ fn backward<T: ElementMut<Item = T> + Send>(
             rows: rectangle.rows.clone(),
             rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: false, first_col: 0 }],
         });
-        Finish::default().write(cpu.isa, rectangle, |row| sums.row(row));
+        Finish::default().write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
     });
 }
 

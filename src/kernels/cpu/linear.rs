@@ -89,7 +89,7 @@ fn write<T: ElementMut<Item = T> + Send>(
         run_tasks(tasks, |(i, rectangle)| {
             let y = dot_task(cpu, wide.as_slice(), &projections[i], &rectangle);
             let y = y.as_slice::<f32>().as_chunks().0;
-            finish(i).write(cpu.isa, rectangle, |row| y[row]);
+            finish(i).write(cpu.isa, rectangle, |row, values| *values = y[row]);
         });
         return;
     }
@@ -118,7 +118,7 @@ fn write<T: ElementMut<Item = T> + Send>(
             if let Some(rank) = &ranks[i] {
                 rank.add(&mut sums, &rectangle);
             }
-            finish(i).write(cpu.isa, rectangle, |row| sums.row(row));
+            finish(i).write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
         });
     }
 }
@@ -463,7 +463,7 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                     });
                 }
             }
-            finish.write(cpu.isa, rectangle, |row| sums.row(row));
+            finish.write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
         });
     }
 }

@@ -56,23 +56,46 @@ macro_rules! both {
 /// [`Simd::add_tile`] of 4 x 24: per `k` seven loads feed twelve multiply-adds, where 6 x 16 takes
 /// eight. It needs all sixteen registers (twelve sums, three right operands, a broadcast), which the
 /// compiler does not manage without a spill: hence assembly.
+///
+/// The core issues little more than these nineteen instructions in the time of twelve multiply-adds,
+/// so the loop's own are shared by eight `k`. (Multiply-adds that read memory would be fewer, but
+/// their loads more than there is room for.)
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn add_tile(lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
+fn add_tile(lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, next_lhs: &[f32]) {
+    const UNROLLED: usize = 8;
     let (lhs, rhs) = (lhs.as_chunks::<4>().0, rhs.as_chunks::<24>().0);
     let sums: &mut [[f32; 24]; 4] = sums.as_chunks_mut().0.first_chunk_mut().expect("a whole tile");
     assert_eq!(lhs.len(), rhs.len(), "operands agree in K");
-    if lhs.is_empty() {
-        return;
-    }
-    // SAFETY: the loop reads `lhs.len()` times 16 and 96 bytes,
-    // which the two slices have; the sums are read and written within their array.
+    // SAFETY: the loops read `lhs.len()` times 16 and 96 bytes, which the two slices have; the sums
+    // are read and written within their array. Prefetches may be of any address.
     #[allow(unused_unsafe)]
     unsafe {
         let zero = _mm256_setzero_ps();
         let [mut c0, mut c1, mut c2, mut c3, mut c4, mut c5] = [zero; 6];
         let [mut c6, mut c7, mut c8, mut c9, mut c10, mut c11] = [zero; 6];
         asm!(
+            ".macro multiply k",
+            "vmovups {b0}, [{r} + 96 * \\k]",
+            "vmovups {b1}, [{r} + 96 * \\k + 32]",
+            "vmovups {b2}, [{r} + 96 * \\k + 64]",
+            "vbroadcastss {a}, dword ptr [{l} + 16 * \\k]",
+            "vfmadd231ps {c0}, {a}, {b0}",
+            "vfmadd231ps {c1}, {a}, {b1}",
+            "vfmadd231ps {c2}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 16 * \\k + 4]",
+            "vfmadd231ps {c3}, {a}, {b0}",
+            "vfmadd231ps {c4}, {a}, {b1}",
+            "vfmadd231ps {c5}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 16 * \\k + 8]",
+            "vfmadd231ps {c6}, {a}, {b0}",
+            "vfmadd231ps {c7}, {a}, {b1}",
+            "vfmadd231ps {c8}, {a}, {b2}",
+            "vbroadcastss {a}, dword ptr [{l} + 16 * \\k + 12]",
+            "vfmadd231ps {c9}, {a}, {b0}",
+            "vfmadd231ps {c10}, {a}, {b1}",
+            "vfmadd231ps {c11}, {a}, {b2}",
+            ".endm",
             // The sums are wanted at the end, when the loop has pushed them out of the L1 cache.
             "prefetcht0 [{s}]",
             "prefetcht0 [{s} + 64]",
@@ -80,34 +103,36 @@ fn add_tile(lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
             "prefetcht0 [{s} + 192]",
             "prefetcht0 [{s} + 256]",
             "prefetcht0 [{s} + 320]",
+            "test {n}, {n}",
+            "jz 3f",
             ".p2align 5",
             "2:",
-            "vmovups {b0}, [{r}]",
-            "vmovups {b1}, [{r} + 32]",
-            "vmovups {b2}, [{r} + 64]",
-            "vbroadcastss {a}, dword ptr [{l}]",
-            "vfmadd231ps {c0}, {a}, {b0}",
-            "vfmadd231ps {c1}, {a}, {b1}",
-            "vfmadd231ps {c2}, {a}, {b2}",
-            "vbroadcastss {a}, dword ptr [{l} + 4]",
-            "vfmadd231ps {c3}, {a}, {b0}",
-            "vfmadd231ps {c4}, {a}, {b1}",
-            "vfmadd231ps {c5}, {a}, {b2}",
-            "vbroadcastss {a}, dword ptr [{l} + 8]",
-            "vfmadd231ps {c6}, {a}, {b0}",
-            "vfmadd231ps {c7}, {a}, {b1}",
-            "vfmadd231ps {c8}, {a}, {b2}",
-            "vbroadcastss {a}, dword ptr [{l} + 12]",
-            "add {l}, 16",
-            "add {r}, 96",
-            "vfmadd231ps {c9}, {a}, {b0}",
-            "vfmadd231ps {c10}, {a}, {b1}",
-            "vfmadd231ps {c11}, {a}, {b2}",
+            "prefetcht0 [{next}]",
+            "prefetcht0 [{next} + 64]",
+            ".irp k, 0, 1, 2, 3, 4, 5, 6, 7",
+            "multiply \\k",
+            ".endr",
+            "add {next}, 128",
+            "add {l}, 128",
+            "add {r}, 768",
             "dec {n}",
             "jnz 2b",
+            "3:",
+            "test {rest}, {rest}",
+            "jz 5f",
+            "4:",
+            "multiply 0",
+            "add {l}, 16",
+            "add {r}, 96",
+            "dec {rest}",
+            "jnz 4b",
+            "5:",
+            ".purgem multiply",
             l = inout(reg) lhs.as_ptr() => _,
             r = inout(reg) rhs.as_ptr() => _,
-            n = inout(reg) lhs.len() => _,
+            n = inout(reg) lhs.len() / UNROLLED => _,
+            rest = inout(reg) lhs.len() % UNROLLED => _,
+            next = inout(reg) next_lhs.as_ptr() => _,
             s = in(reg) sums.as_ptr(),
             a = out(ymm_reg) _, b0 = out(ymm_reg) _, b1 = out(ymm_reg) _, b2 = out(ymm_reg) _,
             c0 = inout(ymm_reg) c0, c1 = inout(ymm_reg) c1, c2 = inout(ymm_reg) c2,
@@ -120,7 +145,8 @@ fn add_tile(lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
         for (sums, tile) in sums.iter_mut().zip(tile) {
             for (sum, products) in sums.as_chunks_mut::<8>().0.iter_mut().zip(tile) {
                 let sum = sum.as_mut_ptr();
-                _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), products));
+                let before = if first { zero } else { _mm256_loadu_ps(sum) };
+                _mm256_storeu_ps(sum, _mm256_add_ps(before, products));
             }
         }
     }
@@ -215,11 +241,18 @@ impl Simd for Avx2 {
     const TILE: (usize, usize) = (4, 24);
 
     #[inline(always)]
-    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, next_lhs: &[f32]) {
         // SAFETY: the token is the proof of AVX2 and FMA.
-        unsafe { add_tile(lhs, rhs, sums) };
+        unsafe { add_tile(lhs, rhs, sums, first, next_lhs) };
     }
 
+    #[inline(always)]
+    fn prefetch<T>(self, x: &[T]) {
+        let bytes = size_of_val(x);
+        for line in (0..bytes).step_by(64) {
+            intrinsics!(_mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().add(line)));
+        }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         intrinsics!([_mm256_set1_ps(x); 2])

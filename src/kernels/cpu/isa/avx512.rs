@@ -57,10 +57,17 @@ impl Simd for Avx512 {
     const TILE: (usize, usize) = (12, 2 * LANES);
 
     #[inline(always)]
-    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]) {
-        super::add_tile::<Self, 12, 2>(self, lhs, rhs, sums);
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, _: &[f32]) {
+        super::add_tile::<Self, 12, 2>(self, lhs, rhs, sums, first);
     }
 
+    #[inline(always)]
+    fn prefetch<T>(self, x: &[T]) {
+        let bytes = size_of_val(x);
+        for line in (0..bytes).step_by(64) {
+            intrinsics!(_mm_prefetch::<_MM_HINT_T0>(x.as_ptr().cast::<i8>().add(line)));
+        }
+    }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         intrinsics!(_mm512_set1_ps(x))

@@ -97,8 +97,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn max_lane(self, v: Self::V) -> f32;
 
     /// `sums[m, n] += Σ_k lhs[k, m] rhs[k, n]`, each a chain of [`Simd::fma`] from zero in the order of
-    /// `k`; the tile's rows and columns are [`Simd::TILE`].
-    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32]);
+    /// `k`; the tile's rows and columns are [`Simd::TILE`]. Where these are the `first` products, what
+    /// was in the sums is ignored. `next_lhs`, the left operand of the next call, may be fetched into the
+    /// cache meanwhile.
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, next_lhs: &[f32]);
+
+    /// Starts fetching values into the cache, where the instruction set can.
+    #[inline(always)]
+    fn prefetch<T>(self, _: &[T]) {}
 
     /// From fewer than 16 values; the other lanes are `fill`.
     #[inline(always)]
@@ -124,6 +130,7 @@ fn add_tile<S: Simd, const MR: usize, const NV: usize>(
     lhs: &[f32],
     rhs: &[f32],
     sums: &mut [f32],
+    first: bool,
 ) {
     let mut tile = [[simd.splat(0.0); NV]; MR];
     let (rhs, _) = rhs.as_chunks::<LANES>().0.as_chunks::<NV>();
@@ -142,7 +149,8 @@ fn add_tile<S: Simd, const MR: usize, const NV: usize>(
     let (sums, _) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<NV>();
     for (sums, tile) in sums.iter_mut().zip(tile) {
         for j in 0..NV {
-            simd.store(simd.add(simd.load(&sums[j]), tile[j]), &mut sums[j]);
+            let before = if first { simd.splat(0.0) } else { simd.load(&sums[j]) };
+            simd.store(simd.add(before, tile[j]), &mut sums[j]);
         }
     }
 }
