@@ -101,7 +101,7 @@ impl<B: Backend> Adapter<B> {
         let Self { config, routing, targets, banks, logits, params, tasks } = self;
         Adapter {
             config: config.clone(),
-            routing: routing.clone(),
+            routing: *routing,
             targets: targets.clone(),
             banks: banks.clone(),
             logits: logits.clone(),
