@@ -371,17 +371,21 @@ fn router(random: &mut Gen, class: Class, inputs: &mut Inputs) -> Route {
         .collect();
     if class != Class::Special {
         random.plant(&mut values, &[20.0, -20.0, -28.0, -120.0, 100.0, 0.0]);
-        // A split whose samples are all of the size of the epsilon beside their sum.
-        if random.below(2) == 0 {
-            let first = random.pick(&logits) + random.below(n_tasks * n_splits) * n_skills;
-            values[first..first + n_skills]
-                .iter_mut()
-                .for_each(|v| *v = -28.0 + 0.25 * v.clamp(-4.0, 4.0));
+    }
+    // A split whose samples are all of the size of the epsilon beside their sum: no noise does that.
+    let is_small = class != Class::Special && random.below(2) == 0;
+    if is_small {
+        let task = random.pick(&tasks) as usize;
+        let split = task * n_splits + random.below(n_splits);
+        let first = random.pick(&logits) + split * n_skills;
+        for value in &mut values[first..first + n_skills] {
+            *value = -28.0 + 0.25 * value.clamp(-4.0, 4.0);
         }
     }
     inputs.full(1, n_params, values);
     let n_draws = logits.len() * n_rows * n_splits * n_skills;
     let noise = match random.below(3) {
+        _ if is_small => Noise::Off,
         0 => Noise::Off,
         1 => Noise::Philox((0..n_rows).map(|_| random.word() as u32).collect()),
         _ => {
