@@ -6,8 +6,11 @@
 // With `rounds` v = 1 where sample > 1/2, else 0, and n is at least 1; with `factor` w = v * factor.
 //   params, grads: flat   logits [linears]: where each router starts   tasks, examples [rows]
 //   samples, weights, d_weights [linears * rows, splits * skills]   noise: 0 off, 1 Philox, 2 given
-// Grid of `route`: x = linears * rows * splits / 128, a thread a split. Grid of `route_backward`: x =
-// linears * splits / 128; a thread adds the rows in order, so that rows of one task need no atomics.
+//   d_logits [linears * rows, splits * skills]: what each linear's row asks of the logits that it read
+// Grid of `route` and `route_backward`: x = linears * rows * splits / 128, a thread a split. Linears may share
+// a router, and rows a task: grid of `route_sum`: x = routers * rows * splits * skills / 128, a thread a
+// logit, by the first of its task's rows; it adds linears and rows in order, so that nothing needs atomics.
+// routers: where each router's linears start in the list that follows [routers + 1], and the list [linears].
 #include "philox.cuh"
 
 struct Route {
@@ -88,28 +91,40 @@ route(float* weights, float* samples, Route route) {
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-route_backward(float* grads, const float* d_weights, const float* weights, const float* samples,
+route_backward(float* d_logits, const float* d_weights, const float* weights, const float* samples,
                Route route) {
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
-    const u32 split = index % route.n_splits, linear = index / route.n_splits;
-    if (linear >= route.n_linears) return;
-    const u32 width = route.n_splits * route.n_skills;
-    for (u32 row = 0; row < route.n_rows; ++row) {
-        const size_t first = (size_t(linear) * route.n_rows + row) * width + split * route.n_skills;
-        float sum = 0.0f, mean = 0.0f;
-        for (u32 s = 0; s < route.n_skills; ++s) {
-            sum += weighed(route, samples[first + s]);
-            mean = fmaf(weights[first + s], d_weights[first + s], mean);
-        }
-        float* d_logits = grads + route.logits[linear] + u64(route.tasks[row]) * width;
-        for (u32 s = 0; s < route.n_skills; ++s) {
-            const u32 col = split * route.n_skills + s;
-            if (!sample(route, linear, row, col).passes) continue;
-            const float d_sample = route.factor != 0.0f
-                ? d_weights[first + s] * route.factor
-                : (d_weights[first + s] - mean) / normalizer(route, sum);
-            const float value = samples[first + s];
-            d_logits[col] += d_sample * value * (1.0f - value);
-        }
+    const u32 split = index % route.n_splits, at = index / route.n_splits;
+    if (at >= route.n_linears * route.n_rows) return;
+    const size_t first = size_t(at) * route.n_splits * route.n_skills + split * route.n_skills;
+    float sum = 0.0f, mean = 0.0f;
+    for (u32 s = 0; s < route.n_skills; ++s) {
+        sum += weighed(route, samples[first + s]);
+        mean = fmaf(weights[first + s], d_weights[first + s], mean);
     }
+    for (u32 s = 0; s < route.n_skills; ++s) {
+        const u32 col = split * route.n_skills + s;
+        const float d_sample = route.factor != 0.0f ? d_weights[first + s] * route.factor
+                                                    : (d_weights[first + s] - mean) / normalizer(route, sum);
+        const float value = samples[first + s];
+        const bool passes = sample(route, at / route.n_rows, at % route.n_rows, col).passes;
+        d_logits[first + s] = passes ? d_sample * value * (1.0f - value) : 0.0f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+route_sum(float* grads, const float* d_logits, const u64* routers, u32 n_routers, Route route) {
+    const u32 index = blockIdx.x * blockDim.x + threadIdx.x, width = route.n_splits * route.n_skills;
+    const u32 col = index % width, row = index / width % route.n_rows, router = index / width / route.n_rows;
+    if (router >= n_routers) return;
+    const u32 task = route.tasks[row];
+    for (u32 other = 0; other < row; ++other)
+        if (route.tasks[other] == task) return;
+    const u64* linears = routers + n_routers + 1;
+    float* to = grads + route.logits[linears[routers[router]]] + u64(task) * width + col;
+    float sum = *to;
+    for (u64 i = routers[router]; i < routers[router + 1]; ++i)
+        for (u32 other = row; other < route.n_rows; ++other)
+            if (route.tasks[other] == task) sum += d_logits[(linears[i] * route.n_rows + other) * width + col];
+    *to = sum;
 }

@@ -361,9 +361,13 @@ fn router(random: &mut Gen, class: Class, inputs: &mut Inputs) -> Route {
         (1 + random.below(9), random.pick(&[1, 2, 4]), 1 + random.below(9));
     let n_rows = 1 + random.below(20);
     let len = n_tasks * n_splits * n_skills;
-    let logits: Vec<_> = (0..1 + random.below(4)).map(|i| 5 + i * (len + 3)).collect();
+    // Linears of a sub-layer, a block or the whole model may share a router.
+    let n_linears = 1 + random.below(6);
+    let n_routers = 1 + random.below(n_linears);
+    let router_of = |i| if i < n_routers { i } else { random.below(n_routers) };
+    let logits: Vec<_> = (0..n_linears).map(router_of).map(|i| 5 + i * (len + 3)).collect();
     let tasks: Vec<_> = (0..n_rows).map(|_| random.below(n_tasks) as u32).collect();
-    let n_params = logits.last().unwrap() + len;
+    let n_params = logits.iter().max().unwrap() + len;
     let values = activations(random, class, n_params, &SPECIALS_FINITE[..5]).into_iter();
     // Far from where a clamp begins to cut (|z| = 15.9), or well beyond.
     let mut values: Vec<_> = values

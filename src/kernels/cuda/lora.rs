@@ -135,16 +135,45 @@ pub(super) fn route(cuda: &Cuda, args: &Route<'_, Cuda>) -> Routing<Cuda> {
     Routing { weights, samples }
 }
 
+/// Linears by the router that they share: where each router's linears start in the list that follows, one
+/// past the last, and the list. Routers in order of their places.
+///
+/// # Panics
+/// If routers of `len` logits overlap in part: their gradients would be added twice at a time.
+fn by_router(logits: &[usize], len: usize) -> (Vec<u64>, usize) {
+    let mut linears: Vec<usize> = (0..logits.len()).collect();
+    linears.sort_by_key(|&linear| logits[linear]); // Stable: a router's linears stay in order.
+    let routers: Vec<&[usize]> = linears.chunk_by(|&a, &b| logits[a] == logits[b]).collect();
+    let start = |router: &[usize]| logits[router[0]];
+    assert!(
+        routers.windows(2).all(|pair| start(pair[0]) + len <= start(pair[1])),
+        "routers are shared as a whole or not at all"
+    );
+    let ends = routers.iter().scan(0, |at, router| Some(std::mem::replace(at, *at + router.len())));
+    let words = ends.chain([linears.len()]).chain(linears.iter().copied());
+    (words.map(|word| word as u64).collect(), routers.len())
+}
+
 pub(super) fn route_backward(cuda: &Cuda, args: RouteBackward<'_, Cuda>) {
     let RouteBackward { forward, routing: Routing { weights, samples }, d_weights, grads } = args;
-    let (rows, width) =
-        (forward.logits.len() * forward.tasks.len(), forward.n_splits * forward.n_skills);
+    let (n_linears, n_rows) = (forward.logits.len(), forward.tasks.len());
+    let (rows, width) = (n_linears * n_rows, forward.n_splits * forward.n_skills);
     assert_eq!(grads.len(), forward.params.len());
+    if rows == 0 {
+        return;
+    }
+    let last = forward.tasks.iter().max().map_or(0, |&task| (task as usize + 1) * width);
+    let (routers, n_routers) = by_router(forward.logits, last);
+    let routers = cuda.words(routers.into_iter());
+    let mut d_logits = cuda.alloc(rows, width, Precision::Full);
     with_route(cuda, forward, |arg| {
-        let kernel = cuda.kernel("route", "route_backward").arg(grads.address_mut());
+        let kernel = cuda.kernel("route", "route_backward").arg(d_logits.address_mut());
         let kernel = kernel.arg(d_weights.full(rows, width)).arg(weights.full(rows, width));
         let kernel = kernel.arg(samples.full(rows, width)).arg(arg);
-        kernel.launch([(forward.logits.len() * forward.n_splits).div_ceil(128), 1, 1], 128);
+        kernel.launch([(rows * forward.n_splits).div_ceil(128), 1, 1], 128);
+        let kernel = cuda.kernel("route", "route_sum").arg(grads.address_mut());
+        let kernel = kernel.arg(d_logits.address()).arg(routers.address()).count(n_routers);
+        kernel.arg(arg).launch([(n_routers * n_rows * width).div_ceil(128), 1, 1], 128);
     });
 }
 
@@ -274,4 +303,22 @@ pub(super) fn lora_backward(cuda: &Cuda, args: LoraBackward<'_, Cuda>) -> Vec<Lo
         LoraGradients { d_z, d_a, d_b }
     };
     terms.iter().map(gradients).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::by_router;
+
+    #[test]
+    fn linears_that_share_a_router_stand_together() {
+        assert_eq!(by_router(&[7, 20, 7, 7], 5), (vec![0, 3, 4, 0, 2, 3, 1], 2));
+        assert_eq!(by_router(&[30, 20, 10], 10), (vec![0, 1, 2, 3, 2, 1, 0], 3));
+        assert_eq!(by_router(&[], 3), (vec![0], 0));
+    }
+
+    #[test]
+    #[should_panic(expected = "shared as a whole")]
+    fn routers_do_not_overlap_in_part() {
+        by_router(&[0, 4], 5);
+    }
 }
