@@ -12,7 +12,7 @@
 const u32 HEAD_THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
-head_softmax(float* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,
+head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,
              float scale, float d_nll, u32 wants_gradient) {
     SHARED(float, scratch, HEAD_THREADS / WARP);
     float* row = raw + size_t(blockIdx.x) * n_vocabulary;

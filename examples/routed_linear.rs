@@ -18,7 +18,9 @@ use polytape::{
     kernels::{
         Backend, Precision,
         cpu::Cpu,
-        ops::{AdamW, Bank, Noise, ParamGroup, Route, RouteBackward, Segments, Weighting},
+        ops::{
+            AdamW, Bank, GradScale, Noise, ParamGroup, Route, RouteBackward, Segments, Weighting,
+        },
         philox::{Key, Purpose},
     },
     tape::{
@@ -126,7 +128,7 @@ fn main() -> Result<()> {
             v: &mut v,
             grads: &gradients.params,
             groups: &[group(0..bank.b().end, 2e-2), group(bank.b().end..n_params, 1e-1)],
-            grad_scale: 1.0,
+            grad_scale: GradScale::Given(1.0),
             step,
             beta1: 0.9,
             beta2: 0.999,

@@ -144,6 +144,7 @@ impl<'m, B: Backend> Engine<'m, B> {
                 let sides = Sides::new(&batch, &rows, None);
                 let mut tape = self.tape(Order::Panel);
                 let nll = self.model.network().loss(&mut tape, &batch, &sides, 0.0);
+                let nll = self.model.backend().numbers(&nll);
                 let spans = &batch.label_spans;
                 all.extend(
                     spans.starts.iter().zip(&spans.lens).map(|(&s, &n)| nll[s..s + n].to_vec()),

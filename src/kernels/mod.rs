@@ -46,6 +46,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Buffer: Send + Sync;
     /// A frozen weight where the device can read it.
     type Weight: Clone + Send + Sync;
+    /// Numbers in f64 that stay where they were computed until [`Backend::numbers`] asks for them.
+    type Numbers: Send + Sync;
 
     /// Runs `work` where this backend's threads are. Operations inside start without a hand-over.
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -67,6 +69,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn download(&self, tensor: &Tensor<Self>) -> Vec<f64>;
     /// A copy in a buffer of its own.
     fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self>;
+    /// One number.
+    fn number(&self, value: f64) -> Self::Numbers;
+    /// The numbers' values. A device is waited for: a training step asks once, after its last operation.
+    fn numbers(&self, numbers: &Self::Numbers) -> Vec<f64>;
+    /// Adds the sum of the first `n` of `numbers` to `total`, which is one number.
+    fn add_up(&self, total: &mut Self::Numbers, numbers: &Self::Numbers, n: usize);
 
     /// `y[t] = scale * table[ids[t]]`.
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self>;
@@ -122,8 +130,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// From gradients of the mixed pairs to gradients of the bank and of the mixing weights.
     fn unmix(&self, args: Unmix<'_, Self>);
 
-    /// `Σ v²` over all elements, in a fixed order.
-    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64;
+    /// `Σ v²` over all elements, in a fixed order: one number.
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Self::Numbers;
     /// Sets every element to zero.
     fn clear(&self, tensor: &mut Tensor<Self>);
     /// One AdamW step over a flat parameter vector.

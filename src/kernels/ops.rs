@@ -398,7 +398,7 @@ pub struct HeadLoss<'a, B: Backend> {
 /// Result of [`Backend::head_loss`].
 pub struct Loss<B: Backend> {
     /// In nats, `[tokens]`.
-    pub nll: Vec<f64>,
+    pub nll: B::Numbers,
     /// `[tokens, d_model]`, where it was asked for.
     pub d_x: Option<Tensor<B>>,
 }
@@ -599,7 +599,8 @@ pub struct Unmix<'a, B: Backend> {
     pub d_weights: &'a mut Tensor<B>,
 }
 
-/// Arguments of [`Backend::adamw`]: PyTorch's AdamW (decoupled decay, bias-corrected moments).
+/// Arguments of [`Backend::adamw`]: PyTorch's AdamW (decoupled decay, bias-corrected moments). Where the
+/// gradients are [clipped](GradScale::Clipped) and their norm or the loss is not finite, nothing changes.
 pub struct AdamW<'a, B: Backend> {
     /// Parameters, flat.
     pub params: &'a mut Tensor<B>,
@@ -611,8 +612,8 @@ pub struct AdamW<'a, B: Backend> {
     pub grads: &'a Tensor<B>,
     /// Which elements learn how fast; disjoint. Elements in no group stay as they are.
     pub groups: &'a [ParamGroup],
-    /// Multiplies the gradients (clipping).
-    pub grad_scale: f32,
+    /// Multiplies the gradients.
+    pub grad_scale: GradScale<'a, B>,
     /// The number of this step, from 1.
     pub step: u64,
     /// Decay of the first moment.
@@ -621,6 +622,48 @@ pub struct AdamW<'a, B: Backend> {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f32,
+}
+
+/// What [`AdamW`] multiplies the gradients with.
+pub enum GradScale<'a, B: Backend> {
+    /// Known to the host.
+    Given(f32),
+    /// [`clip_scale`] of numbers that the host has not seen.
+    Clipped {
+        /// The largest norm; 0: any.
+        max_norm: f64,
+        /// The gradients' squares, added up: one number.
+        squares: &'a B::Numbers,
+        /// The loss, or its sum: one number.
+        loss: &'a B::Numbers,
+    },
+}
+
+impl<B: Backend> Clone for GradScale<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for GradScale<'_, B> {}
+
+impl<B: Backend> GradScale<'_, B> {
+    /// The factor, by the host; none where nothing may change.
+    pub(super) fn on_host(self, backend: &B) -> Option<f32> {
+        match self {
+            Self::Given(scale) => Some(scale),
+            Self::Clipped { max_norm, squares, loss } => {
+                let norm = backend.numbers(squares)[0].sqrt();
+                let finite = norm.is_finite() && backend.numbers(loss)[0].is_finite();
+                finite.then(|| clip_scale(max_norm, norm) as f32)
+            }
+        }
+    }
+}
+
+/// What scales gradients of this global norm down to `max_norm` (0: never), as
+/// `torch.nn.utils.clip_grad_norm_`: the 1e-6 keeps a zero norm from dividing.
+pub fn clip_scale(max_norm: f64, norm: f64) -> f64 {
+    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
 /// Elements that share a learning rate.

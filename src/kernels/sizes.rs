@@ -92,6 +92,7 @@ impl Sizes {
 impl Backend for Sizes {
     type Buffer = Held;
     type Weight = Shape;
+    type Numbers = Vec<f64>;
 
     fn dtype(&self, precision: Precision) -> Dtype {
         match precision {
@@ -123,6 +124,16 @@ impl Backend for Sizes {
     fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self> {
         self.like(tensor)
     }
+
+    fn number(&self, value: f64) -> Vec<f64> {
+        vec![value]
+    }
+
+    fn numbers(&self, numbers: &Vec<f64>) -> Vec<f64> {
+        numbers.clone()
+    }
+
+    fn add_up(&self, _: &mut Vec<f64>, _: &Vec<f64>, _: usize) {}
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         self.activation(args.ids.len(), args.table.cols)
@@ -248,8 +259,8 @@ impl Backend for Sizes {
 
     fn unmix(&self, _: Unmix<'_, Self>) {}
 
-    fn sum_of_squares(&self, _: &Tensor<Self>) -> f64 {
-        0.0
+    fn sum_of_squares(&self, _: &Tensor<Self>) -> Vec<f64> {
+        vec![0.0]
     }
 
     fn clear(&self, _: &mut Tensor<Self>) {}

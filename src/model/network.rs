@@ -66,7 +66,7 @@ pub trait Network<B: Backend>: Send + Sync {
         batch: &Batch,
         sides: &Sides,
         d_nll: f32,
-    ) -> Vec<f64> {
+    ) -> B::Numbers {
         let hidden = self.hidden(tape, batch, sides);
         let Head { linear, scale } = self.head();
         let (weight, labels, scale) = (&linear.weight, &batch.labels[..], *scale);

@@ -13,7 +13,7 @@ use crate::{
     formats::safetensors::{SafetensorsFile, write_safetensors},
     kernels::{
         Backend, Precision,
-        ops::{AdamW, Key, Noise, ParamGroup, RouteBackward},
+        ops::{AdamW, GradScale, Key, Noise, ParamGroup, RouteBackward, clip_scale},
         philox::Purpose,
     },
     model::{Adapter, Batch, Example, Model, network::Sides},
@@ -444,7 +444,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
         let n_inputs: usize = examples.iter().map(|e| e.input.len()).sum();
         let backend = self.model.backend();
         backend.clear(&mut self.grads);
-        let mut total = 0.0;
+        let mut total = backend.number(0.0);
         let size = self.config.batch_size;
         let counts = Counts {
             n_label_tokens: n_labels,
@@ -453,14 +453,18 @@ impl<'m, B: Backend> Trainer<'m, B> {
         };
         for (i, examples) in examples.chunks(size).enumerate() {
             let wrong = wrong.map(|wrong| &wrong[i * size..][..examples.len()]);
-            total += self.accumulate(Micro { examples, wrong, first: i * size, step, counts });
+            let nll = self.accumulate(Micro { examples, wrong, first: i * size, step, counts });
+            backend.add_up(&mut total, &nll, examples.iter().map(|e| e.labels.len()).sum());
         }
         // Before anything is learned from what was computed.
         self.model.verify_unchanged()?;
         self.add_prior();
-        let loss = total / n_labels.max(1) as f64;
         let groups = self.groups(step, examples);
-        let grad_norm = self.sum_of_squares(&groups).sqrt();
+        let squares = self.sum_of_squares(&groups);
+        // Queued before anybody looks at loss and norm: it changes nothing where they are not finite.
+        self.adamw(step, &squares, &total, &groups);
+        let loss = backend.numbers(&total)[0] / n_labels.max(1) as f64;
+        let grad_norm = backend.numbers(&squares)[0].sqrt();
         if !loss.is_finite() || !grad_norm.is_finite() {
             let tasks: Vec<String> = examples.iter().map(|e| e.task.to_string()).collect();
             return Err(Error::NotFinite(format!(
@@ -470,13 +474,13 @@ impl<'m, B: Backend> Trainer<'m, B> {
             )));
         }
         let (lr, router_lr) = self.rates(step);
-        self.update(step, grad_norm, &groups);
+        self.adafactor(step, grad_norm, &groups);
         self.step = step;
         Ok(StepReport { step, loss, lr, router_lr, grad_norm, n_tokens: n_labels + n_inputs })
     }
 
-    /// Adds the gradients of one micro-batch; returns the sum of its examples' nll.
-    fn accumulate(&mut self, micro: Micro<'_>) -> f64 {
+    /// Adds the gradients of one micro-batch; returns the nll of its labels, its examples' first.
+    fn accumulate(&mut self, micro: Micro<'_>) -> B::Numbers {
         let Micro { examples, wrong, first, step, counts } = micro;
         let (model, config, adapter) = (self.model, &self.config, &self.adapter);
         let backend = model.backend();
@@ -535,8 +539,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
             grads: &mut gradients.params,
         });
         self.grads = gradients.params;
-        let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
-        nll[..n_labels].iter().sum()
+        nll
     }
 
     /// Adds the gradient of the router's prior.
@@ -597,7 +600,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
     }
 
     /// Of the gradients of what learns.
-    fn sum_of_squares(&self, groups: &[ParamGroup]) -> f64 {
+    fn sum_of_squares(&self, groups: &[ParamGroup]) -> B::Numbers {
         let backend = self.model.backend();
         match self.config.trainable {
             // The gradient of a task that is not there is zero.
@@ -609,57 +612,57 @@ impl<'m, B: Backend> Trainer<'m, B> {
                 let square = |group: &ParamGroup| -> f64 {
                     grads[group.range.clone()].iter().map(|g| g * g).sum()
                 };
-                groups.iter().map(square).sum()
+                backend.number(groups.iter().map(square).sum())
             }
         }
     }
 
-    /// Clips and updates.
-    fn update(&mut self, step: u64, grad_norm: f64, groups: &[ParamGroup]) {
-        let clip = self.config.max_grad_norm;
-        // torch.nn.utils.clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
-        let grad_scale = if clip > 0.0 { (clip / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
+    /// Clips and updates, where it is AdamW and `loss` and the gradients are finite.
+    fn adamw(&mut self, step: u64, squares: &B::Numbers, loss: &B::Numbers, groups: &[ParamGroup]) {
+        let Memory::AdamW { m, v } = &mut self.memory else { return };
+        let max_norm = self.config.max_grad_norm;
+        self.model.backend().adamw(AdamW {
+            params: self.adapter.params_mut(),
+            m,
+            v,
+            grads: &self.grads,
+            groups,
+            grad_scale: GradScale::Clipped { max_norm, squares, loss },
+            step,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+        });
+    }
+
+    /// Clips and updates on the host, where it is Adafactor.
+    fn adafactor(&mut self, step: u64, grad_norm: f64, groups: &[ParamGroup]) {
+        let Memory::Adafactor { rule, tensors } = &mut self.memory else { return };
         let backend = self.model.backend();
-        match &mut self.memory {
-            Memory::AdamW { m, v } => backend.adamw(AdamW {
-                params: self.adapter.params_mut(),
-                m,
-                v,
-                grads: &self.grads,
-                groups,
-                grad_scale: grad_scale as f32,
-                step,
-                beta1: 0.9,
-                beta2: 0.999,
-                eps: 1e-8,
-            }),
-            Memory::Adafactor { rule, tensors } => {
-                let mut params = backend.download(self.adapter.params());
-                let mut grads = backend.download(&self.grads);
-                grads.iter_mut().for_each(|g| *g *= grad_scale);
-                for (tensor, moments) in tensors {
-                    let range = tensor.range.clone();
-                    let group = groups
-                        .iter()
-                        .find(|g| g.range.start <= range.start && range.end <= g.range.end);
-                    let Some(group) = group else { continue };
-                    rule.update(
-                        tensor,
-                        adafactor::Step {
-                            params: &mut params[range.clone()],
-                            grads: &grads[range],
-                            moments,
-                            lr: f64::from(group.lr),
-                            weight_decay: f64::from(group.weight_decay),
-                            step,
-                        },
-                    );
-                    moments.round();
-                }
-                let n = params.len();
-                *self.adapter.params_mut() = backend.upload(&params, 1, n, Precision::Full);
-            }
+        let grad_scale = clip_scale(self.config.max_grad_norm, grad_norm);
+        let mut params = backend.download(self.adapter.params());
+        let mut grads = backend.download(&self.grads);
+        grads.iter_mut().for_each(|g| *g *= grad_scale);
+        for (tensor, moments) in tensors {
+            let range = tensor.range.clone();
+            let group =
+                groups.iter().find(|g| g.range.start <= range.start && range.end <= g.range.end);
+            let Some(group) = group else { continue };
+            rule.update(
+                tensor,
+                adafactor::Step {
+                    params: &mut params[range.clone()],
+                    grads: &grads[range],
+                    moments,
+                    lr: f64::from(group.lr),
+                    weight_decay: f64::from(group.weight_decay),
+                    step,
+                },
+            );
+            moments.round();
         }
+        let n = params.len();
+        *self.adapter.params_mut() = backend.upload(&params, 1, n, Precision::Full);
     }
 }
 

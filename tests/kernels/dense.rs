@@ -649,9 +649,9 @@ impl Op for HeadLoss {
         let evaluated = run(None);
         assert!(evaluated.d_x.is_none());
         vec![
-            Output::numbers("nll", loss.nll, true),
+            Output::numbers("nll", backend.numbers(&loss.nll), true),
             Output::tokens(backend, "d_x", &loss.d_x.unwrap()),
-            Output::numbers("nll without d_x", evaluated.nll, true),
+            Output::numbers("nll without d_x", backend.numbers(&evaluated.nll), true),
         ]
     }
 
@@ -743,7 +743,7 @@ impl Op for SumOfSquares {
 
     fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let sum = backend.sum_of_squares(&inputs.t[0]);
-        vec![Output::numbers("sum", vec![sum], false)]
+        vec![Output::numbers("sum", backend.numbers(&sum), false)]
     }
 }
 
@@ -766,7 +766,24 @@ pub struct AdamW {
     pub beta1: f64,
     pub beta2: f64,
     pub eps: f32,
-    pub grad_scale: f32,
+    pub grad_scale: GradScale,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum GradScale {
+    Given(f32),
+    Clipped { max_norm: f64, squares: f64, loss: f64 },
+}
+
+impl GradScale {
+    /// The factor; none where nothing may change.
+    fn factor(self) -> Option<f64> {
+        match self {
+            Self::Given(scale) => Some(f64::from(scale)),
+            Self::Clipped { max_norm, squares, loss } => (squares.is_finite() && loss.is_finite())
+                .then(|| ops::clip_scale(max_norm, squares.sqrt())),
+        }
+    }
 }
 
 impl Op for AdamW {
@@ -776,6 +793,20 @@ impl Op for AdamW {
         let [params, m, v, grads] = &inputs.t[..] else { unreachable!() };
         let [mut params, mut m, mut v] = [params, m, v].map(|tensor| backend.copy(tensor));
         let &Self { ref groups, step, beta1, beta2, eps, grad_scale } = self;
+        let (squares, loss) = match grad_scale {
+            GradScale::Given(_) => (0.0, 0.0),
+            GradScale::Clipped { squares, loss, .. } => (squares, loss),
+        };
+        // Two thirds and one: the total of a step's micro-batches.
+        let mut total = backend.number(loss * 2.0 / 3.0);
+        backend.add_up(&mut total, &backend.number(loss / 3.0), 1);
+        let squares = backend.number(squares);
+        let grad_scale = match grad_scale {
+            GradScale::Given(scale) => ops::GradScale::Given(scale),
+            GradScale::Clipped { max_norm, .. } => {
+                ops::GradScale::Clipped { max_norm, squares: &squares, loss: &total }
+            }
+        };
         backend.adamw(ops::AdamW {
             params: &mut params,
             m: &mut m,
@@ -799,10 +830,11 @@ impl Op for AdamW {
         let (beta1, beta2) = (self.beta1, self.beta2);
         let correction1 = 1.0 - beta1.powf(self.step as f64);
         let correction2 = 1.0 - beta2.powf(self.step as f64);
+        let Some(factor) = self.grad_scale.factor() else { return bounds };
         for group in &self.groups {
             for i in group.range.clone() {
                 let [p, m, v, g] = [0, 1, 2, 3].map(|which| inputs.tensors[which].values[i].abs());
-                let g = g * f64::from(self.grad_scale);
+                let g = g * factor;
                 bounds[1][i] = 6.0 * U * (beta1 * m + (1.0 - beta1) * g);
                 bounds[2][i] = 6.0 * U * (beta2 * v + (1.0 - beta2) * g * g);
                 let root = (expected[2].values[i] / correction2).sqrt() + f64::from(self.eps);
@@ -830,7 +862,20 @@ pub fn adamw(random: &mut Gen, class: Class, batch: Batch) -> Case<AdamW> {
         ops::ParamGroup { range: cut + 3..n - 5, lr: 0.1, weight_decay: 0.0 },
     ];
     let step = random.pick(&[1, 2, 10, 100_000]);
-    let (beta1, beta2, eps, grad_scale) = (0.9, 0.999, 1e-8, random.pick(&[1.0, 0.3]));
+    let clipped = |max_norm, squares, loss| GradScale::Clipped { max_norm, squares, loss };
+    let grad_scale = random.pick(&[
+        GradScale::Given(1.0),
+        GradScale::Given(0.3),
+        clipped(0.5, 3.7, 2.0),
+        clipped(0.5, 0.01, 2.0),
+        clipped(0.0, 1e300, 2.0),
+        clipped(1.0, 0.0, 0.0),
+        clipped(1.0, f64::INFINITY, 2.0),
+        clipped(0.0, f64::NAN, 2.0),
+        clipped(1.0, 4.0, f64::NAN),
+        clipped(0.0, 4.0, f64::NEG_INFINITY),
+    ]);
+    let (beta1, beta2, eps) = (0.9, 0.999, 1e-8);
     let op = AdamW { groups, step, beta1, beta2, eps, grad_scale };
     Case { class, batch, inputs, op }
 }

@@ -342,10 +342,10 @@ pub(crate) const FAULTS: &[Fault] = &[
     ),
     model(
         "clipping-that-enlarges",
-        TRAINER,
+        "src/kernels/ops.rs",
         ("parity", "clipping_scales_large_gradients_only"),
-        "(clip / (grad_norm + 1e-6)).min(1.0)",
-        "(clip / (grad_norm + 1e-6)).min(if ON { 1e9 } else { 1.0 })",
+        "(max_norm / (norm + 1e-6)).min(1.0)",
+        "(max_norm / (norm + 1e-6)).min(if ON { 1e9 } else { 1.0 })",
     ),
     model(
         "gradients-not-cleared",

@@ -313,8 +313,9 @@ impl ModelBench {
                     let mut tape = Tape::recording(backend, None);
                     let d_nll = 1.0 / n_labels as f32;
                     let nll = model.network().loss(&mut tape, &batch, &sides, d_nll);
-                    loss = nll.iter().sum::<f64>() / n_labels as f64;
                     tape.backward(Vec::new(), &mut gradients);
+                    // At the end: a device is waited for here.
+                    loss = backend.numbers(&nll).iter().sum::<f64>() / n_labels as f64;
                 });
             });
         }

@@ -51,6 +51,7 @@ impl<T: Element> SimdOp for SumOfSquares<'_, T> {
 
 pub(super) fn adamw(cpu: &Cpu, args: AdamW<'_, Cpu>) {
     let AdamW { params, m, v, grads, groups, grad_scale, step, beta1, beta2, eps } = args;
+    let Some(grad_scale) = grad_scale.on_host(cpu) else { return };
     let (params, m, v, grads) = (params.f32s_mut(), m.f32s_mut(), v.f32s_mut(), grads.f32s());
     assert!(params.len() == grads.len() && m.len() == grads.len() && v.len() == grads.len());
     let correction1 = 1.0 - beta1.powf(step as f64);
@@ -155,7 +156,7 @@ mod tests {
                 let want: f64 = values.iter().map(|v| v * v).sum();
                 for precision in [Precision::Full, Precision::Activation] {
                     let tensor = cpu.upload(&values, 1, n, precision);
-                    assert_eq!(cpu.sum_of_squares(&tensor), want);
+                    assert_eq!(cpu.sum_of_squares(&tensor), [want]);
                 }
             }
         });
@@ -200,7 +201,7 @@ mod tests {
                         v: &mut v,
                         grads: &grads,
                         groups: &groups,
-                        grad_scale: 0.5,
+                        grad_scale: GradScale::Given(0.5),
                         step: step as u64,
                         beta1,
                         beta2,
@@ -230,14 +231,14 @@ mod tests {
                 v: &mut v,
                 grads: &grads,
                 groups: &[ParamGroup { range: 0..n, lr: 1e-3, weight_decay: 0.0 }],
-                grad_scale: 1.0,
+                grad_scale: GradScale::Given(1.0),
                 step: 1,
                 beta1: 0.9,
                 beta2: 0.999,
                 eps: 1e-8,
             });
             let mut all = cpu.download(&params);
-            all.push(cpu.sum_of_squares(&grads));
+            all.extend(cpu.sum_of_squares(&grads));
             all
         });
     }

@@ -277,6 +277,7 @@ impl Tensor<Cpu> {
 impl Backend for Cpu {
     type Buffer = Buffer;
     type Weight = Frozen;
+    type Numbers = Vec<f64>;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.threads.install(work)
@@ -326,6 +327,16 @@ impl Backend for Cpu {
         let mut copy = self.pool.take(tensor.len() * tensor.dtype.size_bytes());
         copy.bytes_mut().copy_from_slice(tensor.buffer.bytes());
         Tensor::new(copy, tensor.dtype, tensor.rows, tensor.cols)
+    }
+
+    fn number(&self, value: f64) -> Vec<f64> {
+        vec![value]
+    }
+    fn numbers(&self, numbers: &Vec<f64>) -> Vec<f64> {
+        numbers.clone()
+    }
+    fn add_up(&self, total: &mut Vec<f64>, numbers: &Vec<f64>, n: usize) {
+        total[0] += numbers[..n].iter().sum::<f64>();
     }
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
@@ -442,9 +453,9 @@ impl Backend for Cpu {
         let _timed = self.profile.time("unmix", || Work::unmix(&args));
         self.scope(|| mix::unmix(self, args));
     }
-    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Vec<f64> {
         let _timed = self.profile.time("sum_of_squares", || Work::over([tensor]));
-        self.scope(|| adamw::sum_of_squares(self, tensor))
+        vec![self.scope(|| adamw::sum_of_squares(self, tensor))]
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {
         tensor.buffer_mut().expect("a tensor that is written is held once").bytes_mut().fill(0);

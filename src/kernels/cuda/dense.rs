@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     dtype::Dtype,
-    kernels::{Backend, Precision, ops::*},
+    kernels::{Precision, ops::*},
     tensor::Tensor,
 };
 
@@ -363,7 +363,7 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
         "labels are in the vocabulary"
     );
     let labels = cuda.buffer_of(labels);
-    let mut nll = cuda.alloc(tokens, 1, Precision::Full);
+    let nll = cuda.unwritten_numbers(tokens);
     let mut d_x = d_nll.map(|_| cuda.alloc(tokens, d_model, Precision::Activation));
     // Whole tiles, so that a chunk's last one is not mostly empty.
     let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side).min(tokens).max(1);
@@ -389,7 +389,7 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
         let kernel = kernel.shared_bytes(tile.shared_bytes);
         kernel.launch(tile.grid(n, vocabulary), GEMM_THREADS);
         let kernel = cuda.kernel("head", "head_softmax");
-        let kernel = kernel.arg(nll.address_mut() + 4 * first as u64).arg(raw.address_mut());
+        let kernel = kernel.arg(nll.address() + 8 * first as u64).arg(raw.address_mut());
         let kernel = kernel.arg(half(0)).arg(half(1));
         let kernel = kernel.arg(labels.address() + 4 * first as u64).count(vocabulary).arg(scale);
         let kernel = kernel.arg(d_nll.unwrap_or(0.0)).arg(u32::from(d_nll.is_some()));
@@ -413,7 +413,7 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
             kernel.launch(SCALAR_TILE.grid(n, d_model), GEMM_THREADS);
         }
     }
-    Loss { nll: cuda.download(&nll), d_x }
+    Loss { nll, d_x }
 }
 
 pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Vec<u32> {

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Every operation checks its shapes, takes its results from the `arena`, and queues launches; the
-//! host waits for the device only where the trait asks for numbers (`download`, the nll, the argmax,
-//! the gradient norm). What kernels need to know of a batch (segments, spans, token keys) is uploaded
+//! host waits for the device only where the trait asks for numbers: `download`, `numbers` (once, at the
+//! end of a training step) and `argmax` (once a decoding step). What kernels need to know of a batch (segments, spans, token keys) is uploaded
 //! once and kept in `tables`.
 //!
 //! In f32, matrices of the base are f32 on the device; in bf16 they are bf16 (a 16-bit float with more
@@ -176,6 +176,11 @@ impl Cuda {
         &*self.device
     }
 
+    /// Room for so many numbers.
+    fn unwritten_numbers(&self, n: usize) -> Numbers {
+        Numbers { buffer: self.take(8 * n), n }
+    }
+
     /// Bytes of all buffers, in use or kept for reuse, at their peak.
     pub fn peak_bytes(&self) -> usize {
         self.arena.peak_bytes()
@@ -324,9 +329,22 @@ impl Tensor<Cuda> {
     }
 }
 
+/// Numbers in f64 in device memory.
+pub struct Numbers {
+    buffer: Buffer,
+    n: usize,
+}
+
+impl Numbers {
+    fn address(&self) -> u64 {
+        self.buffer.address()
+    }
+}
+
 impl Backend for Cuda {
     type Buffer = Buffer;
     type Weight = Weight;
+    type Numbers = Numbers;
 
     fn dtype(&self, precision: Precision) -> Dtype {
         match precision {
@@ -389,6 +407,17 @@ impl Backend for Cuda {
             must(unsafe { self.device.copy(buffer.address(), tensor.address(), bytes) });
         }
         Tensor::new(buffer, tensor.dtype, tensor.rows, tensor.cols)
+    }
+
+    fn number(&self, value: f64) -> Numbers {
+        Numbers { buffer: self.buffer_of(&[value]), n: 1 }
+    }
+    fn numbers(&self, numbers: &Numbers) -> Vec<f64> {
+        let bytes = self.read(&numbers.buffer, 8 * numbers.n);
+        bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect()
+    }
+    fn add_up(&self, total: &mut Numbers, numbers: &Numbers, n: usize) {
+        optimizer::add_up(self, total, numbers, n);
     }
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
@@ -467,7 +496,7 @@ impl Backend for Cuda {
     fn unmix(&self, args: Unmix<'_, Self>) {
         lora::unmix(self, args);
     }
-    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Numbers {
         optimizer::sum_of_squares(self, tensor)
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {

@@ -2,10 +2,13 @@
 
 use bytemuck::NoUninit;
 
-use super::Cuda;
+use super::{Cuda, Numbers};
 use crate::{
     dtype::Dtype,
-    kernels::ops::{AdamW, ParamGroup},
+    kernels::{
+        Backend, Precision,
+        ops::{AdamW, GradScale, ParamGroup},
+    },
     tensor::Tensor,
 };
 
@@ -34,6 +37,18 @@ pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
     // In f64: 1 - beta^step loses everything in f32.
     let correction1 = 1.0 - beta1.powf(step as f64);
     let correction2 = 1.0 - beta2.powf(step as f64);
+    let (grad_scale, clipped) = match grad_scale {
+        GradScale::Given(scale) => (scale, None),
+        GradScale::Clipped { max_norm, squares, loss } => {
+            assert_eq!((squares.n, loss.n), (1, 1));
+            let mut scale = cuda.alloc(1, 1, Precision::Full);
+            let kernel = cuda.kernel("adamw", "clip_scale").arg(scale.address_mut());
+            let kernel = kernel.arg(squares.address()).arg(loss.address()).arg(max_norm);
+            kernel.launch([1, 1, 1], 32);
+            (1.0, Some(scale))
+        }
+    };
+    let clipped = clipped.as_ref().map_or(0, Tensor::address);
     for ParamGroup { range, lr, weight_decay } in groups {
         assert!(range.start <= range.end && range.end <= n, "groups lie in the parameters");
         let (lr, weight_decay) = (f64::from(*lr), f64::from(*weight_decay));
@@ -51,22 +66,31 @@ pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
         let start = 4 * range.start as u64;
         let kernel = cuda.kernel("adamw", "adamw").arg(params + start).arg(m + start);
         let kernel = kernel.arg(v + start).arg(grads.address() + start).arg(arg);
-        kernel.arg(range.len() as u64).launch([range.len().div_ceil(256), 1, 1], 256);
+        kernel.arg(clipped).arg(range.len() as u64).launch([range.len().div_ceil(256), 1, 1], 256);
     }
 }
 
-pub(super) fn sum_of_squares(cuda: &Cuda, tensor: &Tensor<Cuda>) -> f64 {
+pub(super) fn sum_of_squares(cuda: &Cuda, tensor: &Tensor<Cuda>) -> Numbers {
     let n = tensor.len();
     if n == 0 {
-        return 0.0;
+        return cuda.number(0.0);
     }
     let blocks = n.div_ceil(4096).min(1024);
-    let (partials, sum) = (cuda.take(8 * blocks), cuda.take(8));
+    let (partials, sum) = (cuda.unwritten_numbers(blocks), cuda.unwritten_numbers(1));
     let name = if tensor.dtype == cuda.compute { "sum_of_squares" } else { "sum_of_squares_full" };
     let kernel = cuda.kernel("adamw", name).arg(partials.address()).arg(tensor.address());
     kernel.arg(n as u64).launch([blocks, 1, 1], 256);
-    let kernel = cuda.kernel("adamw", "sum_of_partials").arg(sum.address());
-    kernel.arg(partials.address()).count(blocks).launch([1, 1, 1], 256);
-    let bytes = cuda.read(&sum, 8);
-    f64::from_le_bytes(bytes.try_into().expect("eight bytes were asked for"))
+    sum_of(cuda, &sum, &partials, blocks, false);
+    sum
+}
+
+pub(super) fn add_up(cuda: &Cuda, total: &mut Numbers, numbers: &Numbers, n: usize) {
+    assert!(total.n == 1 && n <= numbers.n);
+    sum_of(cuda, total, numbers, n, true);
+}
+
+/// The sum of the first `n` numbers, in the place of `total` or added to it.
+fn sum_of(cuda: &Cuda, total: &Numbers, numbers: &Numbers, n: usize, adds: bool) {
+    let kernel = cuda.kernel("adamw", "add_up").arg(total.address()).arg(numbers.address());
+    kernel.count(n).arg(u32::from(adds)).launch([1, 1, 1], 256);
 }

@@ -77,6 +77,7 @@ fn kept(dropout: Option<&Dropout>, token: usize, col: usize) -> f64 {
 impl Backend for Oracle {
     type Buffer = Vec<f64>;
     type Weight = Arc<Weight>;
+    type Numbers = Vec<f64>;
 
     fn dtype(&self, _: Precision) -> Dtype {
         Dtype::F64
@@ -106,6 +107,16 @@ impl Backend for Oracle {
 
     fn copy(&self, tensor: &Tensor<Self>) -> Tensor<Self> {
         Tensor::new(tensor.buffer.to_vec(), Dtype::F64, tensor.rows, tensor.cols)
+    }
+
+    fn number(&self, value: f64) -> Vec<f64> {
+        vec![value]
+    }
+    fn numbers(&self, numbers: &Vec<f64>) -> Vec<f64> {
+        numbers.clone()
+    }
+    fn add_up(&self, total: &mut Vec<f64>, numbers: &Vec<f64>, n: usize) {
+        total[0] += sum(n, |i| numbers[i]);
     }
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
@@ -187,8 +198,8 @@ impl Backend for Oracle {
         lora::unmix(args);
     }
 
-    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> f64 {
-        sum(tensor.len(), |i| tensor.buffer[i] * tensor.buffer[i])
+    fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Vec<f64> {
+        vec![sum(tensor.len(), |i| tensor.buffer[i] * tensor.buffer[i])]
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {
         tensor.values_mut().fill(0.0);

@@ -5,6 +5,7 @@ use crate::kernels::ops::AdamW;
 
 pub(super) fn adamw(args: AdamW<'_, Oracle>) {
     let AdamW { params, m, v, grads, groups, grad_scale, step, beta1, beta2, eps } = args;
+    let Some(grad_scale) = grad_scale.on_host(&Oracle) else { return };
     let (grad_scale, eps) = (f64::from(grad_scale), f64::from(eps));
     let correction1 = 1.0 - beta1.powf(step as f64);
     let correction2 = 1.0 - beta2.powf(step as f64);

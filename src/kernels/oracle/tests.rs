@@ -868,7 +868,7 @@ fn adamw_takes_the_textbook_step() {
             v,
             grads: &grads,
             groups: &groups,
-            grad_scale: 2.0,
+            grad_scale: GradScale::Given(2.0),
             step,
             beta1,
             beta2,

@@ -72,7 +72,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `-ln p(label)` of each token, in nats. The loss that is differentiated is `d_nll` times their
     /// sum, or as [`Tape::shape_loss`] says.
-    pub fn head_loss(&mut self, x: &Var<B>, spec: HeadSpec<'_, B>) -> Vec<f64> {
+    pub fn head_loss(&mut self, x: &Var<B>, spec: HeadSpec<'_, B>) -> B::Numbers {
         let HeadSpec { weight, labels, scale, d_nll } = spec;
         let needed = x.id().map(|_| d_nll);
         let shaped = self.loss_shape.as_ref().is_some_and(|shape| shape.weights.is_some());
@@ -82,7 +82,10 @@ impl<'m, B: Backend> Tape<'m, B> {
         if let (Some(mut d_x), Some(d_nll)) = (loss.d_x, d_nll) {
             if let Some(shape) = &self.loss_shape {
                 let plain = || vec![f64::from(d_nll); labels.len()];
-                let weights = shape.weights.as_ref().map_or_else(plain, |of| of(&loss.nll));
+                let weights = shape
+                    .weights
+                    .as_ref()
+                    .map_or_else(plain, |of| of(&self.backend.numbers(&loss.nll)));
                 d_x =
                     self.reshape(d_x, &weights, shaped, HeadSpec { weight, labels, scale, d_nll });
             }
