@@ -4,30 +4,34 @@
 //   d_b[row, r, o] = sum_t z[t, r] * d_y[t, o]                            [rows * rank, d_out]
 // t runs over the tokens of the routing row, segment after segment (0 for a row without tokens):
 // row_segments [rows + 1] says which of row_runs (first token, length) are its own.
-// Grid of `d_z`: x = tokens / 8, y = ranks / 8, a warp a token. Grids of `d_a`, `d_b`: x =
-// features / 32, y = ranks / 32, z = rows; a block of 256 threads owns a 32 x 32 tile and
-// adds the tokens in order, in blocks of 256 that are then added up.
-// For bf16 `d_z_tiles`, `d_a_tiles` and `d_b_tiles` are in their places: thin.cuh, on tensor cores.
+// Grid of `d_z`: x = tokens / 8, y = ranks / 8, z = siblings, a warp a token. Grid of `d_pair`: x =
+// d_in / 32 for d_a, then d_out / 32 for d_b (of the widest), y = ranks / 32, z = siblings * rows; a block of
+// 256 threads owns a 32 x 32 tile and adds the tokens in order, in blocks of 256 that are then added up.
+// For bf16 `d_z_tiles` and `d_pair_tiles` (128 features, 16 ranks) are in their places: thin.cuh, on tensor
+// cores.
+#include "siblings.cuh"
 #include "thin.cuh"
 
 #if POLYTAPE_BF16
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-d_z_tiles(float* d_z, const Item* d_y, const float* mixed_b, const RunTile* tiles, u32 d_out, u32 rank,
-          float scale) {
-    thin_product<true>(d_z, d_y, mixed_b, tiles[blockIdx.x], d_out, rank, scale);
+d_z_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u32 rank, float scale) {
+    const ThinProduct& own = products.of[blockIdx.z];
+    thin_product<true>(own.z, own.lhs, own.right, tiles[blockIdx.x], own.depth, rank, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-d_a_tiles(float* d_a, const Item* x, const float* d_z, const u32* row_segments, const uint2* row_runs,
-          u32 d_in, u32 rank) {
-    thin_outer<false>(d_a, x, d_z, row_segments, row_runs, d_in, rank);
-}
-
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-d_b_tiles(float* d_b, const float* z, const Item* d_y, const u32* row_segments, const uint2* row_runs,
-          u32 rank, u32 d_out) {
-    thin_outer<true>(d_b, d_y, z, row_segments, row_runs, d_out, rank);
+d_pair_tiles(const __grid_constant__ PairGradients pairs, const Item* x, const u32* row_segments,
+             const uint2* row_runs, u32 d_in, u32 rank, u32 n_rows) {
+    const PairGradient& own = pairs.of[blockIdx.z / n_rows];
+    const u32 row = blockIdx.z % n_rows, a_blocks = (d_in + OUTER_WIDTH - 1) / OUTER_WIDTH;
+    // Both in one text: its registers are there once.
+    const bool is_a = blockIdx.x < a_blocks;
+    const u32 features = is_a ? blockIdx.x : blockIdx.x - a_blocks, width = is_a ? d_in : own.d_out;
+    if (features * OUTER_WIDTH >= width) return;  // A whole block.
+    const Item* wide = is_a ? x : own.d_y;
+    thin_outer(is_a ? own.d_a : own.d_b, wide, is_a ? own.d_z : own.z, row_segments, row_runs, width, rank, features,
+               row, !is_a);
 }
 
 #else
@@ -36,13 +40,14 @@ const u32 GRAD_TOKENS = 8;  // Warps of a block of `d_z`.
 const u32 GRAD_RANKS = 8;   // Sums of a lane.
 
 extern "C" __global__ void __launch_bounds__(GRAD_TOKENS * WARP)
-d_z(float* d_z, const Item* d_y, const float* mixed_b, const u32* token_rows, u32 n_tokens, u32 d_out,
-    u32 rank, float scale) {
+d_z(const __grid_constant__ ThinProducts products, const u32* token_rows, u32 n_tokens, u32 rank, float scale) {
+    const ThinProduct& own = products.of[blockIdx.z];
+    const u32 d_out = own.depth;
     const u32 token = blockIdx.x * GRAD_TOKENS + threadIdx.x / WARP;
     const u32 first = blockIdx.y * GRAD_RANKS;
     if (token >= n_tokens) return;  // A whole warp.
-    const Item* d_y_row = d_y + size_t(token) * d_out;
-    const float* b = mixed_b + (size_t(token_rows[token]) * rank + first) * d_out;
+    const Item* d_y_row = own.lhs + size_t(token) * d_out;
+    const float* b = own.right + (size_t(token_rows[token]) * rank + first) * d_out;
     const u32 n = min(GRAD_RANKS, rank - first);
     float sums[GRAD_RANKS] = {};
     for (u32 o = lane(); o < d_out; o += WARP) {
@@ -54,10 +59,9 @@ d_z(float* d_z, const Item* d_y, const float* mixed_b, const u32* token_rows, u3
 #pragma unroll
     for (u32 r = 0; r < GRAD_RANKS; ++r) {
         const float sum = warp_sum(sums[r]);
-        if (lane() == 0 && r < n) d_z[size_t(token) * rank + first + r] = scale * sum;
+        if (lane() == 0 && r < n) own.z[size_t(token) * rank + first + r] = scale * sum;
     }
 }
-
 
 const u32 OUTER_TILE = 32;    // Features of a side.
 const u32 OUTER_DEPTH = 16;   // Tokens in shared memory at a time.
@@ -67,10 +71,10 @@ const u32 OUTER_BLOCK = 256;  // Tokens that are added up in one sum.
 template <class L, class R>
 __device__ inline void outer(float* out, const L* left, const R* right, const u32* row_segments,
                              const uint2* row_runs, u32 n_left, u32 n_right, u32 left_block,
-                             u32 right_block) {
+                             u32 right_block, u32 row) {
     SHARED(float, lefts, OUTER_DEPTH * OUTER_TILE);
     SHARED(float, rights, OUTER_DEPTH * OUTER_TILE);
-    const u32 i0 = left_block * OUTER_TILE, j0 = right_block * OUTER_TILE, row = blockIdx.z;
+    const u32 i0 = left_block * OUTER_TILE, j0 = right_block * OUTER_TILE;
     // Thread: column j of the tile, rows i, i + 8, i + 16, i + 24.
     const u32 j = threadIdx.x % OUTER_TILE, i = threadIdx.x / OUTER_TILE;
     float sums[4] = {}, totals[4] = {};
@@ -114,15 +118,16 @@ __device__ inline void outer(float* out, const L* left, const R* right, const u3
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-d_a(float* d_a, const Item* x, const float* d_z, const u32* row_segments, const uint2* row_runs,
-    u32 d_in, u32 rank) {
-    outer(d_a, x, d_z, row_segments, row_runs, d_in, rank, blockIdx.x, blockIdx.y);
-}
-
-extern "C" __global__ void __launch_bounds__(256)
-d_b(float* d_b, const float* z, const Item* d_y, const u32* row_segments, const uint2* row_runs,
-    u32 rank, u32 d_out) {
-    outer(d_b, z, d_y, row_segments, row_runs, rank, d_out, blockIdx.y, blockIdx.x);
+d_pair(const __grid_constant__ PairGradients pairs, const Item* x, const u32* row_segments,
+       const uint2* row_runs, u32 d_in, u32 rank, u32 n_rows) {
+    const PairGradient& own = pairs.of[blockIdx.z / n_rows];
+    const u32 row = blockIdx.z % n_rows, a_blocks = (d_in + OUTER_TILE - 1) / OUTER_TILE;
+    if (blockIdx.x < a_blocks) {
+        outer(own.d_a, x, own.d_z, row_segments, row_runs, d_in, rank, blockIdx.x, blockIdx.y, row);
+    } else if ((blockIdx.x - a_blocks) * OUTER_TILE < own.d_out) {
+        const u32 features = blockIdx.x - a_blocks;
+        outer(own.d_b, own.z, own.d_y, row_segments, row_runs, rank, own.d_out, blockIdx.y, features, row);
+    }
 }
 
 #endif

@@ -3,12 +3,15 @@
 //   mixed_b[row, r, o] = sum_s w[row, q, s] b[q, s, r, o]        [rows * rank, d_out], overwritten
 //   d_a[q, s] += sum_row w[row, q, s] d_mixed_a[row, q], likewise d_b
 //   d_w[row, q, s] += <d_mixed_a[row, q], a[q, s]> + <d_mixed_b[row, q], b[q, s]>
-// q is the split of feature i or o. Grids: `mix` x = elements of a pair / 256, y = rows;
-// `unmix_bank` x = elements of the bank / 256; `unmix_weights` x = splits * skills, y = rows, a block
-// a sum. Rows and skills are added in order.
-#include "bank.cuh"
+// q is the split of feature i or o. Grids: `mix` x = elements of a pair / 256, y = rows, z = siblings;
+// `unmix` x = rows * splits * skills, a block a sum of d_w, then elements of the bank / 256, y = siblings; x is
+// that of the largest. Rows and skills are added in order.
+#include "siblings.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) mix(float* mixed_a, float* mixed_b, Bank bank) {
+extern "C" __global__ void __launch_bounds__(256) mix(const __grid_constant__ MixedPairs pairs) {
+    const MixedPair& pair = pairs.of[blockIdx.z];
+    const Bank& bank = pair.bank;
+    float *mixed_a = pair.a, *mixed_b = pair.b;
     const u32 a_len = bank.d_in * bank.rank, b_len = bank.rank * bank.d_out, row = blockIdx.y;
     const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at < a_len) {
@@ -32,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(256) mix(float* mixed_a, float* mix
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-unmix_bank(float* d_a, float* d_b, const float* d_mixed_a, const float* d_mixed_b, Bank bank,
-           u32 n_rows) {
+// Element `at` of the bank's gradients.
+__device__ inline void unmix_bank(const Unmixed& one, u32 at, u32 n_rows) {
+    const Bank& bank = one.bank;
+    const float *d_mixed_a = one.d_mixed_a, *d_mixed_b = one.d_mixed_b;
     const u32 a_len = bank.n_skills * bank.d_in * bank.rank;
     const u32 b_len = bank.n_skills * bank.rank * bank.d_out;
-    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at < a_len) {
         const u32 width = bank.d_in / bank.n_splits * bank.rank;  // Of one split and skill.
         const u32 split = at / width / bank.n_skills, s = at / width % bank.n_skills;
@@ -45,7 +48,7 @@ unmix_bank(float* d_a, float* d_b, const float* d_mixed_a, const float* d_mixed_
         float sum = 0.0f;
         for (u32 row = 0; row < n_rows; ++row)
             sum = fmaf(mixing(bank, row, split)[s], d[size_t(row) * bank.d_in * bank.rank], sum);
-        d_a[at] += sum;
+        one.d_a[at] += sum;
     } else if (at - a_len < b_len) {
         const u32 width = bank.d_out / bank.n_splits, in_bank = at - a_len;
         const u32 o = in_bank % width, r = in_bank / width % bank.rank;
@@ -55,23 +58,33 @@ unmix_bank(float* d_a, float* d_b, const float* d_mixed_a, const float* d_mixed_
         float sum = 0.0f;
         for (u32 row = 0; row < n_rows; ++row)
             sum = fmaf(mixing(bank, row, split)[s], d[size_t(row) * bank.rank * bank.d_out], sum);
-        d_b[in_bank] += sum;
+        one.d_b[in_bank] += sum;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-unmix_weights(float* d_weights, const float* d_mixed_a, const float* d_mixed_b, Bank bank) {
+// The sum of one routing row, split and skill, by the whole block.
+__device__ inline void unmix_weight(const Unmixed& one, u32 row, u32 col) {
     SHARED(float, scratch, 256 / WARP);
-    const u32 split = blockIdx.x / bank.n_skills, s = blockIdx.x % bank.n_skills, row = blockIdx.y;
+    const Bank& bank = one.bank;
+    const u32 split = col / bank.n_skills, s = col % bank.n_skills;
     const u32 a_width = bank.d_in / bank.n_splits * bank.rank, b_width = bank.d_out / bank.n_splits;
     const float* a = bank.a + (size_t(split) * bank.n_skills + s) * a_width;
-    const float* d_a = d_mixed_a + size_t(row) * bank.d_in * bank.rank + size_t(split) * a_width;
+    const float* d_a = one.d_mixed_a + size_t(row) * bank.d_in * bank.rank + size_t(split) * a_width;
     const float* b = bank.b + (size_t(split) * bank.n_skills + s) * bank.rank * b_width;
-    const float* d_b = d_mixed_b + size_t(row) * bank.rank * bank.d_out + split * b_width;
+    const float* d_b = one.d_mixed_b + size_t(row) * bank.rank * bank.d_out + split * b_width;
     float sum = 0.0f;
     for (u32 at = threadIdx.x; at < a_width; at += blockDim.x) sum = fmaf(d_a[at], a[at], sum);
     for (u32 at = threadIdx.x; at < bank.rank * b_width; at += blockDim.x)
         sum = fmaf(d_b[size_t(at / b_width) * bank.d_out + at % b_width], b[at], sum);
     sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) d_weights[size_t(row) * bank.n_splits * bank.n_skills + blockIdx.x] += sum;
+    if (threadIdx.x == 0) one.d_weights[size_t(row) * bank.n_splits * bank.n_skills + col] += sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256) unmix(const __grid_constant__ UnmixedAll all, u32 n_rows) {
+    const Unmixed& one = all.of[blockIdx.y];
+    const u32 width = one.bank.n_splits * one.bank.n_skills, n_sums = n_rows * width;
+    if (blockIdx.x < n_sums)
+        unmix_weight(one, blockIdx.x / width, blockIdx.x % width);
+    else
+        unmix_bank(one, (blockIdx.x - n_sums) * blockDim.x + threadIdx.x, n_rows);
 }

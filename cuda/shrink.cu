@@ -1,10 +1,10 @@
 // Shrink: z[t, r] = scale * sum_i x[t, i] * mixed_a[row(t), i, r], and the same from the bank:
 // z[t, r] = scale * sum_i x[t, i] * sum_s w[row(t), q, s] * a[q, s, i, r].
 //   x [tokens, d_in]   mixed_a [rows * d_in, rank]   token_rows [tokens]   z [tokens, rank], overwritten
-// Grid: x = tokens / 8, y = ranks / 8. Block: 8 warps, a warp a token. A lane adds every 32nd input
+// Grid: x = tokens / 8, y = ranks / 8, z = siblings. Block: 8 warps, a warp a token. A lane adds every 32nd input
 // feature in order for 8 ranks at a time, then a tree over the lanes: a token's bits are its own.
 // For bf16 `shrink_tiles` is in the place of `shrink`: thin.cuh, on tensor cores.
-#include "bank.cuh"
+#include "siblings.cuh"
 #include "thin.cuh"
 
 const u32 SHRINK_TOKENS = 8;  // Warps of a block.
@@ -46,21 +46,22 @@ shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_
 #if POLYTAPE_BF16
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-shrink_tiles(float* z, const Item* x, const float* mixed_a, const RunTile* tiles, u32 d_in, u32 rank,
-             float scale) {
-    thin_product<false>(z, x, mixed_a, tiles[blockIdx.x], d_in, rank, scale);
+shrink_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u32 rank, float scale) {
+    const ThinProduct& own = products.of[blockIdx.z];
+    thin_product<false>(own.z, own.lhs, own.right, tiles[blockIdx.x], own.depth, rank, scale);
 }
 
 #else
 
 extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
-shrink(float* z, const Item* x, const float* mixed_a, const u32* token_rows, u32 n_tokens, u32 d_in,
-       u32 rank, float scale) {
+shrink(const __grid_constant__ ThinProducts products, const u32* token_rows, u32 n_tokens, u32 rank, float scale) {
+    const ThinProduct& own = products.of[blockIdx.z];
+    const u32 d_in = own.depth;
     const u32 token = blockIdx.x * SHRINK_TOKENS + threadIdx.x / WARP;
     const u32 first = blockIdx.y * SHRINK_RANKS;
     if (token >= n_tokens) return;  // A whole warp.
-    const Item* x_row = x + size_t(token) * d_in;
-    const float* a = mixed_a + size_t(token_rows[token]) * d_in * rank + first;
+    const Item* x_row = own.lhs + size_t(token) * d_in;
+    const float* a = own.right + size_t(token_rows[token]) * d_in * rank + first;
     const u32 n = min(SHRINK_RANKS, rank - first);
     float sums[SHRINK_RANKS] = {};
     for (u32 i = lane(); i < d_in; i += WARP) {
@@ -69,7 +70,7 @@ shrink(float* z, const Item* x, const float* mixed_a, const u32* token_rows, u32
         for (u32 r = 0; r < SHRINK_RANKS; ++r)
             if (r < n) sums[r] = fmaf(value, a[size_t(i) * rank + r], sums[r]);
     }
-    shrink_finish(z, sums, token, first, rank, scale);
+    shrink_finish(own.z, sums, token, first, rank, scale);
 }
 
 #endif

@@ -8,9 +8,9 @@
 // 32 each, in order; then the four sums are added in order: a token's bits do not depend on the tile.
 //
 // `thin_outer`: out[i, r] = sum_t wide[t, i] * thin[t, r] over the tokens of one routing row, run after run.
-//   wide [tokens, width] bf16   thin [tokens, rank] f32   out [width, rank] or (RANK_FIRST) [rank, width]
-// Grid: x = width / 128, y = ranks / 16, z = rows. Block: GEMM_THREADS, a warp 16 features; a step adds 32
-// tokens of a run.
+//   wide [tokens, width] bf16   thin [tokens, rank] f32   out [width, rank] or (rank_first) [rank, width]
+// For 128 of the features (`features` says which) and one routing row. Grid: y = ranks / 16. Block:
+// GEMM_THREADS, a warp 16 features; a step adds 32 tokens of a run.
 #pragma once
 #include "gemm.cuh"
 
@@ -98,15 +98,15 @@ __device__ inline void thin_product(float* z, const Bf16* lhs, const float* righ
 
 const u32 OUTER_TOKENS = 32, OUTER_WIDTH = 128;
 
-template <bool RANK_FIRST>
 __device__ inline void thin_outer(float* out, const Bf16* wide, const float* thin, const u32* row_segments,
-                                  const uint2* row_runs, u32 width, u32 rank) {
+                                  const uint2* row_runs, u32 width, u32 rank, u32 features, u32 row,
+                                  bool rank_first) {
     SHARED(Bf16, wides, OUTER_TOKENS * OUTER_WIDTH);
     SHARED(Bf16, thins, OUTER_TOKENS * 2 * THIN_RANKS);
-    const u32 col0 = blockIdx.x * OUTER_WIDTH, first_rank = blockIdx.y * THIN_RANKS, l = lane();
+    const u32 col0 = features * OUTER_WIDTH, first_rank = blockIdx.y * THIN_RANKS, l = lane();
     const u32 own = threadIdx.x / WARP * 16;
     float values[4][4] = {};  // Columns: 16 ranks' high halves, then their low ones.
-    for (u32 run = row_segments[blockIdx.z]; run < row_segments[blockIdx.z + 1]; ++run) {
+    for (u32 run = row_segments[row]; run < row_segments[row + 1]; ++run) {
         const size_t start = row_runs[run].x;
         const u32 len = row_runs[run].y;
         for (u32 t0 = 0; t0 < len; t0 += OUTER_TOKENS) {
@@ -137,14 +137,14 @@ __device__ inline void thin_outer(float* out, const Bf16* wide, const float* thi
             }
         }
     }
-    out += size_t(blockIdx.z) * width * rank;
+    out += size_t(row) * width * rank;
 #pragma unroll
     for (u32 j = 0; j < 2; ++j)
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) {
             const u32 i = col0 + own + l / 4 + e / 2 * 8, r = first_rank + j * 8 + l % 4 * 2 + e % 2;
             if (i < width && r < rank)
-                out[RANK_FIRST ? size_t(r) * width + i : size_t(i) * rank + r] = both_halves(values[j][e], values[j + 2][e]);
+                out[rank_first ? size_t(r) * width + i : size_t(i) * rank + r] = both_halves(values[j][e], values[j + 2][e]);
         }
 }
 

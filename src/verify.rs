@@ -28,7 +28,7 @@ pub(crate) const KERNELS: &[Kernel] = kernels! {
     dense: linear linear_backward embed rope gather norm norm_backward gated dropout add cache_write
         head_loss argmax sum_of_squares adamw;
     attention: attention attention_backward;
-    lora: route route_backward mix unmix shrink shrink_stacked lora_backward;
+    lora: route route_backward mix mix_each unmix unmix_each shrink shrink_stacked lora_backward;
 };
 
 fn converted(passed: Vec<common::Passed>) -> Vec<Passed> {

@@ -480,27 +480,43 @@ fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
 /// The CUDA backend, on the emulator and on a GPU where there is one. The emulator is slow: the smallest
 /// case and the one that differs most from it.
 mod cuda {
+    use std::sync::Arc;
+
     use polytape::kernels::cuda::{Cuda, catch_faults};
 
-    use super::*;
+    use super::{
+        cuda_emulator::{Emulator, Event},
+        *,
+    };
 
     const CASES: [&str; 2] = ["tiny", "v10-hub"];
 
-    /// The backends with their names (`POLYTAPE_BACKENDS` chooses, as for the kernels' tests).
-    fn backends(compute: Dtype) -> Vec<(&'static str, Cuda)> {
+    /// Whether `POLYTAPE_BACKENDS` has it, as for the kernels' tests.
+    fn is_wanted(name: &str) -> bool {
         let wanted = std::env::var("POLYTAPE_BACKENDS");
-        let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
-        let mut backends = Vec::new();
-        if wanted("emulated") {
-            match cuda_emulator::Emulator::new(3) {
-                Ok(device) => {
-                    let device = std::sync::Arc::new(device);
-                    backends.push(("emulated", Cuda::with_device(device, compute).unwrap()));
-                }
-                Err(why) => eprintln!("skipped: the CUDA kernels on the emulator: {why}"),
-            }
+        wanted.map_or(true, |list| list.split(',').any(|n| n == name))
+    }
+
+    /// The emulator, where it is wanted; says so if there is none.
+    fn emulator() -> Option<Arc<Emulator>> {
+        if !is_wanted("emulated") {
+            return None;
         }
-        if wanted("gpu") {
+        let why = match Emulator::new(3) {
+            Ok(device) => return Some(Arc::new(device)),
+            Err(why) => why,
+        };
+        eprintln!("skipped: the CUDA kernels on the emulator: {why}");
+        None
+    }
+
+    /// The backends with their names.
+    fn backends(compute: Dtype) -> Vec<(&'static str, Cuda)> {
+        let mut backends = Vec::new();
+        if let Some(device) = emulator() {
+            backends.push(("emulated", Cuda::with_device(device, compute).unwrap()));
+        }
+        if is_wanted("gpu") {
             match Cuda::new(compute) {
                 Ok(cuda) => backends.push(("gpu", cuda)),
                 Err(why) => eprintln!("skipped: the CUDA kernels on a GPU: {why}"),
@@ -547,6 +563,127 @@ mod cuda {
                 println!("{name} {on}: {ours:.2e}, PEFT {peft:.2e}");
                 assert!(ours <= 1.5 * peft, "{name} {on}: {ours}, PEFT {peft}");
             }
+        }
+    }
+
+    /// The kernels that each adapted linear adds to those of the base.
+    const OF_ADAPTERS: [&str; 9] = [
+        "mix",
+        "unmix",
+        "shrink",
+        "shrink_tiles",
+        "shrink_stacked",
+        "d_z",
+        "d_z_tiles",
+        "d_pair",
+        "d_pair_tiles",
+    ];
+    /// Those of the base, and those that a step runs once.
+    const OF_A_STEP: [&str; 26] = [
+        "route",
+        "embed",
+        "cache_write",
+        "rope",
+        "norm_rows",
+        "norm_again",
+        "norm_backward",
+        "linear",
+        "linear_full",
+        "linear_dot",
+        "linear_dot_full",
+        "linear_backward",
+        "gated",
+        "gated_backward",
+        "dropout",
+        "add",
+        "head_softmax",
+        "head_backward",
+        "argmax",
+        "route_backward",
+        "route_sum",
+        "sum_of_squares",
+        "sum_of_squares_full",
+        "add_up",
+        "clip_scale",
+        "adamw",
+    ];
+
+    /// Launches and waits are what a GPU's time goes to where a step is small.
+    #[test]
+    fn a_step_launches_little_and_is_read_at_its_end() {
+        for (name, compute) in [("tiny", Dtype::F32), ("tiny", Dtype::Bf16), ("llama", Dtype::F32)]
+        {
+            let Some(device) = emulator() else { return };
+            let cuda = Cuda::with_device(device.clone(), compute).unwrap();
+            let case = Case::open(name);
+            let model = case.model(cuda);
+            let adapter = case.adapter(&model);
+            let n_linears = adapter.targets().len();
+            let config = TrainConfig { dropout: Some(0.1), ..train_config(&case, true) };
+            let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+            let _ = device.take_log();
+            trainer.step(&case.examples()).unwrap();
+            let log = device.take_log();
+
+            let first_read = log.iter().position(|event| matches!(event, Event::Read(_)));
+            let (step, reads) = log.split_at(first_read.unwrap());
+            // The loss and the norm, when everything is queued.
+            assert_eq!(reads, [Event::Read(8), Event::Read(8)], "{name} {compute}");
+            let launches: Vec<&str> = step
+                .iter()
+                .map(|event| match event {
+                    Event::Launch(kernel) => kernel.as_str(),
+                    Event::Read(_) => unreachable!(),
+                })
+                .collect();
+            for kernel in &launches {
+                let known = OF_ADAPTERS.contains(kernel)
+                    || OF_A_STEP.contains(kernel)
+                    || kernel.starts_with("attention");
+                assert!(known, "{kernel}: of the base or of adapters?");
+            }
+            let count = |of: &[&str], which: &[&str]| {
+                of.iter().filter(|kernel| which.contains(kernel)).count()
+            };
+            for once in ["route", "route_backward", "route_sum", "clip_scale"] {
+                assert_eq!(count(&launches, &[once]), 1, "{once}");
+            }
+            let middle = launches.iter().position(|kernel| *kernel == "head_softmax").unwrap();
+            let forward = count(&launches[..middle], &OF_ADAPTERS);
+            let backward = count(&launches[middle..], &OF_ADAPTERS);
+            println!(
+                "{name} {compute}: {n_linears} adapted linears, {forward} launches forward, {backward} backward"
+            );
+            assert!(forward <= 2 * n_linears, "{name}: {forward} for {n_linears} linears");
+            assert!(backward <= 3 * n_linears, "{name}: {backward} for {n_linears} linears");
+        }
+    }
+
+    /// One read a decoding step: the tokens, for the test whether a sequence has ended.
+    #[test]
+    fn a_decoding_step_reads_its_tokens_and_nothing_else() {
+        for name in ["tiny", "llama"] {
+            let Some(device) = emulator() else { return };
+            let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
+            let case = Case::open(name);
+            let model = case.model(cuda);
+            let adapter = case.adapter(&model);
+            let examples = case.examples();
+            let tasks = case.rows.iter().map(|row| row.task);
+            let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
+            let _ = device.take_log();
+            let options = GenerateOptions { max_new_tokens: 3, ..Default::default() };
+            let generated = engine.generate(&examples, &options, |_, _| ());
+            let log = device.take_log();
+            let read = |event: &Event| match event {
+                Event::Read(bytes) => Some(*bytes),
+                Event::Launch(_) => None,
+            };
+            let choices = log.iter().filter(|e| **e == Event::Launch("argmax".into())).count();
+            let reads: Vec<usize> = log.iter().filter_map(read).collect();
+            assert_eq!(reads.len(), choices, "{name}");
+            let n_tokens: usize = generated.iter().map(Vec::len).sum();
+            assert_eq!(reads.iter().sum::<usize>(), 4 * n_tokens, "{name}");
         }
     }
 

@@ -121,6 +121,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn route_backward(&self, args: RouteBackward<'_, Self>);
     /// One adapted linear's mixed pair for every routing row.
     fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self>;
+    /// [`Backend::mix`] of each: where launches cost, of several at a time.
+    fn mix_each(&self, args: &[Mix<'_, Self>]) -> Vec<MixedPair<Self>> {
+        args.iter().map(|&args| self.mix(args)).collect()
+    }
     /// `z = scale * x·Â`, for siblings that share `x`.
     fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>>;
     /// `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]` without forming the mixed pair.
@@ -129,6 +133,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>>;
     /// From gradients of the mixed pairs to gradients of the bank and of the mixing weights.
     fn unmix(&self, args: Unmix<'_, Self>);
+    /// [`Backend::unmix`] of each of these linears, which are different ones.
+    fn unmix_each(&self, args: UnmixEach<'_, Self>) {
+        let UnmixEach { terms, grads, d_weights } = args;
+        for &UnmixTerm { stacked, d_a, d_b } in terms {
+            self.unmix(Unmix { stacked, d_a, d_b, grads: &mut *grads, d_weights: &mut *d_weights });
+        }
+    }
 
     /// `Σ v²` over all elements, in a fixed order: one number.
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Self::Numbers;

@@ -512,6 +512,13 @@ pub struct Mix<'a, B: Backend> {
     pub n_rows: usize,
 }
 
+impl<B: Backend> Clone for Mix<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Mix<'_, B> {}
+
 /// Result of [`Backend::mix`], full precision.
 pub struct MixedPair<B: Backend> {
     /// `[rows * d_in, rank]`.
@@ -598,6 +605,33 @@ pub struct Unmix<'a, B: Backend> {
     /// `[n_linears * rows, n_splits * n_skills]`; this linear's block is added to.
     pub d_weights: &'a mut Tensor<B>,
 }
+
+/// Arguments of [`Backend::unmix_each`].
+pub struct UnmixEach<'a, B: Backend> {
+    /// The linears; with as many routing rows each.
+    pub terms: &'a [UnmixTerm<'a, B>],
+    /// As in [`Unmix`].
+    pub grads: &'a mut Tensor<B>,
+    /// As in [`Unmix`].
+    pub d_weights: &'a mut Tensor<B>,
+}
+
+/// One linear of [`UnmixEach`]; the fields are those of [`Unmix`].
+pub struct UnmixTerm<'a, B: Backend> {
+    /// The bank with its mixing weights.
+    pub stacked: Stacked<'a, B>,
+    /// `[rows * d_in, rank]`.
+    pub d_a: &'a Tensor<B>,
+    /// `[rows * rank, d_out]`.
+    pub d_b: &'a Tensor<B>,
+}
+
+impl<B: Backend> Clone for UnmixTerm<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for UnmixTerm<'_, B> {}
 
 /// Arguments of [`Backend::adamw`]: PyTorch's AdamW (decoupled decay, bias-corrected moments). Where the
 /// gradients are [clipped](GradScale::Clipped) and their norm or the loss is not finite, nothing changes.

@@ -456,14 +456,8 @@ impl<B: Backend> Adapter<B> {
     ) -> Mixture<B> {
         let pairs = keep_pairs.then(|| {
             let (params, weights) = (&self.params, &routing.weights);
-            self.banks
-                .iter()
-                .flatten()
-                .map(|&bank| {
-                    let stacked = Stacked { bank, params, weights };
-                    backend.mix(Mix { stacked, n_rows })
-                })
-                .collect()
+            let mix = |&bank| Mix { stacked: Stacked { bank, params, weights }, n_rows };
+            backend.mix_each(&self.banks.iter().flatten().map(mix).collect::<Vec<_>>())
         });
         Mixture { routing, n_rows, pairs }
     }

@@ -52,6 +52,17 @@ pub struct Emulator {
     seed: Mutex<u64>,
     /// The mapping of each piece of memory, by address: its start and length, and the piece's length.
     pieces: Mutex<HashMap<u64, (usize, usize, usize)>>,
+    /// What the device was asked for, from when somebody first wanted to know.
+    log: Mutex<Option<Vec<Event>>>,
+}
+
+/// What the host does that costs time on a GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Of this kernel.
+    Launch(String),
+    /// Of so many bytes: the host waits.
+    Read(usize),
 }
 
 impl Emulator {
@@ -64,7 +75,21 @@ impl Emulator {
             Ok(Arc::new([build(&compiler, false), build(&compiler, true)]))
         });
         let libraries = libraries.as_ref().map_err(Clone::clone).map(Arc::clone)?;
-        Ok(Self { libraries, seed: Mutex::new(seed), pieces: Mutex::default() })
+        let (pieces, log) = (Mutex::default(), Mutex::default());
+        Ok(Self { libraries, seed: Mutex::new(seed), pieces, log })
+    }
+
+    /// What happened since the last call; from the first one on it is written down.
+    #[allow(dead_code)] // Not every test that has the emulator looks.
+    pub fn take_log(&self) -> Vec<Event> {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.replace(Vec::new()).unwrap_or_default()
+    }
+
+    fn note(&self, event: impl FnOnce() -> Event) {
+        if let Some(log) = &mut *self.log.lock().unwrap_or_else(PoisonError::into_inner) {
+            log.push(event());
+        }
     }
 }
 
@@ -249,6 +274,7 @@ unsafe impl Device for Emulator {
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        self.note(|| Event::Read(bytes.len()));
         // SAFETY: The caller's promise.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
@@ -267,6 +293,7 @@ unsafe impl Device for Emulator {
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.note(|| Event::Launch(launch.kernel.to_owned()));
         let library = &self.libraries[usize::from(launch.bf16)];
         let _running = library.running.lock().unwrap_or_else(PoisonError::into_inner);
         let seed = {

@@ -152,6 +152,57 @@ fn mixes() {
     check("mix", mix);
 }
 
+/// Several linears at once, beside one after the other.
+#[derive(Debug)]
+pub struct MixEach {
+    banks: Vec<Bank>,
+}
+
+/// Up to six banks of one rank, of as many linears, in a flat vector.
+fn banks(random: &mut Gen) -> (Vec<Bank>, usize) {
+    let (n_splits, n_skills) = (random.pick(&[1, 2, 4]), 1 + random.below(5));
+    let (n_linears, mut at) = (1 + random.below(6), random.below(9));
+    let bank = |linear| {
+        let size = |random: &mut Gen| n_splits * random.size(65 / n_splits);
+        let (a_start, d_in, d_out, rank) = (at, size(random), size(random), random.size(9));
+        let mut bank = Bank { linear, a_start, b_start: 0, n_splits, n_skills, d_in, d_out, rank };
+        bank.b_start = bank.a().end + random.below(3);
+        at = bank.b().end + random.below(3);
+        bank
+    };
+    let banks = (0..n_linears).map(bank).collect();
+    (banks, at)
+}
+
+impl Op for MixEach {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [params, weights] = &inputs.t[..] else { unreachable!() };
+        let n_rows = batch.n_rows;
+        let mix = |&bank| ops::Mix { stacked: ops::Stacked { bank, params, weights }, n_rows };
+        let pairs = backend.mix_each(&self.banks.iter().map(mix).collect::<Vec<_>>());
+        let outputs = |pair: &ops::MixedPair<B>| {
+            [Output::whole(backend, "a", &pair.a), Output::whole(backend, "b", &pair.b)]
+        };
+        pairs.iter().flat_map(outputs).collect()
+    }
+}
+
+pub fn mix_each(random: &mut Gen, class: Class, batch: Batch) -> Case<MixEach> {
+    let (banks, n_params) = banks(random);
+    let mut inputs = Inputs::default();
+    inputs.full(1, n_params, random.values(class, n_params, true));
+    let (rows, cols) = (banks.len() * batch.n_rows, banks[0].n_splits * banks[0].n_skills);
+    inputs.full(rows, cols, random.values(class, rows * cols, true));
+    Case { class, batch, inputs, op: MixEach { banks } }
+}
+
+#[test]
+fn mixes_several() {
+    check("mix_each", mix_each);
+}
+
 #[derive(Debug)]
 pub struct LoraBackward {
     scale: f32,
@@ -251,6 +302,55 @@ pub fn unmix(random: &mut Gen, class: Class, batch: Batch) -> Case<Unmix> {
 #[test]
 fn unmixes() {
     check("unmix", unmix);
+}
+
+#[derive(Debug)]
+pub struct UnmixEach {
+    banks: Vec<Bank>,
+}
+
+impl Op for UnmixEach {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let [params, weights, grads, d_weights, pairs @ ..] = &inputs.t[..] else { unreachable!() };
+        let (mut grads, mut d_weights) = (backend.copy(grads), backend.copy(d_weights));
+        let terms = self.banks.iter().zip(pairs.as_chunks().0).map(|(&bank, [d_a, d_b])| {
+            ops::UnmixTerm { stacked: ops::Stacked { bank, params, weights }, d_a, d_b }
+        });
+        let terms: Vec<_> = terms.collect();
+        let (grads_mut, d_weights_mut) = (&mut grads, &mut d_weights);
+        backend.unmix_each(ops::UnmixEach {
+            terms: &terms,
+            grads: grads_mut,
+            d_weights: d_weights_mut,
+        });
+        vec![
+            Output::whole(backend, "grads", &grads),
+            Output::whole(backend, "d_weights", &d_weights),
+        ]
+    }
+}
+
+pub fn unmix_each(random: &mut Gen, class: Class, batch: Batch) -> Case<UnmixEach> {
+    let (banks, n_params) = banks(random);
+    let mut inputs = Inputs::default();
+    let (rows, cols) = (banks.len() * batch.n_rows, banks[0].n_splits * banks[0].n_skills);
+    for _ in 0..2 {
+        inputs.full(1, n_params, random.values(class, n_params, true));
+        inputs.full(rows, cols, random.values(class, rows * cols, true));
+    }
+    for bank in &banks {
+        let (a_rows, b_rows) = (batch.n_rows * bank.d_in, batch.n_rows * bank.rank);
+        inputs.full(a_rows, bank.rank, random.values(class, a_rows * bank.rank, true));
+        inputs.full(b_rows, bank.d_out, random.values(class, b_rows * bank.d_out, false));
+    }
+    Case { class, batch, inputs, op: UnmixEach { banks } }
+}
+
+#[test]
+fn unmixes_several() {
+    check("unmix_each", unmix_each);
 }
 
 #[derive(Debug)]

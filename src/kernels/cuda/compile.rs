@@ -28,8 +28,15 @@ macro_rules! sources {
 }
 
 /// Files that others include.
-const HEADERS: [(&str, &str); 6] =
-    sources!["bank.cuh", "common.cuh", "gemm.cuh", "mma.cuh", "philox.cuh", "thin.cuh"];
+const HEADERS: [(&str, &str); 7] = sources![
+    "bank.cuh",
+    "common.cuh",
+    "gemm.cuh",
+    "mma.cuh",
+    "philox.cuh",
+    "siblings.cuh",
+    "thin.cuh",
+];
 
 /// Files with kernels.
 const MODULES: [(&str, &str); 13] = sources![

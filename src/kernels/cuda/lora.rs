@@ -1,6 +1,6 @@
 //! The routed LoRA: router, mixing, the thin products, and all their gradients.
 
-use bytemuck::{NoUninit, Zeroable};
+use bytemuck::{NoUninit, Pod, Zeroable};
 
 use super::{Cuda, narrow};
 use crate::{
@@ -15,11 +15,13 @@ const RANKS: usize = 8;
 /// Tokens and ranks of a block of `cuda/thin.cuh`.
 const THIN_TOKENS: u32 = 32;
 const THIN_RANKS: usize = 16;
-/// Features of a side of a tile of `d_a` and `d_b`.
+/// Features of a side of a tile of `d_pair`.
 const OUTER: usize = 32;
+/// Linears of one launch: `MAX_SIBLINGS` of `cuda/siblings.cuh`.
+const MAX_SIBLINGS: usize = 4;
 
 /// `Bank` of `cuda/bank.cuh`.
-#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct BankArg {
     a: u64,
@@ -177,34 +179,83 @@ pub(super) fn route_backward(cuda: &Cuda, args: RouteBackward<'_, Cuda>) {
     });
 }
 
-pub(super) fn mix(cuda: &Cuda, args: Mix<'_, Cuda>) -> MixedPair<Cuda> {
-    let Mix { stacked, n_rows } = args;
-    let Bank { d_in, d_out, rank, .. } = stacked.bank;
-    let mut a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
-    let mut b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
-    let kernel = cuda.kernel("mix", "mix").arg(a.address_mut()).arg(b.address_mut());
-    let kernel = kernel.arg(BankArg::new(&stacked, n_rows));
-    kernel.launch([((d_in + d_out) * rank).div_ceil(256), n_rows, 1], 256);
-    MixedPair { a, b }
+/// `MixedPair` of `cuda/siblings.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct MixedPairArg {
+    a: u64,
+    b: u64,
+    bank: BankArg,
 }
 
-pub(super) fn unmix(cuda: &Cuda, args: Unmix<'_, Cuda>) {
-    let Unmix { stacked, d_a, d_b, grads, d_weights } = args;
-    let bank = stacked.bank;
-    let n_rows = d_a.rows / bank.d_in;
-    let (d_a, d_b) =
-        (d_a.full(n_rows * bank.d_in, bank.rank), d_b.full(n_rows * bank.rank, bank.d_out));
-    assert_eq!(grads.len(), stacked.params.len());
-    d_weights.assert_shape(stacked.weights.rows, stacked.weights.cols);
-    let arg = BankArg::new(&stacked, n_rows);
-    let grads = grads.address_mut();
-    let kernel = cuda.kernel("mix", "unmix_bank").arg(grads + 4 * bank.a_start as u64);
-    let kernel = kernel.arg(grads + 4 * bank.b_start as u64).arg(d_a).arg(d_b).arg(arg);
-    kernel.count(n_rows).launch([(bank.a_len() + bank.b_len()).div_ceil(256), 1, 1], 256);
-    let width = bank.n_splits * bank.n_skills;
-    let own = d_weights.address_mut() + 4 * (bank.linear * n_rows * width) as u64;
-    let kernel = cuda.kernel("mix", "unmix_weights").arg(own).arg(d_a).arg(d_b).arg(arg);
-    kernel.launch([width, n_rows, 1], 256);
+pub(super) fn mix(cuda: &Cuda, args: &[Mix<'_, Cuda>]) -> Vec<MixedPair<Cuda>> {
+    let mut all = Vec::with_capacity(args.len());
+    for siblings in args.chunks(MAX_SIBLINGS) {
+        let n_rows = siblings[0].n_rows;
+        let mut pairs = [MixedPairArg::zeroed(); MAX_SIBLINGS];
+        let mut elements = 0;
+        for (Mix { stacked, n_rows: own_rows }, pair) in siblings.iter().zip(&mut pairs) {
+            assert_eq!(*own_rows, n_rows, "siblings have the same routing rows");
+            let Bank { d_in, d_out, rank, .. } = stacked.bank;
+            let mut a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
+            let mut b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
+            let bank = BankArg::new(stacked, n_rows);
+            *pair = MixedPairArg { a: a.address_mut(), b: b.address_mut(), bank };
+            elements = elements.max((d_in + d_out) * rank);
+            all.push(MixedPair { a, b });
+        }
+        let kernel = cuda.kernel("mix", "mix").arg(pairs);
+        kernel.launch([elements.div_ceil(256), n_rows, siblings.len()], 256);
+    }
+    all
+}
+
+/// `Unmixed` of `cuda/siblings.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct UnmixedArg {
+    d_a: u64,
+    d_b: u64,
+    d_weights: u64,
+    d_mixed_a: u64,
+    d_mixed_b: u64,
+    bank: BankArg,
+}
+
+pub(super) fn unmix(cuda: &Cuda, args: UnmixEach<'_, Cuda>) {
+    let UnmixEach { terms, grads, d_weights } = args;
+    for (i, term) in terms.iter().enumerate() {
+        let other =
+            |other: &UnmixTerm<'_, Cuda>| other.stacked.bank.linear != term.stacked.bank.linear;
+        assert!(
+            terms[..i].iter().all(other),
+            "each linear once: blocks of one launch add to its gradients"
+        );
+    }
+    let grads_address = grads.address_mut();
+    for siblings in terms.chunks(MAX_SIBLINGS) {
+        let n_rows = siblings[0].d_a.rows / siblings[0].stacked.bank.d_in;
+        let mut all = [UnmixedArg::zeroed(); MAX_SIBLINGS];
+        let mut blocks = 0;
+        for (UnmixTerm { stacked, d_a, d_b }, one) in siblings.iter().zip(&mut all) {
+            let bank = stacked.bank;
+            let width = bank.n_splits * bank.n_skills;
+            assert_eq!(grads.len(), stacked.params.len());
+            d_weights.assert_shape(stacked.weights.rows, stacked.weights.cols);
+            *one = UnmixedArg {
+                d_a: grads_address + 4 * bank.a_start as u64,
+                d_b: grads_address + 4 * bank.b_start as u64,
+                d_weights: d_weights.address_mut() + 4 * (bank.linear * n_rows * width) as u64,
+                d_mixed_a: d_a.full(n_rows * bank.d_in, bank.rank),
+                d_mixed_b: d_b.full(n_rows * bank.rank, bank.d_out),
+                bank: BankArg::new(stacked, n_rows),
+            };
+            let elements = bank.a_len() + bank.b_len();
+            blocks = blocks.max(n_rows * width + elements.div_ceil(256));
+        }
+        let kernel = cuda.kernel("mix", "unmix").arg(all).count(n_rows);
+        kernel.launch([blocks, siblings.len(), 1], 256);
+    }
 }
 
 /// Blocks of a kernel with a warp a token.
@@ -212,51 +263,66 @@ fn token_grid(tokens: usize, rank: usize) -> [usize; 3] {
     [tokens.div_ceil(TOKENS), rank.div_ceil(RANKS), 1]
 }
 
-/// A product with a matrix of `rank` columns for each routing row: `z = scale * lhs·right[row]`.
+/// `ThinProduct` of `cuda/siblings.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct ThinProductArg {
+    z: u64,
+    lhs: u64,
+    right: u64,
+    depth: u32,
+    padding: u32,
+}
+
+/// Products with a matrix of `rank` columns for each routing row: `z = scale * lhs·right[row]`.
 struct Thin<'a> {
     /// The kernel's module, its name in f32 and in bf16.
     kernel: [&'static str; 3],
-    /// `[tokens, depth]`.
-    lhs: &'a Tensor<Cuda>,
-    /// `[rows, depth, rank]`, or transposed as the kernel has it.
-    right: u64,
     rank: usize,
     segments: &'a Segments,
     scale: f32,
 }
 
 impl Thin<'_> {
-    fn run(self, cuda: &Cuda) -> Tensor<Cuda> {
-        let Self { kernel: [module, plain, tiled], lhs, right, rank, segments, scale } = self;
-        let (tokens, depth) = (lhs.rows, lhs.cols);
-        let mut z = cuda.alloc(tokens, rank, Precision::Full);
-        let lhs = lhs.activation(cuda, tokens, depth);
-        if cuda.compute == Dtype::Bf16 {
-            let (tiles, n_tiles) = cuda.run_tiles(segments, THIN_TOKENS);
-            let kernel = cuda.kernel(module, tiled).arg(z.address_mut()).arg(lhs).arg(right);
-            let kernel = kernel.arg(tiles.address()).count(depth).count(rank).arg(scale);
-            kernel.launch([n_tiles, rank.div_ceil(THIN_RANKS), 1], 256);
-        } else {
-            let token_rows = cuda.token_rows(segments);
-            let kernel = cuda.kernel(module, plain).arg(z.address_mut()).arg(lhs).arg(right);
-            let kernel = kernel.arg(token_rows.address()).count(tokens).count(depth).count(rank);
-            kernel.arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+    /// Of each `lhs` `[tokens, depth]` with its `right`, `[rows, depth, rank]`, or transposed as the
+    /// kernel has it.
+    fn run(self, cuda: &Cuda, operands: &[(&Tensor<Cuda>, u64)]) -> Vec<Tensor<Cuda>> {
+        let Self { kernel: [module, plain, tiled], rank, segments, scale } = self;
+        let tokens = segments.n_tokens();
+        let mut all = Vec::with_capacity(operands.len());
+        for siblings in operands.chunks(MAX_SIBLINGS) {
+            let mut products = [ThinProductArg::zeroed(); MAX_SIBLINGS];
+            for (&(lhs, right), product) in siblings.iter().zip(&mut products) {
+                let mut z = cuda.alloc(tokens, rank, Precision::Full);
+                let (depth, lhs) = (narrow(lhs.cols), lhs.activation(cuda, tokens, lhs.cols));
+                *product = ThinProductArg { z: z.address_mut(), lhs, right, depth, padding: 0 };
+                all.push(z);
+            }
+            if cuda.compute == Dtype::Bf16 {
+                let (tiles, n_tiles) = cuda.run_tiles(segments, THIN_TOKENS);
+                let kernel = cuda.kernel(module, tiled).arg(products).arg(tiles.address());
+                let grid = [n_tiles, rank.div_ceil(THIN_RANKS), siblings.len()];
+                kernel.count(rank).arg(scale).launch(grid, 256);
+            } else {
+                let token_rows = cuda.token_rows(segments);
+                let kernel = cuda.kernel(module, plain).arg(products).arg(token_rows.address());
+                let [x, y, _] = token_grid(tokens, rank);
+                let kernel = kernel.count(tokens).count(rank).arg(scale);
+                kernel.launch([x, y, siblings.len()], 32 * TOKENS as u32);
+            }
         }
-        z
+        all
     }
 }
 
 pub(super) fn shrink(cuda: &Cuda, args: Shrink<'_, Cuda>) -> Vec<Tensor<Cuda>> {
     let Shrink { x, mixed_a, segments, scale, order: _ } = args;
-    let (tokens, d_in) = (x.rows, x.cols);
-    assert_eq!(segments.n_tokens(), tokens);
-    let shrink_one = |mixed_a: &&Tensor<Cuda>| {
-        let rank = mixed_a.cols;
-        let right = mixed_a.full(segments.n_rows() * d_in, rank);
-        let kernel = ["shrink", "shrink", "shrink_tiles"];
-        Thin { kernel, lhs: x, right, rank, segments, scale }.run(cuda)
-    };
-    mixed_a.iter().map(shrink_one).collect()
+    assert_eq!(segments.n_tokens(), x.rows);
+    let Some(rank) = mixed_a.first().map(|mixed_a| mixed_a.cols) else { return Vec::new() };
+    let right = |mixed_a: &&Tensor<Cuda>| mixed_a.full(segments.n_rows() * x.cols, rank);
+    let operands: Vec<_> = mixed_a.iter().map(|mixed_a| (x, right(mixed_a))).collect();
+    let kernel = ["shrink", "shrink", "shrink_tiles"];
+    Thin { kernel, rank, segments, scale }.run(cuda, &operands)
 }
 
 pub(super) fn shrink_stacked(cuda: &Cuda, args: ShrinkStacked<'_, Cuda>) -> Tensor<Cuda> {
@@ -272,37 +338,63 @@ pub(super) fn shrink_stacked(cuda: &Cuda, args: ShrinkStacked<'_, Cuda>) -> Tens
     z
 }
 
+/// `PairGradient` of `cuda/siblings.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct PairGradientArg {
+    d_a: u64,
+    d_b: u64,
+    d_y: u64,
+    z: u64,
+    d_z: u64,
+    d_out: u32,
+    padding: u32,
+}
+
 pub(super) fn lora_backward(cuda: &Cuda, args: LoraBackward<'_, Cuda>) -> Vec<LoraGradients<Cuda>> {
     let LoraBackward { x, terms, segments, scale } = args;
     let (tokens, d_in, n_rows) = (x.rows, x.cols, segments.n_rows());
     assert_eq!(segments.n_tokens(), tokens);
-    let runs = cuda.row_runs(segments);
-    let gradients = |term: &LoraTerm<'_, Cuda>| {
-        let (rank, d_out) = (term.z.cols, term.d_y.cols);
-        let d_y = term.d_y.activation(cuda, tokens, d_out);
-        let right = term.mixed_b.full(n_rows * rank, d_out);
-        let kernel = ["grad", "d_z", "d_z_tiles"];
-        let d_z = Thin { kernel, lhs: term.d_y, right, rank, segments, scale }.run(cuda);
+    let Some(rank) = terms.first().map(|term| term.z.cols) else { return Vec::new() };
+    let right = |term: &LoraTerm<'_, Cuda>| term.mixed_b.full(n_rows * rank, term.d_y.cols);
+    let operands: Vec<_> = terms.iter().map(|term| (term.d_y, right(term))).collect();
+    let kernel = ["grad", "d_z", "d_z_tiles"];
+    let d_z = Thin { kernel, rank, segments, scale }.run(cuda, &operands);
 
-        // Kernels, and how many features and ranks a block has.
-        let (names, features, ranks) = match cuda.compute {
-            Dtype::Bf16 => (["d_a_tiles", "d_b_tiles"], 128, THIN_RANKS),
-            _ => (["d_a", "d_b"], OUTER, OUTER),
-        };
-        let mut d_a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
-        let kernel = cuda.kernel("grad", names[0]).arg(d_a.address_mut());
-        let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(d_z.address());
-        let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(d_in).count(rank);
-        kernel.launch([d_in.div_ceil(features), rank.div_ceil(ranks), n_rows], 256);
-
-        let mut d_b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
-        let kernel = cuda.kernel("grad", names[1]).arg(d_b.address_mut());
-        let kernel = kernel.arg(term.z.full(tokens, rank)).arg(d_y);
-        let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(rank).count(d_out);
-        kernel.launch([d_out.div_ceil(features), rank.div_ceil(ranks), n_rows], 256);
-        LoraGradients { d_z, d_a, d_b }
+    // The kernel, and how many features and ranks a block has.
+    let (name, features, ranks) = match cuda.compute {
+        Dtype::Bf16 => ("d_pair_tiles", 128, THIN_RANKS),
+        _ => ("d_pair", OUTER, OUTER),
     };
-    terms.iter().map(gradients).collect()
+    let runs = cuda.row_runs(segments);
+    let mut all: Vec<LoraGradients<Cuda>> = Vec::with_capacity(terms.len());
+    let mut d_z = d_z.into_iter();
+    for siblings in terms.chunks(MAX_SIBLINGS) {
+        let mut pairs = [PairGradientArg::zeroed(); MAX_SIBLINGS];
+        let mut widest = 0;
+        for ((term, d_z), pair) in siblings.iter().zip(&mut d_z).zip(&mut pairs) {
+            let d_out = term.d_y.cols;
+            let mut d_a = cuda.alloc(n_rows * d_in, rank, Precision::Full);
+            let mut d_b = cuda.alloc(n_rows * rank, d_out, Precision::Full);
+            *pair = PairGradientArg {
+                d_a: d_a.address_mut(),
+                d_b: d_b.address_mut(),
+                d_y: term.d_y.activation(cuda, tokens, d_out),
+                z: term.z.full(tokens, rank),
+                d_z: d_z.address(),
+                d_out: narrow(d_out),
+                padding: 0,
+            };
+            widest = widest.max(d_out);
+            all.push(LoraGradients { d_z, d_a, d_b });
+        }
+        let kernel = cuda.kernel("grad", name).arg(pairs).arg(x.activation(cuda, tokens, d_in));
+        let kernel = kernel.arg(runs.row_segments()).arg(runs.row_runs()).count(d_in).count(rank);
+        let blocks = d_in.div_ceil(features) + widest.div_ceil(features);
+        let grid = [blocks, rank.div_ceil(ranks), siblings.len() * n_rows];
+        kernel.count(n_rows).launch(grid, 256);
+    }
+    all
 }
 
 #[cfg(test)]

@@ -482,6 +482,9 @@ impl Backend for Cuda {
         lora::route_backward(self, args);
     }
     fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self> {
+        lora::mix(self, &[args]).remove(0)
+    }
+    fn mix_each(&self, args: &[Mix<'_, Self>]) -> Vec<MixedPair<Self>> {
         lora::mix(self, args)
     }
     fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
@@ -494,6 +497,11 @@ impl Backend for Cuda {
         lora::lora_backward(self, args)
     }
     fn unmix(&self, args: Unmix<'_, Self>) {
+        let Unmix { stacked, d_a, d_b, grads, d_weights } = args;
+        let terms = &[UnmixTerm { stacked, d_a, d_b }];
+        lora::unmix(self, UnmixEach { terms, grads, d_weights });
+    }
+    fn unmix_each(&self, args: UnmixEach<'_, Self>) {
         lora::unmix(self, args);
     }
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Numbers {

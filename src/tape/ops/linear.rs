@@ -13,12 +13,12 @@ use crate::{
         Backend, Precision,
         ops::{
             Bank, Dropout, Expand, ExpandRhs, Linear, LinearBackward, LinearBackwardTerm,
-            LoraBackward, LoraTerm, Mix, MixedPair, Projection, Segments, Shrink, ShrinkStacked,
-            Stacked, Unmix,
+            LoraBackward, LoraGradients, LoraTerm, Mix, MixedPair, Projection, Segments, Shrink,
+            ShrinkStacked, Stacked, UnmixEach, UnmixTerm,
         },
         planner::Mode,
     },
-    tape::{Adapted, Operation, Pass, Saved, Tape, Var},
+    tape::{Adapted, Gradients, Operation, Pass, Saved, Tape, Var},
     tensor::Tensor,
 };
 
@@ -175,7 +175,9 @@ impl<'m, B: Backend> Tape<'m, B> {
             }
             return Some(lora);
         }
-        lora.pairs = banks.iter().map(|bank| bank.map(|b| adapted.pair(self.backend, b))).collect();
+        let adapted_banks: Vec<Bank> = banks.iter().copied().flatten().collect();
+        let mut pairs = adapted.pairs(self.backend, &adapted_banks).into_iter();
+        lora.pairs = banks.iter().map(|bank| bank.and_then(|_| pairs.next())).collect();
         let mixed_a: Vec<_> = lora.pairs.iter().flatten().map(|pair| &pair.a).collect();
         let mut z = self
             .backend
@@ -209,12 +211,13 @@ impl<'m, B: Backend> Adapted<'m, B> {
         Stacked { bank, params: self.params, weights: &self.mixture.routing.weights }
     }
 
-    /// A bank's mixed pairs: kept ones, or mixed now.
-    fn pair(&self, backend: &B, bank: Bank) -> MixedPair<B> {
-        match &self.mixture.pairs {
-            Some(pairs) => pairs[bank.linear].clone(),
-            None => backend.mix(Mix { stacked: self.stacked(bank), n_rows: self.mixture.n_rows }),
+    /// Each bank's mixed pairs: kept ones, or mixed now.
+    fn pairs(&self, backend: &B, banks: &[Bank]) -> Vec<MixedPair<B>> {
+        if let Some(pairs) = &self.mixture.pairs {
+            return banks.iter().map(|bank| pairs[bank.linear].clone()).collect();
         }
+        let mix = |&bank| Mix { stacked: self.stacked(bank), n_rows: self.mixture.n_rows };
+        backend.mix_each(&banks.iter().map(mix).collect::<Vec<_>>())
     }
 }
 
@@ -289,28 +292,35 @@ impl<'m, B: Backend> LinearNode<'m, B> {
             .filter_map(|sibling| {
                 let bank = adapted.banks[sibling.linear.index]?;
                 let z = sibling.z?;
-                Some((sibling, bank, z, adapted.pair(backend, bank)))
+                Some((sibling, bank, z))
             })
             .collect();
-        let Some(rank) = routed.first().map(|(_, bank, ..)| bank.rank) else { return };
+        let banks: Vec<Bank> = routed.iter().map(|&(_, bank, _)| bank).collect();
+        let Some(rank) = banks.first().map(|bank| bank.rank) else { return };
+        let pairs = adapted.pairs(backend, &banks);
         let x = pass.value(saved);
         let terms: Vec<_> = routed
             .iter()
-            .map(|(sibling, _, z, pair)| LoraTerm { z, d_y: &sibling.d_y, mixed_b: &pair.b })
+            .zip(&pairs)
+            .map(|((sibling, _, z), pair)| LoraTerm { z, d_y: &sibling.d_y, mixed_b: &pair.b })
             .collect();
         let scale = 1.0 / rank as f32;
         let gradients =
             backend.lora_backward(LoraBackward { x: &x, terms: &terms, segments, scale });
         drop(terms);
-        for ((sibling, bank, _, pair), gradient) in routed.iter_mut().zip(gradients) {
-            backend.unmix(Unmix {
-                stacked: adapted.stacked(*bank),
-                d_a: &gradient.d_a,
-                d_b: &gradient.d_b,
-                grads: &mut pass.gradients.params,
-                d_weights: &mut pass.gradients.weights,
-            });
-            sibling.lora = Some((gradient.d_z, pair.a.clone()));
+        let terms: Vec<_> = banks
+            .iter()
+            .zip(&gradients)
+            .map(|(&bank, LoraGradients { d_a, d_b, .. })| UnmixTerm {
+                stacked: adapted.stacked(bank),
+                d_a,
+                d_b,
+            })
+            .collect();
+        let Gradients { params: grads, weights: d_weights } = &mut *pass.gradients;
+        backend.unmix_each(UnmixEach { terms: &terms, grads, d_weights });
+        for (((sibling, ..), gradient), pair) in routed.iter_mut().zip(gradients).zip(pairs) {
+            sibling.lora = Some((gradient.d_z, pair.a));
         }
     }
 }
