@@ -14,6 +14,8 @@ typedef unsigned long long u64;
 
 #ifndef POLYTAPE_EMULATOR
 #define INFINITY __int_as_float(0x7f800000)
+// 16 bytes at an address that is a multiple of 16, in one instruction.
+__device__ inline uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
 // Shared memory of a block: `count` elements, 16-byte aligned. The emulator hands out poisoned
 // memory with guards in its place.
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]

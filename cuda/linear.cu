@@ -8,7 +8,7 @@
 // of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
 // may be d_residual (null: none).
 // `linear_dot` is the same forward for few tokens: a warp owns a column and streams its weights once
-// for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes.
+// for 8 tokens; a lane adds every 32nd run of 16 bytes' features in order, then a tree over the lanes.
 // Grid: x = columns / 8, y = tokens / 8.
 #include "bank.cuh"
 #include "gemm.cuh"
@@ -103,7 +103,46 @@ linear_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 
 
 const u32 DOT_TOKENS = 8;   // Sums of a lane.
 const u32 DOT_COLUMNS = 8;  // Warps of a block.
-const u32 DOT_RUN = 4;      // Consecutive features of a lane.
+const u32 DOT_RUN = 16 / sizeof(Item);  // Consecutive features of a lane: what one instruction loads.
+
+// DOT_RUN values, zeros behind the first n. ALIGNED: all are there, at a multiple of 16 bytes.
+template <bool ALIGNED>
+__device__ inline void load_run(float (&to)[DOT_RUN], const Item* from, u32 n) {
+    if (ALIGNED) {
+        const uint4 bits = load_16_bytes(from);
+        const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+#if POLYTAPE_BF16
+            to[2 * i] = __uint_as_float(words[i] << 16);
+            to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+#else
+            to[i] = __uint_as_float(words[i]);
+#endif
+        }
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < DOT_RUN; ++i) to[i] = i < n ? widen(from[i]) : 0.0f;
+    }
+}
+
+// Adds this lane's part of the dot products of 8 tokens with one row of weights.
+template <bool ALIGNED>
+__device__ inline void add_dots(float (&sums)[DOT_TOKENS], const Item* x, const Item* w, u32 token0, u32 n_tokens,
+                                u32 d_in) {
+    for (u32 first = lane() * DOT_RUN; first < d_in; first += WARP * DOT_RUN) {
+        float left[DOT_RUN], right[DOT_RUN];
+        load_run<ALIGNED>(left, w + first, d_in - first);
+#pragma unroll
+        for (u32 t = 0; t < DOT_TOKENS; ++t) {
+            if (token0 + t < n_tokens) {
+                load_run<ALIGNED>(right, x + size_t(token0 + t) * d_in + first, d_in - first);
+#pragma unroll
+                for (u32 i = 0; i < DOT_RUN; ++i) sums[t] = fmaf(left[i], right[i], sums[t]);
+            }
+        }
+    }
+}
 
 template <class Out>
 __device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
@@ -112,17 +151,10 @@ __device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, co
     if (col >= d_out) return;  // A whole warp.
     const Item* w = weight + size_t(col) * d_in;
     float sums[DOT_TOKENS] = {};
-    for (u32 first = lane() * DOT_RUN; first < d_in; first += WARP * DOT_RUN) {
-#pragma unroll
-        for (u32 i = 0; i < DOT_RUN; ++i) {
-            if (first + i >= d_in) break;
-            const float value = widen(w[first + i]);
-#pragma unroll
-            for (u32 t = 0; t < DOT_TOKENS; ++t)
-                if (token0 + t < n_tokens)
-                    sums[t] = fmaf(value, widen(x[size_t(token0 + t) * d_in + first + i]), sums[t]);
-        }
-    }
+    if (d_in % DOT_RUN == 0)
+        add_dots<true>(sums, x, w, token0, n_tokens, d_in);
+    else
+        add_dots<false>(sums, x, w, token0, n_tokens, d_in);
     float own = 0.0f;
 #pragma unroll
     for (u32 t = 0; t < DOT_TOKENS; ++t) {

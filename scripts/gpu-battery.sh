@@ -1,95 +1,172 @@
 #!/usr/bin/env bash
 # All that is to be known from a GPU, in one command of at most ten minutes: every kernel against the oracle,
-# compute-sanitizer, PEFT parity, repeated runs, then times against the frozen floor.
+# PEFT parity, repeated runs, times against the frozen floor, compute-sanitizer.
 #
 #     scripts/gpu-pack.sh                       # where Rust and NVRTC are
 #     scripts/gpu-battery.sh [RESULTS_DIR]      # where the GPU is, from the repository's root
 #
-# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json and gpu.md. A part that fails
-# or does not exist on this machine says so and the others go on; the exit status is that of the checks.
+# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json and gpu.md as it goes, so that
+# what was learned is there if it is stopped. A part that fails, takes too long or does not exist on this
+# machine says so and the others go on; the exit status is that of the checks. POLYTAPE_BATTERY_SECONDS (580)
+# is the time for all of it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bin=target/gpu-battery
+bin=$PWD/target/gpu-battery
 results=${1:-benches/results}
 mkdir -p "$results"
 json=$results/gpu.json
 md=$results/gpu.md
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export POLYTAPE_CACHE=$PWD/$bin/cache POLYTAPE_ROOT=$PWD POLYTAPE_BACKENDS=gpu
+export POLYTAPE_CACHE=$bin/cache POLYTAPE_ROOT=$PWD POLYTAPE_BACKENDS=gpu
 failed=0
 started=$SECONDS
+ends=$((SECONDS + ${POLYTAPE_BATTERY_SECONDS:-580}))
+bases=()
+trap 'for pid in ${bases[@]+"${bases[@]}"}; do kill "$pid" 2>/dev/null; done; rm -rf "$work"' EXIT
 
-if ! device=$("$bin/polytape" doctor --device cuda --json 2>"$work/doctor"); then
+# The seconds that something may take: its own limit, or what is left of all.
+limit() { echo $(($1 < ends - SECONDS ? $1 : ends - SECONDS)); }
+# A line for eyes and one for programs.
+note() {
+    echo "| $1 | $2 | $3 |" >>"$md"
+    echo "{\"check\":\"$1\",\"outcome\":\"${2//\"/}\",\"seconds\":$3}" >>"$json"
+}
+
+if ! device=$(timeout -k 5 60 "$bin/polytape" doctor --device cuda --json 2>"$work/doctor"); then
     cat "$work/doctor" >&2
-    echo "no GPU to test" >&2
+    echo "no GPU to test, or the binaries of scripts/gpu-pack.sh do not run here" >&2
     exit 4
 fi
 {
     echo "# GPU battery, $(date -u +%Y-%m-%d)"
     echo
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || true
+    timeout 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || true
     echo
     echo "| check | outcome | seconds |"
     echo "|---|---|---|"
 } >"$md"
 echo "$device" >"$json"
 
-# Runs a check within a time limit and notes how it went.
+# Bases for the benches, while the GPU is busy with the checks; one after the other, the small one first.
+make_bases() {
+    local preset child
+    for preset in flan-t5-base flan-t5-xl; do
+        timeout -k 5 300 "$bin/polytape" init --preset "$preset" --output-dir "$work/$preset.part" -q \
+            >"$work/$preset.log" 2>&1 &
+        child=$!
+        trap 'kill "$child" 2>/dev/null; exit' TERM
+        wait "$child" && mv "$work/$preset.part" "$work/$preset"
+    done
+}
+make_bases &
+bases+=($!)
+
+# Runs a check within a time limit and notes how it went; 0 where it passed.
 check() {
-    local name=$1 limit=$2 outcome=passed begun=$SECONDS
+    local name=$1 seconds outcome=passed begun=$SECONDS status
+    seconds=$(limit "$2")
     shift 2
+    if [ "$seconds" -le 0 ]; then
+        note "$name" "not run: out of time" 0
+        return 1
+    fi
     echo "== $name"
-    if ! timeout "$limit" "$@" >"$work/log" 2>&1; then
+    timeout -k 5 "$seconds" "$@" >"$work/log" 2>&1
+    status=$?
+    if [ $status = 124 ] || [ $status = 137 ]; then
+        outcome="out of time: $(grep -c 'ok$' "$work/log") tests had passed"
+    elif [ $status != 0 ]; then
         outcome=FAILED
         failed=1
-        tail -30 "$work/log"
+        grep -v '\.\.\. ok$' "$work/log" | tail -40
     elif grep -q "^skipped" "$work/log"; then
         outcome="skipped: $(grep -m1 "^skipped" "$work/log" | cut -c1-120)"
         failed=1
     fi
-    echo "| $name | $outcome | $((SECONDS - begun)) |" >>"$md"
-    echo "{\"check\":\"$name\",\"outcome\":\"${outcome//\"/}\",\"seconds\":$((SECONDS - begun))}" >>"$json"
+    note "$name" "$outcome" $((SECONDS - begun))
+    [ "$outcome" = passed ]
 }
 
-check "every operation against the oracle" 150 "$bin/kernels" --nocapture --test-threads 1 --skip faults --skip fuzzed
-check "a kernel's fault is put down to it" 60 env POLYTAPE_CUDA_SYNC=1 POLYTAPE_CASES=2 "$bin/kernels" --nocapture --test-threads 1 --skip faults --skip fuzzed
-check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
-if [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck initcheck; do
-        POLYTAPE_CASES=2 check "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-            "$bin/kernels" --nocapture --test-threads 1 --skip faults --skip fuzzed
+# A fault of one kernel takes the whole process with it: then each test again in a process of its own.
+each_alone() {
+    local binary=$1 seconds=$2 test
+    shift 2
+    for test in $(timeout 20 "$binary" --list "$@" 2>/dev/null | sed -n 's/: test$//p'); do
+        check "alone: $test" "$seconds" env POLYTAPE_CUDA_SYNC=1 "$binary" --nocapture --test-threads 1 --exact "$test"
     done
-else
-    echo "| compute-sanitizer | not on this machine | |" >>"$md"
+}
+
+operations=(--nocapture --skip faults --skip fuzzed)
+if ! check "every operation against the oracle" 150 "$bin/kernels" "${operations[@]}" --test-threads 4; then
+    each_alone "$bin/kernels" 30 --skip faults --skip fuzzed
 fi
+if ! check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda::; then
+    each_alone "$bin/parity" 30 cuda::
+fi
+check "every launch waited for" 45 env POLYTAPE_CUDA_SYNC=1 POLYTAPE_CASES=2 \
+    "$bin/kernels" "${operations[@]}" --test-threads 1
 
 {
     echo
     echo "| bench, bf16 | median s | frozen floor s | ratio |"
     echo "|---|---|---|---|"
 } >>"$md"
-seconds_of() { grep -o '"median_s":[0-9.e-]*' | cut -d: -f2; }
+# timed FLAGS...: the median of a bench, or why there is none.
+timed() {
+    local seconds status
+    seconds=$(limit 45)
+    [ "$seconds" -le 0 ] && { echo "out of time"; return; }
+    timeout -k 5 "$seconds" "$bin/polytape" bench "$@" --device cuda --dtype bf16 -q >"$work/bench" 2>"$work/log"
+    status=$?
+    cat "$work/bench" >>"$json"
+    if [ $status = 124 ] || [ $status = 137 ]; then
+        echo "out of time"
+    elif [ $status != 0 ]; then
+        cat "$work/log" >&2
+        echo "failed"
+    else
+        grep -o '"median_s":[0-9.e-]*' "$work/bench" | head -1 | cut -d: -f2
+    fi
+}
 # bench PRESET WHAT FLAGS...
 bench() {
-    local preset=$1 what=$2 model=$work/$1
+    local preset=$1 what=$2 adapted frozen ratio
     shift 2
-    [ $((SECONDS - started)) -gt 480 ] && { echo "| $preset $what | out of time | | |" >>"$md"; return; }
-    [ -d "$model" ] || timeout 120 "$bin/polytape" init --preset "$preset" --output-dir "$model" -q || return
-    local adapted frozen
-    adapted=$(timeout 90 "$bin/polytape" bench "$what" --model "$model" --device cuda --dtype bf16 -q "$@" | tee -a "$json" | seconds_of)
-    frozen=$(timeout 90 "$bin/polytape" bench "$what" --model "$model" --device cuda --dtype bf16 -q --adapter none "$@" | tee -a "$json" | seconds_of)
-    local ratio
-    ratio=$(awk -v a="${adapted:-0}" -v f="${frozen:-0}" 'BEGIN { if (f > 0) printf "%.3f", a / f }')
-    echo "| $preset $what $* | ${adapted:-failed} | ${frozen:-failed} | $ratio |" >>"$md"
+    # The base may still be on its way.
+    while [ ! -d "$work/$preset" ] && kill -0 "${bases[0]}" 2>/dev/null && [ "$(limit 1)" = 1 ]; do sleep 1; done
+    if [ ! -d "$work/$preset" ]; then
+        echo "| $preset $what $* | no base: $(tail -1 "$work/$preset.log" 2>/dev/null) | | |" >>"$md"
+        return
+    fi
+    adapted=$(timed "$what" --model "$work/$preset" "$@")
+    frozen=$(timed "$what" --model "$work/$preset" --adapter none "$@")
+    ratio=$(awk -v a="$adapted" -v f="$frozen" 'BEGIN { if (f + 0 > 0) printf "%.3f", a / f }')
+    echo "| $preset $what $* | $adapted | $frozen | $ratio |" >>"$md"
 }
 bench flan-t5-base train --batch 16 --src 128 --tgt 16 --steps 10
-bench flan-t5-base eval --batch 16 --src 128 --tgt 16 --steps 10
 bench flan-t5-base generate --batch 16 --src 128 --new 32 --steps 3
+bench flan-t5-base eval --batch 16 --src 128 --tgt 16 --steps 10
 bench flan-t5-xl train --batch 16 --src 128 --tgt 16 --steps 5
 bench flan-t5-xl generate --batch 16 --src 128 --new 16 --steps 2
-echo >>"$md"
-echo "Took $((SECONDS - started)) s." >>"$md"
+
+{
+    echo
+    echo "| compute-sanitizer | outcome | seconds |"
+    echo "|---|---|---|"
+} >>"$md"
+# Last, as it takes what is left: each kernel is ten to a hundred times slower in it.
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
+if [ -n "$sanitizer" ]; then
+    for tool in memcheck racecheck initcheck; do
+        POLYTAPE_CASES=2 check "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+            "$bin/kernels" "${operations[@]}" --test-threads 1
+    done
+else
+    note "compute-sanitizer" "not on this machine" 0
+fi
+{
+    echo
+    echo "Took $((SECONDS - started)) s."
+} >>"$md"
 cat "$md"
 exit $failed

@@ -579,7 +579,7 @@ mod cuda {
         "d_pair_tiles",
     ];
     /// Those of the base, and those that a step runs once.
-    const OF_A_STEP: [&str; 26] = [
+    const OF_A_STEP: [&str; 27] = [
         "route",
         "embed",
         "cache_write",
@@ -603,6 +603,7 @@ mod cuda {
         "route_sum",
         "sum_of_squares",
         "sum_of_squares_full",
+        "sum_of_squares_in",
         "add_up",
         "clip_scale",
         "adamw",

@@ -25,6 +25,8 @@ pub mod planner;
 pub mod segments;
 pub mod sizes;
 
+use std::ops::Range;
+
 use crate::{
     dtype::Dtype,
     tensor::{Frozen, Tensor},
@@ -143,6 +145,12 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// `Σ v²` over all elements, in a fixed order: one number.
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Self::Numbers;
+    /// `Σ v²` over ranges of a full-precision tensor's elements, range after range: one number.
+    fn sum_of_squares_in(&self, tensor: &Tensor<Self>, ranges: &[Range<usize>]) -> Self::Numbers {
+        let values = self.download(tensor);
+        let of = |range: &Range<usize>| values[range.clone()].iter().map(|v| v * v).sum::<f64>();
+        self.number(ranges.iter().map(of).sum())
+    }
     /// Sets every element to zero.
     fn clear(&self, tensor: &mut Tensor<Self>);
     /// One AdamW step over a flat parameter vector.

@@ -608,11 +608,8 @@ impl<'m, B: Backend> Trainer<'m, B> {
                 backend.sum_of_squares(&self.grads)
             }
             _ => {
-                let grads = backend.download(&self.grads);
-                let square = |group: &ParamGroup| -> f64 {
-                    grads[group.range.clone()].iter().map(|g| g * g).sum()
-                };
-                backend.number(groups.iter().map(square).sum())
+                let ranges: Vec<_> = groups.iter().map(|group| group.range.clone()).collect();
+                backend.sum_of_squares_in(&self.grads, &ranges)
             }
         }
     }

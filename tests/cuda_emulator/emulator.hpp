@@ -9,6 +9,9 @@
 //   checked against the launch's limit.
 // * An asynchronous copy is made only when its group is waited for.
 //
+// * A launch with more threads than the kernel's launch bounds fails, as does an asynchronous copy or a
+//   vector load that is not aligned.
+//
 // What it cannot show: weak memory order, clusters, wgmma, TMA, timing. One launch at a time (the
 // caller holds a lock).
 #pragma once
@@ -32,7 +35,11 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#ifdef POLYTAPE_LIST_KERNELS
+#define __launch_bounds__(...) launch_bounds(__VA_ARGS__)
+#else
 #define __launch_bounds__(...)
+#endif
 #define __align__(n) alignas(n)
 #define __grid_constant__
 
@@ -335,6 +342,8 @@ inline unsigned __float_as_uint(float value) {
 // The twins of cuda/mma.cuh.
 
 inline void copy_async(void* shared, const void* global, bool valid) {
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
+        emulator::fail("an asynchronous copy that is not aligned");
     emulator::current->copies.back().push_back({shared, global, 16, valid ? size_t(16) : 0});
 }
 inline void copy_async_commit() { emulator::current->copies.emplace_back(); }
@@ -348,6 +357,14 @@ void copy_async_wait() {
         }
         copies.erase(copies.begin());
     }
+}
+
+// The twin of cuda/common.cuh.
+inline uint4 load_16_bytes(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("a vector load that is not aligned");
+    uint4 loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
 }
 
 namespace emulator {

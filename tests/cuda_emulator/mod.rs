@@ -141,14 +141,15 @@ fn build(compiler: &str, bf16: bool) -> Library {
         let source = own.join("kernels.cpp");
         fs::write(&source, &text).unwrap();
         let preprocessed = run(Command::new(compiler)
-            .args(["-std=c++17", "-E", "-P"])
+            .args(["-std=c++17", "-E", "-P", "-DPOLYTAPE_LIST_KERNELS"])
             .args(&includes)
             .arg(&source));
         let preprocessed = String::from_utf8(preprocessed).unwrap();
         text += LAUNCH_HEAD;
-        for name in kernel_names(&preprocessed) {
+        for (name, bound) in kernels(&preprocessed) {
             text += &format!(
-                "    if (!strcmp(name, \"{name}\")) return emulator::launch({name}, args, n, sizes);\n"
+                "    if (!strcmp(name, \"{name}\")) return emulator::block_size.x > unsigned({bound}) ? too_large({bound}) \
+                 : emulator::launch({name}, args, n, sizes);\n"
             );
         }
         text += LAUNCH_TAIL;
@@ -177,19 +178,26 @@ fn build(compiler: &str, bf16: bool) -> Library {
     Library { _library: loaded, launch, running: Mutex::new(()) }
 }
 
-/// The kernels of a preprocessed source, in which `__global__` has vanished.
-fn kernel_names(preprocessed: &str) -> Vec<String> {
+/// The kernels of a preprocessed source, in which `__global__` has vanished, and the most threads that
+/// each may be launched with.
+fn kernels(preprocessed: &str) -> Vec<(String, String)> {
     let parts = preprocessed.split("extern \"C\"").skip(1);
-    let name = |part: &str| {
-        let rest = part.trim_start().strip_prefix("void")?;
+    let kernel = |part: &str| {
+        let rest = part.trim_start().strip_prefix("void")?.trim_start();
+        let rest = rest.strip_prefix("launch_bounds(").expect("a kernel has launch bounds");
+        let (bounds, rest) = rest.split_once(')').expect("launch bounds end");
+        let bound = bounds.split(',').next().unwrap_or_default().trim();
         let name = rest.split('(').next()?.trim();
-        (!name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || c == '_'))
-            .then(|| name.to_owned())
+        Some((name.to_owned(), bound.to_owned()))
     };
-    parts.filter_map(name).collect()
+    parts.filter_map(kernel).collect()
 }
 
 const LAUNCH_HEAD: &str = r#"
+static int too_large(unsigned threads) {
+    emulator::problem = "the kernel's launch bounds are " + std::to_string(threads) + " threads";
+    return 1;
+}
 static int dispatch(const char* name, void** args, size_t n, const size_t* sizes) {
 "#;
 const LAUNCH_TAIL: &str = r#"

@@ -1,5 +1,7 @@
 //! Embedding, norm, linears, gated products, element-wise operations, the head, and the optimiser.
 
+use std::ops::Range;
+
 use polytape::{
     kernels::{Backend, Precision, ops, ops::Activation, oracle::Oracle},
     tensor::Tensor,
@@ -757,6 +759,34 @@ pub fn sum_of_squares(random: &mut Gen, class: Class, batch: Batch) -> Case<SumO
 #[test]
 fn sums_of_squares() {
     check("sum_of_squares", sum_of_squares);
+}
+
+#[derive(Debug)]
+pub struct SumOfSquaresIn(Vec<Range<usize>>);
+
+impl Op for SumOfSquaresIn {
+    const CUT: Cut = Cut::Never;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let sum = backend.sum_of_squares_in(&inputs.t[0], &self.0);
+        vec![Output::numbers("sum", backend.numbers(&sum), false)]
+    }
+}
+
+pub fn sum_of_squares_in(random: &mut Gen, class: Class, batch: Batch) -> Case<SumOfSquaresIn> {
+    let n = 20 + random.size(257) * random.size(257);
+    let mut inputs = Inputs::default();
+    inputs.full(1, n, activations(random, class, n, &SPECIALS));
+    // In order and disjoint, with gaps; some are empty.
+    let mut ends: Vec<_> = (0..2 * random.below(6)).map(|_| random.below(n + 1)).collect();
+    ends.sort_unstable();
+    let ranges = ends.as_chunks().0.iter().map(|&[start, end]| start..end).collect();
+    Case { class, batch, inputs, op: SumOfSquaresIn(ranges) }
+}
+
+#[test]
+fn sums_of_squares_of_ranges() {
+    check("sum_of_squares_in", sum_of_squares_in);
 }
 
 #[derive(Debug)]

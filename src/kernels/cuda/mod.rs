@@ -32,6 +32,7 @@ mod tables;
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
 };
@@ -506,6 +507,9 @@ impl Backend for Cuda {
     }
     fn sum_of_squares(&self, tensor: &Tensor<Self>) -> Numbers {
         optimizer::sum_of_squares(self, tensor)
+    }
+    fn sum_of_squares_in(&self, tensor: &Tensor<Self>, ranges: &[Range<usize>]) -> Numbers {
+        optimizer::sum_of_squares_in(self, tensor, ranges)
     }
     fn clear(&self, tensor: &mut Tensor<Self>) {
         self.fill_zero(tensor);

@@ -1,5 +1,7 @@
 //! The optimiser step and the gradient norm.
 
+use std::ops::Range;
+
 use bytemuck::NoUninit;
 
 use super::{Cuda, Numbers};
@@ -21,10 +23,23 @@ struct AdamWArg {
     beta2: f32,
     one_minus_beta1: f32,
     one_minus_beta2: f32,
-    keep: f32,
-    rate: f32,
     inverse_root: f32,
     eps: f32,
+}
+
+/// `Group` of `cuda/adamw.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct GroupArg {
+    first: u64,
+    n: u64,
+    keep: f32,
+    rate: f32,
+}
+
+/// Blocks that walk a group of this length.
+fn blocks(len: usize) -> usize {
+    len.div_ceil(1024).clamp(1, 4096)
 }
 
 pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
@@ -49,25 +64,46 @@ pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
         }
     };
     let clipped = clipped.as_ref().map_or(0, Tensor::address);
-    for ParamGroup { range, lr, weight_decay } in groups {
+    let group = |ParamGroup { range, lr, weight_decay }: &ParamGroup| {
         assert!(range.start <= range.end && range.end <= n, "groups lie in the parameters");
         let (lr, weight_decay) = (f64::from(*lr), f64::from(*weight_decay));
-        let arg = AdamWArg {
-            grad_scale,
-            beta1: beta1 as f32,
-            beta2: beta2 as f32,
-            one_minus_beta1: (1.0 - beta1) as f32,
-            one_minus_beta2: (1.0 - beta2) as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
-            rate: (lr / correction1) as f32,
-            inverse_root: (1.0 / correction2.sqrt()) as f32,
-            eps,
-        };
-        let start = 4 * range.start as u64;
-        let kernel = cuda.kernel("adamw", "adamw").arg(params + start).arg(m + start);
-        let kernel = kernel.arg(v + start).arg(grads.address() + start).arg(arg);
-        kernel.arg(clipped).arg(range.len() as u64).launch([range.len().div_ceil(256), 1, 1], 256);
-    }
+        let (keep, rate) = ((1.0 - lr * weight_decay) as f32, (lr / correction1) as f32);
+        GroupArg { first: range.start as u64, n: range.len() as u64, keep, rate }
+    };
+    let table = cuda.buffer_of(&groups.iter().map(group).collect::<Vec<_>>());
+    let arg = AdamWArg {
+        grad_scale,
+        beta1: beta1 as f32,
+        beta2: beta2 as f32,
+        one_minus_beta1: (1.0 - beta1) as f32,
+        one_minus_beta2: (1.0 - beta2) as f32,
+        inverse_root: (1.0 / correction2.sqrt()) as f32,
+        eps,
+    };
+    let longest = groups.iter().map(|group| group.range.len()).max().unwrap_or(0);
+    let kernel = cuda.kernel("adamw", "adamw").arg(params).arg(m).arg(v).arg(grads.address());
+    let kernel = kernel.arg(table.address()).arg(arg).arg(clipped);
+    kernel.launch([groups.len(), blocks(longest), 1], 256);
+}
+
+pub(super) fn sum_of_squares_in(
+    cuda: &Cuda,
+    tensor: &Tensor<Cuda>,
+    ranges: &[Range<usize>],
+) -> Numbers {
+    let Some(longest) = ranges.iter().map(Range::len).max() else { return cuda.number(0.0) };
+    assert_eq!(tensor.dtype, Dtype::F32);
+    assert!(ranges.iter().all(|range| range.end <= tensor.len()), "ranges lie in the tensor");
+    let table: Vec<_> = ranges.iter().flat_map(|range| [range.start, range.len()]).collect();
+    let table = cuda.words(table.into_iter().map(|word| word as u64));
+    let blocks = longest.div_ceil(4096).clamp(1, 64);
+    let n = ranges.len() * blocks;
+    let (partials, sum) = (cuda.unwritten_numbers(n), cuda.unwritten_numbers(1));
+    let kernel = cuda.kernel("adamw", "sum_of_squares_in").arg(partials.address());
+    let kernel = kernel.arg(tensor.address()).arg(table.address());
+    kernel.launch([ranges.len(), blocks, 1], 256);
+    sum_of(cuda, &sum, &partials, n, false);
+    sum
 }
 
 pub(super) fn sum_of_squares(cuda: &Cuda, tensor: &Tensor<Cuda>) -> Numbers {
