@@ -44,7 +44,12 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{Dtype, formats::poly_config::PolyConfig, kernels::cpu::Cpu, model::Adapter};
+    use crate::{
+        Dtype,
+        formats::poly_config::PolyConfig,
+        kernels::cpu::{Cpu, isa::Isa},
+        model::Adapter,
+    };
 
     /// What is counted is what the CPU takes, but for scratch and for buffers that are larger than what
     /// is in them.
@@ -53,14 +58,17 @@ mod tests {
         for name in ["tiny", "llama", "bart", "gpt2"] {
             let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity").join(name);
             for checkpointing in [false, true] {
-                let cpu = Cpu::new(Dtype::F32, 1).unwrap();
+                // Scratch depends on the instruction set.
+                let isa = Isa::available()[0];
+                let cpu = Cpu::with_isa(isa, Dtype::F32, 1).unwrap();
                 let model = Model::open_on(cpu.clone(), base.join("base")).unwrap();
                 let config = PolyConfig { n_tasks: 2, n_skills: 2, r: 2, ..PolyConfig::default() };
                 let adapter = Adapter::new(&model, &config, 1).unwrap();
-                let config = TrainConfig { checkpointing, ..TrainConfig::default() };
+                let config =
+                    TrainConfig { checkpointing, batch_size: 24, ..TrainConfig::default() };
                 let mut trainer = Trainer::new(&model, adapter, config).unwrap();
                 let example = |task| Example {
-                    input: (0..40).map(|i| 3 + i % 7).collect(),
+                    input: (0..24).map(|i| 3 + i % 7).collect(),
                     labels: vec![5, 6, 1],
                     task,
                     mixing: None,
