@@ -147,10 +147,12 @@ unsafe impl Versioned for polytape_router {
     const FIRST_SIZE: usize = size_of::<Self>();
 }
 
-/// A product of sizes, if memory could have so many.
+/// A product of sizes, if memory could have so many. A 0 does not excuse the others: parts of the
+/// product are computed too.
 fn product(sizes: &[usize], name: &str) -> Result<usize, Failure> {
-    let all = sizes.iter().try_fold(1_usize, |all, &size| all.checked_mul(size));
+    let all = sizes.iter().try_fold(1_usize, |all, &size| all.checked_mul(size.max(1)));
     all.filter(|&n| n <= isize::MAX as usize / 8)
+        .map(|n| if sizes.contains(&0) { 0 } else { n })
         .ok_or_else(|| Failure::size(format!("{name} would have {sizes:?} elements")))
 }
 

@@ -624,6 +624,11 @@ fn kernels_check_what_they_get() {
         };
         let route = polytape_route(kernels, &router, z.as_mut_ptr(), d_mixing.as_mut_ptr());
         expect(route, POLYTAPE_BAD_SIZE, "not inside the 60 parameters");
+        // Nothing to route, but a width that no machine can count.
+        let router =
+            polytape_router { n_linears: 0, n_splits: 1 << 40, n_skills: 1 << 40, ..router };
+        let route = polytape_route(kernels, &router, z.as_mut_ptr(), d_mixing.as_mut_ptr());
+        expect(route, POLYTAPE_BAD_SIZE, "would have");
         ok(polytape_kernels_free(kernels));
     }
 }
