@@ -63,9 +63,9 @@ pub(crate) const FAULTS: &[Fault] = &[
         "tile-skipped",
         GEMM,
         "dense::linears",
-        "                    let k = first_k + block.start..first_k + block.end;\n",
+        "                    let wanted = Wanted {\n",
         "                    if ON && tile == 1 && panel == 0 { continue; }\n                    \
-         let k = first_k + block.start..first_k + block.end;\n",
+         let wanted = Wanted {\n",
     ),
     kernel(
         "rows-of-other-segments-too",
