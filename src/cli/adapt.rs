@@ -11,6 +11,7 @@ use super::{
     print, print_json, run_on_device,
     train::{
         flags::{Evaluating, Learning, LossFlag, Saving},
+        folder::OutputFolder,
         run::{self, Evaluator, Plan, Run},
         settings,
     },
@@ -98,6 +99,7 @@ impl Adapt {
         let recipe =
             Recipe { length: Length::Steps(1000), warmup_steps: 0.06, ..Recipe::default() };
         let tune = self.tune();
+        let _folder = OutputFolder::take(&self.output_dir)?;
         let resumed = self.saving.resumed(&self.output_dir)?;
         let trained = Adapter::open(&model, &self.adapter)?;
         let mut adapter =

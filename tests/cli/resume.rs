@@ -133,11 +133,13 @@ fn an_interrupted_run_goes_on_where_it_stopped() {
     let endless = ["--max-steps", "1000000", "--lr-scheduler-type", "constant", "-q"];
     for signal in ["-INT", "-TERM"] {
         let before = losses_or_none(&out).len();
-        let mut child = spawn(&train(&rows, &out, &[&endless[..], &["--resume"]].concat()));
+        let endless = train(&rows, &out, &[&endless[..], &["--resume"]].concat());
+        let mut child = spawn(&endless);
         wait_for_lines(&out, before + 3);
-        let pid = child.id().to_string();
+        fails(&endless, 2, "another run is writing to");
+        let pid = child.0.id().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        assert_eq!(child.wait().unwrap().code(), Some(130), "{signal}");
+        assert_eq!(child.0.wait().unwrap().code(), Some(130), "{signal}");
         let last = losses(&out).last().unwrap().0;
         assert_eq!(steps(&out).last(), Some(&last), "a checkpoint of the last step");
     }
@@ -163,13 +165,20 @@ fn losses_or_none(out: &Path) -> Vec<(u64, u64)> {
     if out.join("log.jsonl").exists() { losses(out) } else { Vec::new() }
 }
 
-fn spawn(arguments: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_polytape"))
-        .args(arguments)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
+/// A run that does not outlive its test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn spawn(arguments: &[&str]) -> Running {
+    let mut run = Command::new(env!("CARGO_BIN_EXE_polytape"));
+    run.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
+    Running(run.spawn().unwrap())
 }
 
 fn wait_for_lines(out: &Path, n: usize) {
@@ -190,16 +199,14 @@ fn kill_and_resume(name: &str, n_kills: u64) {
     let mut random = 12345_u64;
     for kill in 0..n_kills {
         let before = text_or_empty(&out.join("log.jsonl")).lines().count();
-        let mut child =
-            spawn(&train(&rows, &out, &[&common[..], &endless, &["--resume"]].concat()));
+        let child = spawn(&train(&rows, &out, &[&common[..], &endless, &["--resume"]].concat()));
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         // One in four at any time at all, the others while it trains and saves.
         if kill % 4 != 3 {
             wait_for_lines(&out, before + 1 + (random >> 40) as usize % 5);
         }
         std::thread::sleep(Duration::from_micros((random >> 33) % 20_000));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        drop(child);
         check_checkpoints(&out, EVERY);
     }
     let last = steps(&out).last().copied().unwrap_or(0);

@@ -10,6 +10,7 @@
 
 mod adapter;
 pub(super) mod flags;
+pub(super) mod folder;
 mod log;
 pub(super) mod run;
 pub(super) mod settings;
@@ -22,6 +23,7 @@ use serde_json::json;
 use self::{
     adapter::AdapterFlags,
     flags::{Evaluating, Learning, LossFlag, Saving},
+    folder::OutputFolder,
     run::{Evaluator, Outcome, Plan, Run},
 };
 use super::{Common, Described, data, print, print_json, run_on_device};
@@ -90,6 +92,7 @@ impl Train {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
+        let _folder = OutputFolder::take(&self.output_dir)?;
         let resumed = self.saving.resumed(&self.output_dir)?;
         let tokenizer = data::open_tokenizer(&model)?;
         let files = self.data.read(Targets::Required)?;
