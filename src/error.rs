@@ -5,7 +5,10 @@
 //! it is not obvious, the remedy. The command line maps the variants to the exit codes of
 //! [`Error::exit_code`].
 
-use std::path::PathBuf;
+use std::{
+    fmt::{self, Write as _},
+    path::PathBuf,
+};
 
 /// The result of everything that touches the outside world.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -15,7 +18,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[non_exhaustive]
 pub enum Error {
     /// The operating system refused an operation on a path.
-    #[error("cannot {operation} {}: {source}", path.display())]
+    #[error("cannot {operation} {}: {source}", Printable(path.display()))]
     Io {
         /// What was tried: "open", "map", "write", ...
         operation: &'static str,
@@ -25,7 +28,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file is not what its format says.
-    #[error("{}: {detail}", path.display())]
+    #[error("{}: {}", Printable(path.display()), Printable(detail))]
     File {
         /// The file.
         path: PathBuf,
@@ -33,7 +36,9 @@ pub enum Error {
         detail: String,
     },
     /// A tensor has another shape than the configuration asks for.
-    #[error("{}: tensor {name} has shape {found:?}, not {expected:?}", path.display())]
+    #[error(
+        "{}: tensor {} has shape {found:?}, not {expected:?}", Printable(path.display()), Printable(name)
+    )]
     Shape {
         /// The file or folder it came from.
         path: PathBuf,
@@ -45,7 +50,7 @@ pub enum Error {
         found: Vec<usize>,
     },
     /// Tensors are missing from, or not expected in, a model or adapter folder.
-    #[error("{}: {detail}", path.display())]
+    #[error("{}: {}", Printable(path.display()), Printable(detail))]
     Tensors {
         /// The folder.
         path: PathBuf,
@@ -53,7 +58,7 @@ pub enum Error {
         detail: String,
     },
     /// A line of a data file is wrong.
-    #[error("{}:{line}: {detail}", path.display())]
+    #[error("{}:{line}: {}", Printable(path.display()), Printable(detail))]
     Line {
         /// The data file.
         path: PathBuf,
@@ -63,16 +68,16 @@ pub enum Error {
         detail: String,
     },
     /// A configuration value, from a file or a flag, that cannot be used.
-    #[error("{0}")]
+    #[error("{}", Printable(.0))]
     Config(String),
     /// The command line asks for something that does not exist.
-    #[error("{0}")]
+    #[error("{}", Printable(.0))]
     Usage(String),
     /// Training met a loss or gradient that is not finite; the last good adapter was kept.
-    #[error("{0}")]
+    #[error("{}", Printable(.0))]
     NotFinite(String),
     /// The device asked for is not there.
-    #[error("{0}")]
+    #[error("{0}")] // A compiler\'s log has lines.
     Device(String),
     /// The device failed in the middle of a run.
     #[error("{0}")]
@@ -80,6 +85,27 @@ pub enum Error {
     /// The user interrupted the run.
     #[error("interrupted")]
     Interrupted,
+}
+
+/// Text from outside without what a terminal obeys: control characters are replaced, whoever wrote them.
+struct Printable<T>(T);
+
+impl<T: fmt::Display> fmt::Display for Printable<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        struct Filter<'a, 'b>(&'a mut fmt::Formatter<'b>);
+        impl fmt::Write for Filter<'_, '_> {
+            fn write_str(&mut self, text: &str) -> fmt::Result {
+                for (i, piece) in text.split(char::is_control).enumerate() {
+                    if i > 0 {
+                        self.0.write_char(char::REPLACEMENT_CHARACTER)?;
+                    }
+                    self.0.write_str(piece)?;
+                }
+                Ok(())
+            }
+        }
+        write!(Filter(f), "{}", self.0)
+    }
 }
 
 impl Error {
@@ -123,5 +149,17 @@ impl Error {
     /// An [`Error::File`].
     pub fn file(path: impl Into<PathBuf>, detail: impl Into<String>) -> Self {
         Self::File { path: path.into(), detail: detail.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_message_commands_a_terminal() {
+        let error = Error::file("a\u{1b}[2Jb", "field \u{7f}x\n is \u{9b}31m");
+        assert_eq!(error.to_string(), "a\u{fffd}[2Jb: field \u{fffd}x\u{fffd} is \u{fffd}31m");
+        assert_eq!(Error::Config("plain \u{e9}".into()).to_string(), "plain \u{e9}");
     }
 }

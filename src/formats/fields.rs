@@ -158,6 +158,32 @@ impl Fields {
         }
     }
 
+    /// The same, or the family's own: that has to be below `vocab_size`, too.
+    pub(crate) fn token_ids_or(
+        &mut self,
+        key: &str,
+        vocab_size: usize,
+        default: &[u32],
+    ) -> Result<Vec<u32>> {
+        if let Some(ids) = self.token_ids(key, vocab_size)? {
+            return Ok(ids);
+        }
+        default.iter().map(|&id| self.check_id(key, &id.into(), vocab_size)).collect()
+    }
+
+    /// One id below `vocab_size`; null is none, and where the field is missing, the family's own.
+    pub(crate) fn token_id_or(
+        &mut self,
+        key: &str,
+        vocab_size: usize,
+        default: u32,
+    ) -> Result<Option<u32>> {
+        match self.token_id(key, vocab_size)? {
+            Some(id) => Ok(id),
+            None => self.check_id(key, &default.into(), vocab_size).map(Some),
+        }
+    }
+
     pub(crate) fn check_id(&self, key: &str, value: &Value, vocab_size: usize) -> Result<u32> {
         let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
         id.filter(|&id| (id as usize) < vocab_size).ok_or_else(|| {

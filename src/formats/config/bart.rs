@@ -87,11 +87,10 @@ impl BartConfig {
                 );
             }
         }
-        let eos_token_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or(vec![2]);
+        let eos_token_ids = fields.token_ids_or("eos_token_id", vocab_size, &[2])?;
         let start = "decoder_start_token_id";
         let decoder_start_token_id = fields
-            .token_id(start, vocab_size)?
-            .unwrap_or(Some(2))
+            .token_id_or(start, vocab_size, 2)?
             .ok_or_else(|| fields.error(start, "expected a token id, found null"))?;
         // The head is the embedding unless the files have one of its own.
         let _ = fields.boolean("tie_word_embeddings")?;
@@ -103,7 +102,7 @@ impl BartConfig {
             max_positions,
             activation,
             dropout: fraction(fields, "dropout", 0.1)?,
-            pad_token_id: fields.token_id("pad_token_id", vocab_size)?.unwrap_or(Some(1)),
+            pad_token_id: fields.token_id_or("pad_token_id", vocab_size, 1)?,
             eos_token_ids,
             decoder_start_token_id,
             dtype: saved_dtype(fields)?,

@@ -373,9 +373,7 @@ fn common(fields: &mut Fields, model_type: &str, defaults: Defaults) -> Result<D
         attention_dropout: fraction(fields, "attention_dropout", 0.0)?,
         tie_word_embeddings: fields.boolean("tie_word_embeddings")?.unwrap_or(false),
         pad_token_id: fields.token_id("pad_token_id", vocab_size)?.flatten(),
-        eos_token_ids: fields
-            .token_ids("eos_token_id", vocab_size)?
-            .unwrap_or(defaults.eos_token_ids),
+        eos_token_ids: fields.token_ids_or("eos_token_id", vocab_size, &defaults.eos_token_ids)?,
         dtype: saved_dtype(fields)?,
     })
 }

@@ -646,6 +646,11 @@ mod tests {
                 "field dense_act_fn: \"gelu\" contradicts feed_forward_proj",
             ),
             ("is_gated_act", json!(true), "field is_gated_act: true contradicts"),
+            (
+                "vocab_size",
+                json!(1),
+                "field eos_token_id: expected a token id below vocab_size (1), found 1",
+            ),
             ("eos_token_id", json!(32128), "below vocab_size (32128), found 32128"),
             ("eos_token_id", json!([1, -1]), "found -1"),
             ("pad_token_id", json!(-1), "field pad_token_id"),

@@ -98,8 +98,8 @@ impl T5Config {
         let layer_norm_epsilon = norm_eps(fields, "layer_norm_epsilon", 1e-6)?;
         let (activation, gated) = feed_forward(fields, if mt5 { "gated-gelu" } else { "relu" })?;
 
-        let pad_token_id = fields.token_id("pad_token_id", vocab_size)?.unwrap_or(Some(0));
-        let eos_token_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or(vec![1]);
+        let pad_token_id = fields.token_id_or("pad_token_id", vocab_size, 0)?;
+        let eos_token_ids = fields.token_ids_or("eos_token_id", vocab_size, &[1])?;
         let start = "decoder_start_token_id";
         let decoder_start_token_id =
             fields.token_id(start, vocab_size)?.flatten().or(pad_token_id).ok_or_else(|| {
