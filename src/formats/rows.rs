@@ -6,6 +6,9 @@
 //! {"task": "qa", "messages": [{"role": "user", "content": "Is ... ?"}, {"role": "assistant", "content": "yes"}]}
 //! ```
 //!
+//! Ids may come padded from a collator: what `attention_mask` has a 0 for, and labels of -100, are left out
+//! on either side.
+//!
 //! A byte order mark may open the file, lines may end in CRLF, blank lines are passed over but
 //! counted, so that a line number here is the editor's. A null field is an absent one. The first bad
 //! line ends the reading with an error of its number; nothing is guessed or dropped. One line at a
@@ -17,6 +20,7 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Read},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -246,9 +250,9 @@ pub(crate) fn parse_row(
     let (input, target) = match conversation(&raw)? {
         Some(conversation) => conversation,
         None => {
-            let input = sequence(&raw, "input", "input_ids")?
+            let input = sequence(&raw, "input", "input_ids", unmasked(&raw)?)?
                 .ok_or("the row has neither input nor input_ids nor messages")?;
-            (input, sequence(&raw, "target", "label_ids")?)
+            (input, sequence(&raw, "target", "label_ids", labelled(&raw)?)?)
         }
     };
     if input.is_empty() {
@@ -346,11 +350,55 @@ fn conversation(raw: &Map<String, Value>) -> Result<Option<(Sequence, Option<Seq
     Ok(Some((Sequence::Messages(messages.to_vec()), target)))
 }
 
-/// Text under one name or ids under another, not both.
+/// The part of `input_ids` that `attention_mask` does not call padding. Rows are not padded here, so a mask
+/// that came along from a collator may only cut both ends.
+fn unmasked(raw: &Map<String, Value>) -> Result<Range<usize>, String> {
+    let Some(mask) = field(raw, "attention_mask") else { return Ok(0..usize::MAX) };
+    let n_ids = field(raw, "input_ids").and_then(Value::as_array).map_or(0, Vec::len);
+    let mask = mask.as_array().filter(|mask| mask.len() == n_ids).ok_or_else(|| {
+        format!("field attention_mask: expected an array as long as input_ids ({n_ids})")
+    })?;
+    kept("attention_mask", mask, |value| match value.as_u64() {
+        Some(bit @ 0..=1) => Ok(bit == 1),
+        _ => Err("expected 0 or 1"),
+    })
+}
+
+/// The part of `label_ids` that is not -100, PyTorch's mark of what is left out of the loss.
+fn labelled(raw: &Map<String, Value>) -> Result<Range<usize>, String> {
+    let Some(Value::Array(labels)) = field(raw, "label_ids") else { return Ok(0..usize::MAX) };
+    kept("label_ids", labels, |value| Ok(value.as_i64() != Some(-100)))
+}
+
+/// The range of the values that are kept, which must be one after the other.
+fn kept(
+    key: &str,
+    values: &[Value],
+    is_kept: impl Fn(&Value) -> Result<bool, &'static str>,
+) -> Result<Range<usize>, String> {
+    let (mut start, mut end) = (0, 0);
+    for (i, value) in values.iter().enumerate() {
+        if !is_kept(value).map_err(|expected| format!("field {key}[{i}]: {expected}"))? {
+            continue;
+        }
+        if start == end {
+            start = i;
+        } else if end != i {
+            return Err(format!(
+                "field {key}[{end}]: padding between tokens; it may be at the ends"
+            ));
+        }
+        end = i + 1;
+    }
+    Ok(start..end)
+}
+
+/// Text under one name or ids under another, not both; of ids those in the range.
 fn sequence(
     raw: &Map<String, Value>,
     text_key: &str,
     ids_key: &str,
+    range: Range<usize>,
 ) -> Result<Option<Sequence>, String> {
     let text = text(raw, text_key)?;
     let Some(ids) = field(raw, ids_key) else { return Ok(text.map(Sequence::Text)) };
@@ -363,8 +411,11 @@ fn sequence(
             type_name(ids)
         ));
     };
-    let ids =
-        ids.iter().enumerate().map(|(i, value)| id(value, || format!("field {ids_key}[{i}]")));
+    let ids = ids
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| range.contains(i))
+        .map(|(i, value)| id(value, || format!("field {ids_key}[{i}]")));
     Ok(Some(Sequence::Ids(ids.collect::<Result<_, _>>()?)))
 }
 
@@ -418,6 +469,27 @@ mod tests {
     }
 
     #[test]
+    fn padding_on_either_side_is_left_out() {
+        for (row, input, labels) in [
+            (
+                r#"{"input_ids":[0,0,7,8],"attention_mask":[0,0,1,1],"label_ids":[4,1,-100]}"#,
+                vec![7, 8],
+                vec![4, 1],
+            ),
+            (
+                r#"{"input_ids":[7,0],"attention_mask":[1,0],"label_ids":[-100,-100,4]}"#,
+                vec![7],
+                vec![4],
+            ),
+            (r#"{"input_ids":[7,0],"attention_mask":[1,1],"label_ids":[0]}"#, vec![7, 0], vec![0]),
+        ] {
+            let rows = good(row.as_bytes());
+            assert_eq!(rows[0].input, Sequence::Ids(input));
+            assert_eq!(rows[0].target, Some(Sequence::Ids(labels)));
+        }
+    }
+
+    #[test]
     fn every_bad_row_is_refused_with_its_line() {
         let cases: &[(&[u8], &str)] = &[
             (b"{\"input\":\"x\",", "column 13: malformed JSON: EOF while parsing"),
@@ -450,7 +522,23 @@ mod tests {
             ),
             (b"{\"input_ids\":[4294967296]}", "found 4294967296"),
             (b"{\"input_ids\":[1.0]}", "found 1.0"),
-            (b"{\"input_ids\":[1],\"label_ids\":[-100]}", "field label_ids[0]"),
+            (b"{\"input_ids\":[1],\"label_ids\":[-100]}", "the target is empty"),
+            (
+                b"{\"input_ids\":[1],\"label_ids\":[1,-100,2]}",
+                "label_ids[1]: padding between tokens",
+            ),
+            (b"{\"input_ids\":[1],\"label_ids\":[-1]}", "label_ids[0]: expected an integer from 0"),
+            (b"{\"input_ids\":[1,2],\"attention_mask\":[1]}", "as long as input_ids (2)"),
+            (b"{\"input\":\"x\",\"attention_mask\":[1]}", "as long as input_ids (0)"),
+            (
+                b"{\"input_ids\":[1,2],\"attention_mask\":[1,2]}",
+                "attention_mask[1]: expected 0 or 1",
+            ),
+            (
+                b"{\"input_ids\":[1,2,3],\"attention_mask\":[1,0,1]}",
+                "attention_mask[1]: padding between",
+            ),
+            (b"{\"input_ids\":[1,2],\"attention_mask\":[0,0]}", "the input is empty"),
             (
                 b"{\"input\":\"x\",\"target\":\"y\",\"task_id\":-1}",
                 "field task_id: expected an integer from 0 to 4294967295, found -1",
