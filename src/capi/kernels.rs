@@ -478,7 +478,9 @@ impl RoutedLinear {
         let output = Precision::Activation;
         let args = Linear { x, projections: &[projection], order, output };
         cpu.linear_into(args, add, &mut [y]);
-        copy(z, &cpu.download(&hidden));
+        if !z.is_empty() {
+            copy(z, &cpu.download(&hidden));
+        }
         Ok(())
     }
 }
@@ -557,7 +559,8 @@ pub unsafe extern "C" fn polytape_routed_linear_forward(
         linear.lent.push(("z", Lent::write(z, n_z, "z")?));
         Lent::check_apart(&linear.lent)?;
         let y = cpu.lend(y, n_tokens, d_out, Precision::Activation)?;
-        linear.forward(add != 0, y, memory::write(z, n_z, "z")?)
+        let z = memory::write(z, n_z, "z")?;
+        cpu.scope(|| linear.forward(add != 0, y, z))
     })
 }
 
@@ -635,35 +638,37 @@ pub unsafe extern "C" fn polytape_routed_linear_backward(
         let d_y = cpu.lend(d_y, n_tokens, d_out, Precision::Activation)?;
         let mut grads = cpu.lend(params, 1, linear.n_params, Precision::Full)?;
         let mut d_weights = cpu.lend(weights, n_rows, width, Precision::Full)?;
-
-        let (segments, scale, stacked) = (&linear.segments, linear.scale(), linear.stacked());
-        let pair = cpu.mix(Mix { stacked, n_rows });
-        let terms = &[LoraTerm { z: &z, d_y: &d_y, mixed_b: &pair.b }];
-        let found = cpu.lora_backward(LoraBackward { x: &linear.x, terms, segments, scale });
-        let found = &found[0];
-        cpu.unmix(Unmix {
-            stacked,
-            d_a: &found.d_a,
-            d_b: &found.d_b,
-            grads: &mut grads,
-            d_weights: &mut d_weights,
-        });
-        if gradients.x.is_null() {
-            return Ok(());
-        }
-        let mut d_x = cpu.lend(d_x, n_tokens, d_in, Precision::Activation)?;
-        let lora = Some((&found.d_z, &pair.a, segments));
-        let (nothing, no_weight);
-        let (d_y, weight) = if linear.has_weight {
-            (&d_y, &linear.weight)
-        } else {
-            nothing = cpu.zeros(n_tokens, 0, Precision::Activation);
-            no_weight = Frozen::from_f32(&[], 0, d_in, Dtype::F32);
-            (&nothing, &no_weight)
+        let mut d_x = match gradients.x.is_null() {
+            true => None,
+            false => Some(cpu.lend(d_x, n_tokens, d_in, Precision::Activation)?),
         };
-        let terms = &[LinearBackwardTerm { d_y, weight, lora }];
-        let args = LinearBackward { terms, d_residual: None };
-        cpu.linear_backward_into(args, gradients.add_to_x != 0, &mut d_x);
+        let add_to_x = gradients.add_to_x != 0;
+        cpu.scope(|| {
+            let (segments, scale, stacked) = (&linear.segments, linear.scale(), linear.stacked());
+            let pair = cpu.mix(Mix { stacked, n_rows });
+            let terms = &[LoraTerm { z: &z, d_y: &d_y, mixed_b: &pair.b }];
+            let found = cpu.lora_backward(LoraBackward { x: &linear.x, terms, segments, scale });
+            let found = &found[0];
+            cpu.unmix(Unmix {
+                stacked,
+                d_a: &found.d_a,
+                d_b: &found.d_b,
+                grads: &mut grads,
+                d_weights: &mut d_weights,
+            });
+            let Some(d_x) = &mut d_x else { return };
+            let lora = Some((&found.d_z, &pair.a, segments));
+            let (nothing, no_weight);
+            let (d_y, weight) = if linear.has_weight {
+                (&d_y, &linear.weight)
+            } else {
+                nothing = cpu.zeros(n_tokens, 0, Precision::Activation);
+                no_weight = Frozen::from_f32(&[], 0, d_in, Dtype::F32);
+                (&nothing, &no_weight)
+            };
+            let terms = &[LinearBackwardTerm { d_y, weight, lora }];
+            cpu.linear_backward_into(LinearBackward { terms, d_residual: None }, add_to_x, d_x);
+        });
         Ok(())
     })
 }
