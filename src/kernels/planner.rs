@@ -10,6 +10,11 @@
 //!
 //! So stacked wins where a routing row has about one token (decoding many tasks), mixed everywhere
 //! else, and kept pairs always, as long as they fit in memory.
+//!
+//! A third way, adding a task's pair to the weights it adapts, is left to `export --merged`. It would save
+//! rank * (d_in + d_out) products a token beside d_in * d_out, less than one in a hundred, and needs a private
+//! copy of weights that are read from the mapped file; the time that kept pairs add to decoding is below what
+//! runs differ by (benches/results).
 
 /// Two exact ways to run a routed LoRA. They agree within rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
