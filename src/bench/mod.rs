@@ -20,6 +20,9 @@ use crate::{
     kernels::philox::{Key, Purpose},
 };
 
+/// What of [`Checked::units`] the sums of CPUs take.
+const UNITS: f64 = 4.0;
+
 /// How long a case took.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -60,6 +63,8 @@ struct Checked<'a> {
     /// The oracle's, of the operands' magnitudes.
     magnitude: &'a [f64],
     dtype: Dtype,
+    /// The bound of the sums, in units of `2^-24 * Σ|a b|`.
+    units: f64,
 }
 
 impl Checked<'_> {
@@ -75,7 +80,7 @@ impl Checked<'_> {
         for (i, ((got, want), magnitude)) in
             self.got.iter().zip(self.want).zip(self.magnitude).enumerate()
         {
-            let sums = 4.0 * 2.0_f64.powi(-24) * magnitude;
+            let sums = self.units * 2.0_f64.powi(-24) * magnitude;
             let bound = sums + half_step * (want.abs() + sums);
             let error = (got - want).abs();
             let in_bounds = if error == 0.0 { 0.0 } else { error / bound };
