@@ -74,8 +74,9 @@ impl Checked<'_> {
     /// If it is above 1: no timing of a wrong result.
     fn worst(&self, what: &str) -> Result<f64> {
         assert_eq!((self.got.len(), self.want.len()), (self.want.len(), self.magnitude.len()));
+        // Of a number with 8 or 24 digits, the first one included: of 1.0, half of 2^-7 or of 2^-23.
         let half_step =
-            if self.dtype == Dtype::Bf16 { 2.0_f64.powi(-9) } else { 2.0_f64.powi(-24) };
+            if self.dtype == Dtype::Bf16 { 2.0_f64.powi(-8) } else { 2.0_f64.powi(-24) };
         let mut worst = 0.0_f64;
         for (i, ((got, want), magnitude)) in
             self.got.iter().zip(self.want).zip(self.magnitude).enumerate()
