@@ -10,43 +10,8 @@
 // `linear_dot` is the same forward for few tokens: a warp owns a column and streams its weights once
 // for 8 tokens; a lane adds every 32nd run of 16 bytes' features in order, then a tree over the lanes.
 // Grid: x = columns / 8, y = tokens / 8.
-#include "bank.cuh"
 #include "gemm.cuh"
-#include "philox.cuh"
-
-struct Expand {
-    const float* z;        // Null: no LoRA.
-    const u32* token_rows;
-    const float* mixed_b;  // Null: stacked.
-    Bank bank;             // Of a mixed one only rank and d_out count.
-};
-
-// z B^ of one element.
-__device__ inline float expand(const Expand& expand, u32 token, u32 col) {
-    if (!expand.z) return 0.0f;
-    const Bank& bank = expand.bank;
-    const float* z = expand.z + size_t(token) * bank.rank;
-    const u32 row = expand.token_rows[token];
-    float sum = 0.0f;
-    if (expand.mixed_b) {
-        const float* b = expand.mixed_b + size_t(row) * bank.rank * bank.d_out + col;
-        for (u32 r = 0; r < bank.rank; ++r) sum = fmaf(z[r], b[size_t(r) * bank.d_out], sum);
-    } else {
-        const u32 width = bank.d_out / bank.n_splits, split = col / width;
-        const float* w = mixing(bank, row, split);
-        const float* b = bank.b + size_t(split) * bank.n_skills * bank.rank * width + col % width;
-        for (u32 s = 0; s < bank.n_skills; ++s)
-            for (u32 r = 0; r < bank.rank; ++r, b += width) sum = fmaf(w[s] * z[r], *b, sum);
-    }
-    return sum;
-}
-
-struct Epilogue {
-    const float* bias;     // Null: none.
-    const Item* residual;  // Null: none.
-    Expand expand;
-    Dropout dropout;
-};
+#include "linear.cuh"
 
 // Adds the low-rank part to a whole tile, where the tile can; else `finish` does.
 __device__ inline bool expand_tile(ScalarTile&, const Expand&, u32, u32, u32, u32, void*) { return false; }
@@ -61,19 +26,6 @@ __device__ inline bool expand_tile(MmaTile& tile, const Expand& expand, u32 n_to
     return true;
 }
 #endif
-
-template <class Out>
-__device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, float value, u32 token,
-                              u32 col, u32 d_out) {
-    const size_t at = size_t(token) * d_out + col;
-    if (!expanded) value += expand(epilogue.expand, token, col);
-    if (epilogue.bias) value += epilogue.bias[col];
-    // Not a product: a dropped infinity is 0.
-    const float factor = dropout_factor(epilogue.dropout, token, col);
-    value = factor == 0.0f ? 0.0f : factor * value;
-    if (epilogue.residual) value += widen(epilogue.residual[at]);
-    store(&y[at], value);
-}
 
 template <class Out>
 __device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
@@ -177,22 +129,6 @@ linear_dot_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, 
     dot_columns(y, x, weight, epilogue, n_tokens, d_in, d_out);
 }
 
-const u32 MAX_TERMS = 4;
-
-struct Term {
-    const Item* d_y;     // [tokens, d_out]
-    const Item* weight;  // [d_out, d_in]
-    const float* d_z;    // [tokens, rank]; null: no LoRA
-    const float* mixed_a;
-    const u32* token_rows;
-    u32 d_out, rank;
-};
-
-struct Terms {
-    Term terms[MAX_TERMS];
-    u32 n;
-};
-
 // Adds d_z A^T of one sibling to a whole tile, where the tile can.
 __device__ inline bool expand_tile(ScalarTile&, const Term&, u32, u32, u32, u32, void*) { return false; }
 
@@ -216,21 +152,9 @@ linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u3
         multiply<false>(tile, term.d_y, term.weight, n_tokens, d_in, term.d_out, row0, col0, shared);
         if (term.d_z) expanded = expand_tile(tile, term, n_tokens, d_in, row0, col0, shared);
     }
-    const auto finish_one = [&](u32 row, u32 tile_col, float value) {
-        const u32 token = row0 + row, col = col0 + tile_col;
-        if (token >= n_tokens || col >= d_in) return;
-        for (u32 n = 0; n < terms.n && !expanded; ++n) {
-            const Term& term = terms.terms[n];
-            if (!term.d_z) continue;
-            const float* d_z = term.d_z + size_t(token) * term.rank;
-            const float* a = term.mixed_a + (size_t(term.token_rows[token]) * d_in + col) * term.rank;
-            float sum = 0.0f;
-            for (u32 r = 0; r < term.rank; ++r) sum = fmaf(d_z[r], a[r], sum);
-            value += sum;
-        }
-        const size_t at = size_t(token) * d_in + col;
-        if (d_residual) value += widen(d_residual[at]);
-        store(&d_x[at], value);
+    const auto finish_one = [&](u32 row, u32 col, float value) {
+        if (row0 + row < n_tokens && col0 + col < d_in)
+            finish(d_x, d_residual, terms, expanded, value, row0 + row, col0 + col, d_in);
     };
     for_each(tile, finish_one, shared);
 }

@@ -100,11 +100,50 @@ operations=(--nocapture --skip faults --skip fuzzed)
 if ! check "every operation against the oracle" 150 "$bin/kernels" "${operations[@]}" --test-threads 4; then
     each_alone "$bin/kernels" 30 --skip faults --skip fuzzed
 fi
+# What else multiplies by frozen weights, where this GPU has it.
+gemms=(mma)
+if grep -q "sm_90" <<<"$device"; then gemms+=(wgmma); fi
+for gemm in "${gemms[@]:1}"; do
+    check "every operation against the oracle, $gemm" 100 env POLYTAPE_CUDA_GEMM="$gemm" POLYTAPE_CASES=20 \
+        "$bin/kernels" "${operations[@]}" --test-threads 4
+done
 if ! check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda::; then
     each_alone "$bin/parity" 30 cuda::
 fi
 check "every launch waited for" 45 env POLYTAPE_CUDA_SYNC=1 POLYTAPE_CASES=2 \
     "$bin/kernels" "${operations[@]}" --test-threads 1
+
+# Frozen products by each of them in turns, so that a GPU that slows down slows all: the least median of two.
+for round in 1 2; do
+    for gemm in "${gemms[@]}"; do
+        seconds=$(limit 40) begun=$SECONDS
+        [ "$seconds" -le 0 ] && continue
+        if POLYTAPE_CUDA_GEMM=$gemm timeout -k 5 "$seconds" "$bin/polytape" bench gemm --device cuda --json -q \
+            --rows 2048 --shapes flan-t5-xl,llama-1b --seconds 0.02 >>"$work/gemm" 2>"$work/log"; then
+            note "bench gemm, $gemm" passed $((SECONDS - begun))
+        else
+            note "bench gemm, $gemm" "FAILED or out of time: $(tail -1 "$work/log" | cut -c1-120)" $((SECONDS - begun))
+            failed=1
+        fi
+    done
+done
+cat "$work/gemm" >>"$json" 2>/dev/null
+{
+    echo
+    echo "| frozen product, bf16 | ${gemms[*]/%/ ms |}"
+    echo "|---|${gemms[*]/*/---|}" | tr -d ' '
+    fields='.*"model":"\([^"]*\)","direction":"\([^"]*\)","rows":\([0-9]*\),"d_out":\([0-9]*\),"d_in":\([0-9]*\),'
+    sed -n "s/$fields.*\"kernels\":\"\([^\"]*\)\",\"median_s\":\([0-9.e-]*\).*/\1 \2 \3x\4x\5 \6 \7/p" "$work/gemm" 2>/dev/null |
+        awk -v kinds="${gemms[*]}" '
+            { shape = $1 " " $2 " " $3
+              if (!(shape in seen)) { seen[shape] = 1; shapes[++n] = shape }
+              if (!((shape, $4) in least) || $5 < least[shape, $4]) least[shape, $4] = $5 }
+            END { k = split(kinds, kind, " ")
+                  for (i = 1; i <= n; ++i) {
+                      line = "| " shapes[i] " |"
+                      for (j = 1; j <= k; ++j) line = line sprintf(" %.4f |", 1000 * least[shapes[i], kind[j]])
+                      print line } }'
+} >>"$md"
 
 {
     echo

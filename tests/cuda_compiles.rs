@@ -156,7 +156,8 @@ fn every_kernel_compiles_and_fits() {
                 let cubin =
                     compile::compile_for(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
                 let kernels = usage(&cubin);
-                assert!(!kernels.is_empty(), "{module} has kernels");
+                let has_some = module != "linear_wgmma" || (arch == "sm_90a" && bf16);
+                assert_eq!(!kernels.is_empty(), has_some, "{module} for {arch}, bf16={bf16}");
                 n += kernels.len();
                 for (kernel, usage) in &kernels {
                     let problems = problems(kernel, usage);

@@ -482,7 +482,7 @@ fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
 mod cuda {
     use std::sync::Arc;
 
-    use polytape::kernels::cuda::{Cuda, catch_faults};
+    use polytape::kernels::cuda::{Cuda, Gemm, catch_faults};
 
     use super::{
         cuda_emulator::{Emulator, Event},
@@ -612,10 +612,14 @@ mod cuda {
     /// Launches and waits are what a GPU's time goes to where a step is small.
     #[test]
     fn a_step_launches_little_and_is_read_at_its_end() {
-        for (name, compute) in [("tiny", Dtype::F32), ("tiny", Dtype::Bf16), ("llama", Dtype::F32)]
-        {
+        for (name, compute, gemm) in [
+            ("tiny", Dtype::F32, Gemm::Mma),
+            ("tiny", Dtype::Bf16, Gemm::Mma),
+            ("tiny", Dtype::Bf16, Gemm::Wgmma),
+            ("llama", Dtype::F32, Gemm::Mma),
+        ] {
             let Some(device) = emulator() else { return };
-            let cuda = Cuda::with_device(device.clone(), compute).unwrap();
+            let cuda = Cuda::with_device(device.clone(), compute).unwrap().with_gemm(gemm).unwrap();
             let case = Case::open(name);
             let model = case.model(cuda);
             let adapter = case.adapter(&model);
@@ -640,9 +644,12 @@ mod cuda {
             for kernel in &launches {
                 let known = OF_ADAPTERS.contains(kernel)
                     || OF_A_STEP.contains(kernel)
-                    || kernel.starts_with("attention");
+                    || kernel.starts_with("attention")
+                    || kernel.contains("_wgmma_");
                 assert!(known, "{kernel}: of the base or of adapters?");
             }
+            let by_warpgroup = launches.iter().any(|kernel| kernel.contains("_wgmma_"));
+            assert_eq!(by_warpgroup, gemm == Gemm::Wgmma, "{name} {compute}");
             let count = |of: &[&str], which: &[&str]| {
                 of.iter().filter(|kernel| which.contains(kernel)).count()
             };
@@ -653,7 +660,8 @@ mod cuda {
             let forward = count(&launches[..middle], &OF_ADAPTERS);
             let backward = count(&launches[middle..], &OF_ADAPTERS);
             println!(
-                "{name} {compute}: {n_linears} adapted linears, {forward} launches forward, {backward} backward"
+                "{name} {compute} {}: {n_linears} adapted linears, {forward} launches forward, {backward} backward",
+                gemm.name()
             );
             assert!(forward <= 2 * n_linears, "{name}: {forward} for {n_linears} linears");
             assert!(backward <= 3 * n_linears, "{name}: {backward} for {n_linears} linears");

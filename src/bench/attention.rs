@@ -1,6 +1,6 @@
 //! Attention, forward and backward.
 
-use super::{Checked, abs, operands};
+use super::{Checked, UNITS, abs, operands};
 use crate::{
     dtype::Dtype,
     error::Result,
@@ -127,7 +127,8 @@ impl<'a> AttentionCase<'a> {
         let unit = if cpu.compute_dtype() == Dtype::Bf16 { 2.0_f64.powi(15) } else { exponent };
         let magnitude = vec![unit; want.o.len()];
         let dtype = cpu.compute_dtype();
-        let checked = Checked { got, want: &want.o.buffer, magnitude: &magnitude, dtype };
+        let checked =
+            Checked { got, want: &want.o.buffer, magnitude: &magnitude, dtype, units: UNITS };
         let worst = checked.worst(&format!("o of {shape:?}"))?;
 
         let backward = AttentionBackward {
@@ -144,7 +145,8 @@ impl<'a> AttentionCase<'a> {
             let largest = abs(&want.buffer).into_iter().fold(1.0, f64::max);
             let magnitude = vec![unit * largest; want.len()];
             let got = &got[..want.len()];
-            let checked = Checked { got, want: &want.buffer, magnitude: &magnitude, dtype };
+            let checked =
+                Checked { got, want: &want.buffer, magnitude: &magnitude, dtype, units: UNITS };
             all = all.max(checked.worst(&format!("{what} of {shape:?}"))?);
         }
         Ok(all)

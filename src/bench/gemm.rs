@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{Checked, abs, operands, sample_rows, take_rows};
+use super::{Checked, UNITS, abs, operands, sample_rows, take_rows};
 use crate::{
     dtype::Dtype,
     error::Result,
     kernels::{
         Backend, Precision,
-        cpu::Cpu,
         ops::{Linear, LinearBackward, LinearBackwardTerm, Order, Projection},
         oracle::Oracle,
     },
@@ -75,21 +74,25 @@ impl GemmShape {
 }
 
 /// A [`GemmShape`] with operands.
-pub struct GemmCase<'a> {
-    cpu: &'a Cpu,
+pub struct GemmCase<'a, B: Backend> {
+    backend: &'a B,
     shape: GemmShape,
     values: Vec<f64>,
-    input: Tensor<Cpu>,
-    weights: Vec<Frozen>,
+    input: Tensor<B>,
+    /// What all `weights` are.
+    weight: Frozen,
+    weights: Vec<B::Weight>,
     next: usize,
+    /// See [`Checked::units`].
+    units: f64,
 }
 
-impl<'a> GemmCase<'a> {
+impl<'a, B: Backend> GemmCase<'a, B> {
     /// Operands for a shape.
-    pub fn new(cpu: &'a Cpu, shape: GemmShape) -> Self {
+    pub fn new(backend: &'a B, shape: GemmShape) -> Self {
         let cols = shape.input_cols();
         let values = operands(1, shape.rows * cols);
-        let input = cpu.upload(&values, shape.rows, cols, Precision::Activation);
+        let input = backend.upload(&values, shape.rows, cols, Precision::Activation);
         let one: Vec<f32> =
             operands(2, shape.d_out * shape.d_in).into_iter().map(|v| v as f32).collect();
         let one = Frozen::from_f32(&one, shape.d_out, shape.d_in, shape.weights);
@@ -99,10 +102,20 @@ impl<'a> GemmCase<'a> {
         let weights = (0..n)
             .map(|i| {
                 let range = i * size..(i + 1) * size;
-                Frozen::new(all.clone(), range, shape.weights, shape.d_out, shape.d_in)
+                let weight =
+                    Frozen::new(all.clone(), range, shape.weights, shape.d_out, shape.d_in);
+                backend.weight(&weight)
             })
             .collect();
-        Self { cpu, shape, values, input, weights, next: 0 }
+        Self { backend, shape, values, input, weight: one, weights, next: 0, units: UNITS }
+    }
+
+    /// Checked as what tensor cores compute. They may cut 2^-23 of the running sum off at each 16 products:
+    /// of k products of random sign the sum is about √k of their magnitudes' k, so in all √k / 8 times 2^-24 of
+    /// those; twice that is allowed.
+    pub fn on_tensor_cores(self) -> Self {
+        let depth = self.shape.input_cols() as f64;
+        Self { units: UNITS + depth.sqrt() / 4.0, ..self }
     }
 
     /// Compares some rows with the oracle; the largest error in units of its bound.
@@ -114,25 +127,26 @@ impl<'a> GemmCase<'a> {
         let shape = GemmShape { rows: rows.len(), ..self.shape };
         let cols = shape.input_cols();
         let values = take_rows(&self.values, cols, &rows);
-        let weight = &self.weights[0];
+        let weight = &self.weight;
         let magnitudes: Vec<f32> = weight.to_f32().iter().map(|v| v.abs()).collect();
         let magnitudes = Frozen::from_f32(&magnitudes, weight.rows(), weight.cols(), Dtype::F32);
         let oracle = |values: &[f64], weight: &Frozen| {
             let input = Oracle.upload(values, rows.len(), cols, Precision::Activation);
             Oracle.download(&shape.run(&Oracle, &input, &Oracle.weight(weight)))
         };
-        let output = self.shape.run(self.cpu, &self.input, weight);
-        let got = take_rows(&self.cpu.download(&output), output.cols(), &rows);
+        let output = self.shape.run(self.backend, &self.input, &self.weights[0]);
+        let got = take_rows(&self.backend.download(&output), output.cols(), &rows);
         let (want, magnitude) = (oracle(&values, weight), oracle(&abs(&values), &magnitudes));
         let dtype = output.dtype();
-        let checked = Checked { got: &got, want: &want, magnitude: &magnitude, dtype };
+        let units = self.units;
+        let checked = Checked { got: &got, want: &want, magnitude: &magnitude, dtype, units };
         checked.worst(&format!("{:?}", self.shape))
     }
 
-    /// Runs it once, with the next weight.
+    /// Runs it once, with the next weight. A GPU's is queued.
     pub fn run(&mut self) {
         let weight = &self.weights[self.next % self.weights.len()];
         self.next += 1;
-        self.cpu.scope(|| drop(self.shape.run(self.cpu, &self.input, weight)));
+        self.backend.scope(|| drop(self.shape.run(self.backend, &self.input, weight)));
     }
 }

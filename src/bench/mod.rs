@@ -20,6 +20,9 @@ use crate::{
     kernels::philox::{Key, Purpose},
 };
 
+/// What of [`Checked::units`] the sums of CPUs take.
+const UNITS: f64 = 4.0;
+
 /// How long a case took.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
@@ -60,6 +63,8 @@ struct Checked<'a> {
     /// The oracle's, of the operands' magnitudes.
     magnitude: &'a [f64],
     dtype: Dtype,
+    /// The bound of the sums, in units of `2^-24 * Σ|a b|`.
+    units: f64,
 }
 
 impl Checked<'_> {
@@ -69,13 +74,14 @@ impl Checked<'_> {
     /// If it is above 1: no timing of a wrong result.
     fn worst(&self, what: &str) -> Result<f64> {
         assert_eq!((self.got.len(), self.want.len()), (self.want.len(), self.magnitude.len()));
+        // Of a number with 8 or 24 digits, the first one included: of 1.0, half of 2^-7 or of 2^-23.
         let half_step =
-            if self.dtype == Dtype::Bf16 { 2.0_f64.powi(-9) } else { 2.0_f64.powi(-24) };
+            if self.dtype == Dtype::Bf16 { 2.0_f64.powi(-8) } else { 2.0_f64.powi(-24) };
         let mut worst = 0.0_f64;
         for (i, ((got, want), magnitude)) in
             self.got.iter().zip(self.want).zip(self.magnitude).enumerate()
         {
-            let sums = 4.0 * 2.0_f64.powi(-24) * magnitude;
+            let sums = self.units * 2.0_f64.powi(-24) * magnitude;
             let bound = sums + half_step * (want.abs() + sums);
             let error = (got - want).abs();
             let in_bounds = if error == 0.0 { 0.0 } else { error / bound };

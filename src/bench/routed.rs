@@ -1,6 +1,6 @@
 //! A linear with a routed LoRA beside the frozen linear alone.
 
-use super::{Checked, abs, operands, sample_rows, take_rows};
+use super::{Checked, UNITS, abs, operands, sample_rows, take_rows};
 use crate::{
     dtype::Dtype,
     error::Result,
@@ -176,7 +176,8 @@ impl<'a> RoutedCase<'a> {
         let compare = |got: &Tensor<Cpu>, want: &[f64], size: &[f64], what: &str| {
             let magnitude: Vec<f64> = size.iter().map(|v| 4.0 * v).collect();
             let got = cpu.download(got);
-            let checked = Checked { got: &got, want, magnitude: &magnitude, dtype: Dtype::F32 };
+            let checked =
+                Checked { got: &got, want, magnitude: &magnitude, dtype: Dtype::F32, units: UNITS };
             checked.worst(&format!("{what} of {shape:?}"))
         };
         let mut worst = compare(&got_z, &want_z.buffer, &size_z.buffer, "z")?;
@@ -212,8 +213,13 @@ impl<'a> RoutedCase<'a> {
         let want = some(&want, &want_pair, &want_z);
         let magnitude: Vec<f64> =
             some(&size, &size_pair, &size_z).iter().map(|v| 4.0 * v).collect();
-        let checked =
-            Checked { got: &got, want: &want, magnitude: &magnitude, dtype: output.dtype() };
+        let checked = Checked {
+            got: &got,
+            want: &want,
+            magnitude: &magnitude,
+            dtype: output.dtype(),
+            units: UNITS,
+        };
         Ok(worst.max(checked.worst(&format!("y of {shape:?}"))?))
     }
 

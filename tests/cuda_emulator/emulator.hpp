@@ -12,8 +12,12 @@
 // * A launch with more threads than the kernel's launch bounds fails, as does an asynchronous copy or a
 //   vector load that is not aligned.
 //
-// What it cannot show: weak memory order, clusters, wgmma, TMA, timing. One launch at a time (the
-// caller holds a lock).
+// * Copies of boxes come at any time between their start and the end of the phase of the barrier that they are
+//   announced to; products of warpgroups read shared memory only when they are waited for. So what is read too
+//   early or overwritten too early is wrong in some order. Addresses, swizzle and strides are worked out from the
+//   descriptors, as the PTX ISA has it.
+//
+// What it cannot show: weak memory order, clusters, timing. One launch at a time (the caller holds a lock).
 #pragma once
 
 #include <csetjmp>
@@ -69,12 +73,27 @@ const unsigned char POISON = 0xff, GUARD = 0xa5;
 const size_t GUARD_BYTES = 16;
 
 // What a fiber waits for.
-enum class Wait { Nothing, Barrier, Warp, Done };
+enum class Wait { Nothing, Barrier, Phase, Warp, Done };
 
 struct AsyncCopy {
     void* to;
     const void* from;
     size_t bytes, valid;
+};
+
+// Of a warpgroup, as one thread has it.
+struct Product {
+    float* sums;
+    unsigned n;
+    bool transposed;
+    uint64_t left, right;
+};
+
+// An mbarrier, by its place in shared memory.
+struct PhaseBarrier {
+    const void* place;
+    unsigned arrivals, pending, phase;
+    int64_t bytes;  // Announced and not there yet.
 };
 
 struct Fiber {
@@ -86,6 +105,11 @@ struct Fiber {
     unsigned index = 0;
     // The groups of asynchronous copies that are on their way, the last one still open.
     std::vector<std::vector<AsyncCopy>> copies;
+    // The same of products.
+    std::vector<std::vector<Product>> products;
+    // What it waits for in Wait::Phase.
+    const void* barrier;
+    unsigned parity;
 };
 
 // Where the lanes of a warp meet: what each of them brings. Two rounds, so that a lane may go on to
@@ -108,7 +132,8 @@ inline ucontext_t scheduler_context;
 inline void (*body)(void*);
 inline void* body_arguments;
 inline unsigned n_threads, n_live, at_barrier;
-alignas(128) inline unsigned char shared_memory[SHARED_BYTES + 4096];
+alignas(1024) inline unsigned char shared_memory[SHARED_BYTES + 4096];
+inline std::vector<PhaseBarrier> barriers;
 inline std::vector<SharedArray> shared_arrays;
 inline size_t shared_used, dynamic_bytes;
 inline std::string problem;
@@ -181,8 +206,23 @@ inline void check_shared() {
                 return fail("a write past the end of an array in shared memory");
 }
 
+inline bool has_ended(const void* place, unsigned parity);
+inline bool bring_boxes(const void* place);
+inline void drop_boxes();
+
+// Whether it can go on; whatever it waits for may come nearer.
+inline bool is_ready(Fiber* fiber, bool& moved) {
+    if (fiber->wait != Wait::Phase) return fiber->wait == Wait::Nothing;
+    moved |= bring_boxes(fiber->barrier);
+    if (!has_ended(fiber->barrier, fiber->parity)) return false;
+    fiber->wait = Wait::Nothing;
+    return true;
+}
+
 inline void run_block() {
     shared_arrays.clear();
+    barriers.clear();
+    drop_boxes();
     shared_used = 0;
     if (meetings.size() < (n_threads + WARP_SIZE - 1) / WARP_SIZE)
         meetings.resize((n_threads + WARP_SIZE - 1) / WARP_SIZE);
@@ -192,6 +232,7 @@ inline void run_block() {
         order[i] = i;
         fibers[i]->wait = Wait::Nothing;
         fibers[i]->copies.assign(1, {});
+        fibers[i]->products.assign(1, {});
     }
     n_live = n_threads;
     at_barrier = 0;
@@ -204,7 +245,7 @@ inline void run_block() {
         bool moved = false;
         for (unsigned n = 0; n < n_threads; ++n) {
             Fiber* fiber = fibers[order[(n + turn) % n_threads]];
-            if (fiber->wait != Wait::Nothing) continue;
+            if (!is_ready(fiber, moved)) continue;
             resume(fiber);
             moved = true;
             if (fiber->wait == Wait::Done) n_live -= 1;
@@ -216,7 +257,7 @@ inline void run_block() {
             moved = true;
         }
         if (!moved) {
-            fail("deadlock: threads wait for others that left or wait elsewhere");
+            fail("deadlock: threads wait for others that left or wait elsewhere, or for bytes that nobody brings");
             // Their stacks hold no resources: start them afresh.
             for (unsigned i = 0; i < n_threads; ++i) fibers[i]->started = false;
             return;
@@ -252,9 +293,17 @@ T from_lane(T mine, unsigned source) {
     return mine;
 }
 
+// A parameter, whose bytes lie anywhere.
+template <class T>
+T parameter(const void* bytes) {
+    T value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-    kernel(*static_cast<A*>(arguments[I])...);
+    kernel(parameter<A>(arguments[I])...);
 }
 
 template <class... A>
@@ -420,3 +469,203 @@ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
         c[i] = float(double(c[i]) + sum);
     }
 }
+
+// The twins of cuda/hopper.cuh.
+
+struct TensorMap;
+
+namespace emulator {
+
+// What the emulated device keeps in a TensorMap: see `tensor_map` in mod.rs.
+struct Box {
+    uint64_t address, rows, cols, box_rows, box_cols;
+};
+
+struct BoxCopy {
+    unsigned char* to;
+    Box box;
+    unsigned col, row;
+    const void* barrier;
+};
+
+inline std::vector<BoxCopy> boxes;  // On their way.
+
+inline unsigned address_of(const void* shared) {
+    const size_t offset = static_cast<const unsigned char*>(shared) - shared_memory;
+    if (offset >= sizeof shared_memory) fail("an address that is not of shared memory");
+    return unsigned(offset);
+}
+
+// "128B swizzle": bits 4 to 6 of an address in shared memory are exchanged by bits 7 to 9.
+inline unsigned swizzled(unsigned address) { return address ^ (address >> 7 & 7) << 4; }
+
+inline PhaseBarrier& barrier_at(const void* place) {
+    for (PhaseBarrier& barrier : barriers)
+        if (barrier.place == place) return barrier;
+    fail("a barrier that is not set up");
+    static PhaseBarrier none;
+    return none = {place, 1, 1, 0, 0};
+}
+
+inline void end_phase_if_done(PhaseBarrier& barrier) {
+    if (barrier.pending > 0 || barrier.bytes != 0) return;
+    barrier.pending = barrier.arrivals;
+    barrier.phase += 1;
+}
+
+inline bool has_ended(const void* place, unsigned parity) { return barrier_at(place).phase % 2 != parity; }
+
+inline void drop_boxes() { boxes.clear(); }
+
+inline void bring(const BoxCopy& copy) {
+    const Box& box = copy.box;
+    const unsigned to = address_of(copy.to), line_bytes = unsigned(2 * box.box_cols);
+    for (unsigned row = 0; row < box.box_rows; ++row)
+        for (unsigned col = 0; col < box.box_cols; ++col) {
+            const uint64_t at_row = uint64_t(copy.row) + row, at_col = uint64_t(copy.col) + col;
+            uint16_t value = 0;
+            if (at_row < box.rows && at_col < box.cols)
+                value = reinterpret_cast<const uint16_t*>(box.address)[at_row * box.cols + at_col];
+            memcpy(shared_memory + swizzled(to + row * line_bytes + 2 * col), &value, 2);
+        }
+    PhaseBarrier& barrier = barrier_at(copy.barrier);
+    barrier.bytes -= int64_t(box.box_rows) * line_bytes;
+    end_phase_if_done(barrier);
+}
+
+// Brings about half of what is on its way to a barrier; whether there was any.
+inline bool bring_boxes(const void* place) {
+    bool any = false;
+    for (size_t i = 0; i < boxes.size();) {
+        any |= boxes[i].barrier == place;
+        if (boxes[i].barrier == place && random_word() % 2) {
+            const BoxCopy copy = boxes[i];
+            boxes.erase(boxes.begin() + i);
+            bring(copy);
+        } else {
+            ++i;
+        }
+    }
+    return any;
+}
+
+// Where element (row, depth) of an operand of a product lies. "Canonical layouts" of the PTX ISA, in elements of
+// 128 bits, T = 8 numbers each: depth contiguous ((8, m), (T, 2)) : ((8 T, SBO), (1, T)), else
+// ((T, 8, m), (8, k)) : ((1, T, LBO), (8 T, SBO)).
+inline uint16_t element(uint64_t descriptor, bool depth_contiguous, unsigned row, unsigned depth) {
+    const unsigned start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                   stride = (descriptor >> 32 & 0x3fff) << 4;
+    unsigned at = start;
+    if (depth_contiguous)
+        at += row % 8 * 128 + row / 8 * stride + depth * 2;
+    else
+        at += row % 64 * 2 + row / 64 * leading + depth % 8 * 128 + depth / 8 * stride;
+    at = swizzled(at);
+    if (at + 2 > sizeof shared_memory) {
+        fail("a product reads past shared memory");
+        return 0;
+    }
+    uint16_t value;
+    memcpy(&value, shared_memory + at, 2);
+    return value;
+}
+
+inline double wide(uint16_t bits) {
+    const uint32_t wide_bits = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &wide_bits, 4);
+    return value;
+}
+
+// This thread's part of d [64, n] += left [64, 16] * right [16, n].
+inline void multiply(const Product& product, unsigned thread) {
+    const unsigned warp = thread / WARP_SIZE % 4, lane = thread % WARP_SIZE;
+    double left[2][16];
+    for (unsigned high = 0; high < 2; ++high)
+        for (unsigned k = 0; k < 16; ++k)
+            left[high][k] = wide(element(product.left, true, warp * 16 + high * 8 + lane / 4, k));
+    for (unsigned j = 0; j < product.n / 8; ++j)
+        for (unsigned odd = 0; odd < 2; ++odd) {
+            double right[16];
+            const unsigned col = j * 8 + lane % 4 * 2 + odd;
+            for (unsigned k = 0; k < 16; ++k) right[k] = wide(element(product.right, product.transposed, col, k));
+            for (unsigned high = 0; high < 2; ++high) {
+                double sum = 0.0;
+                for (unsigned k = 0; k < 16; ++k) sum += left[high][k] * right[k];
+                float& to = product.sums[4 * j + 2 * high + odd];
+                to = float(double(to) + sum);
+            }
+        }
+}
+
+template <size_t COUNT>
+void start_product(float (&sums)[COUNT], uint64_t left, uint64_t right, bool transposed) {
+    const uint64_t mine[2] = {left, right};
+    unsigned round;
+    const Meeting& meeting = meet(mine, sizeof mine, round);
+    if (memcmp(meeting.brought[round][0], mine, sizeof mine)) fail("a product whose threads differ in its operands");
+    for (const uint64_t descriptor : mine)
+        if (descriptor >> 62 != 1 || descriptor >> 46 & 0xffff) fail("an operand without the 128-byte swizzle");
+    current->products.back().push_back({sums, 2 * COUNT, transposed, left, right});
+}
+
+}  // namespace emulator
+
+inline unsigned shared_address(const void* shared) { return emulator::address_of(shared); }
+
+inline void barrier_init(unsigned long long* place, unsigned arrivals) {
+    if (reinterpret_cast<uintptr_t>(place) % 8) emulator::fail("a barrier that is not aligned");
+    emulator::barriers.push_back({place, arrivals, arrivals, 0, 0});
+}
+inline void barrier_init_fence() {}
+inline void barrier_arrive_expect(unsigned long long* place, unsigned bytes) {
+    emulator::PhaseBarrier& barrier = emulator::barrier_at(place);
+    barrier.bytes += bytes;
+    if (barrier.bytes >= 1 << 20) emulator::fail("more bytes than a barrier counts");
+    if (barrier.pending == 0) return emulator::fail("one more arrives at a barrier than it waits for");
+    barrier.pending -= 1;
+    emulator::end_phase_if_done(barrier);
+}
+inline void barrier_arrive(unsigned long long* place) { barrier_arrive_expect(place, 0); }
+inline void barrier_wait(unsigned long long* place, unsigned parity) {
+    emulator::current->wait = emulator::Wait::Phase;
+    emulator::current->barrier = place;
+    emulator::current->parity = parity;
+    emulator::yield_fiber();
+}
+
+inline void copy_box(void* shared, const TensorMap& map, unsigned col, unsigned row, unsigned long long* place) {
+    emulator::BoxCopy copy{static_cast<unsigned char*>(shared), {}, col, row, place};
+    memcpy(&copy.box, &map, sizeof copy.box);
+    if (emulator::address_of(shared) % 1024 || copy.box.box_cols != 64 || copy.box.box_rows > 256)
+        return emulator::fail("a box that is no whole lines of 128 bytes, or not where their swizzle starts");
+    emulator::boxes.push_back(copy);
+    if (emulator::random_word() % 2) emulator::bring_boxes(place);
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::current->products.emplace_back(); }
+template <int GROUPS>
+void wgmma_wait() {
+    auto& products = emulator::current->products;
+    while (products.size() > size_t(GROUPS) + 1) {
+        for (const emulator::Product& product : products.front())
+            emulator::multiply(product, emulator::current->index);
+        products.erase(products.begin());
+    }
+    __syncwarp();
+}
+template <unsigned COUNT>
+void wgmma_settle(float (&)[COUNT]) {}
+template <bool TRANSPOSED>
+void wgmma(float (&sums)[64], unsigned long long left, unsigned long long right) {
+    emulator::start_product(sums, left, right, TRANSPOSED);
+}
+template <bool TRANSPOSED>
+void wgmma(float (&sums)[128], unsigned long long left, unsigned long long right) {
+    emulator::start_product(sums, left, right, TRANSPOSED);
+}
+template <int COUNT>
+void registers_up_to() {}
+template <int COUNT>
+void registers_down_to() {}

@@ -19,7 +19,7 @@ use std::{
 
 use polytape::{
     Result,
-    kernels::cuda::device::{Device, Launch},
+    kernels::cuda::device::{BoxedMatrix, Device, Launch, TensorMap},
 };
 
 const GUARD: u8 = 0xA5;
@@ -331,6 +331,21 @@ unsafe impl Device for Emulator {
         let message = CStr::from_bytes_until_nul(&message).unwrap().to_string_lossy();
         assert_eq!(failed, 0, "kernel {}: {message}", launch.kernel);
         Ok(())
+    }
+
+    fn hopper_multiprocessors(&self) -> u32 {
+        3
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        let &BoxedMatrix { address, rows, cols, box_rows } = matrix;
+        // What the driver asks for.
+        assert!(address % 16 == 0 && rows > 0 && cols > 0 && cols % 8 == 0, "{matrix:?}");
+        assert!((1..=256).contains(&box_rows), "{matrix:?}");
+        // `Box` of emulator.hpp.
+        let mut map = TensorMap::default();
+        map.0[..5].copy_from_slice(&[address, rows as u64, cols as u64, u64::from(box_rows), 64]);
+        Ok(map)
     }
 
     fn is_strict(&self) -> bool {

@@ -17,6 +17,7 @@ mod gemm;
 mod lora;
 #[path = "../../fuzz/src/routed_lora.rs"]
 mod routed_lora;
+mod twins;
 
 use attention as attention_cases; // As the target calls them, which has their name itself.
 

@@ -11,10 +11,14 @@ use crate::{
         AttentionCase, AttentionShape, Direction, GemmCase, GemmShape, RoutedCase, RoutedShape,
         Timing, time,
     },
-    cli::{Common, print, print_json},
+    cli::{Common, Device, print, print_json},
     dtype::Dtype,
     error::Result,
-    kernels::cpu::Cpu,
+    kernels::{
+        Backend,
+        cpu::Cpu,
+        cuda::{Cuda, catch_faults},
+    },
 };
 
 /// Models whose linears are timed.
@@ -116,26 +120,22 @@ pub(super) struct Gemm {
 
 impl Gemm {
     pub(super) fn run(&self) -> Result<()> {
+        if let Device::Cuda = self.common.device {
+            let cuda = Cuda::new(self.common.dtype().unwrap_or(Dtype::Bf16))?;
+            return catch_faults(|| {
+                self.each(|model, shape| self.shape_on_cuda(&cuda, model, shape))
+            });
+        }
         let cpu = cpu(&self.common, "bench gemm")?;
         let (mut shares, mut n) = (Vec::new(), 0);
-        for &shapes in &self.kernels.shapes {
-            for &(d_out, d_in) in shapes.linears() {
-                for &rows in self.rows.iter().filter(|&&rows| rows > 0) {
-                    for direction in [Direction::Forward, Direction::Backward] {
-                        if rows <= 16 && direction == Direction::Backward {
-                            continue; // Nothing trains on so few.
-                        }
-                        let weights = self.kernels.weights();
-                        let shape = GemmShape { rows, d_out, d_in, direction, weights };
-                        let share = self.shape(&cpu, shapes, shape)?;
-                        if rows > 16 {
-                            shares.push(share);
-                        }
-                        n += 1;
-                    }
-                }
+        self.each(|model, shape| {
+            let share = self.shape(&cpu, model, shape)?;
+            if shape.rows > 16 {
+                shares.push(share);
             }
-        }
+            n += 1;
+            Ok(())
+        })?;
         let share = mean(&shares);
         if self.common.json {
             return print_json(&json!({
@@ -144,6 +144,60 @@ impl Gemm {
             }));
         }
         print(&format!("{n} shapes; those of many rows reach {:.0} % of the peak", 100.0 * share))
+    }
+
+    /// Every shape that the flags ask for.
+    fn each(&self, mut run: impl FnMut(Shapes, GemmShape) -> Result<()>) -> Result<()> {
+        for &shapes in &self.kernels.shapes {
+            for &(d_out, d_in) in shapes.linears() {
+                for &rows in self.rows.iter().filter(|&&rows| rows > 0) {
+                    for direction in [Direction::Forward, Direction::Backward] {
+                        if rows <= 16 && direction == Direction::Backward {
+                            continue; // Nothing trains on so few.
+                        }
+                        let weights = self.kernels.weights();
+                        run(shapes, GemmShape { rows, d_out, d_in, direction, weights })?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// On a GPU, by what `POLYTAPE_CUDA_GEMM` names. Ten products are queued at a time, then waited for.
+    fn shape_on_cuda(&self, cuda: &Cuda, model: Shapes, shape: GemmShape) -> Result<()> {
+        const QUEUED: u32 = 10;
+        let mut case = GemmCase::new(cuda, shape).on_tensor_cores();
+        let worst = case.check()?;
+        let last = cuda.number(0.0);
+        let timing = self.kernels.time(|| {
+            (0..QUEUED).for_each(|_| case.run());
+            cuda.numbers(&last);
+        });
+        let [median_s, min_s] = [timing.median_s, timing.min_s].map(|s| s / f64::from(QUEUED));
+        let (flops, bytes) = (shape.flops() / median_s, shape.weight_bytes() / median_s);
+        let direction = if shape.direction == Direction::Forward { "forward" } else { "backward" };
+        if self.common.json {
+            return print_json(&json!({
+                "what": "gemm", "model": model.name(), "direction": direction, "rows": shape.rows,
+                "d_out": shape.d_out, "d_in": shape.d_in, "weights": shape.weights.to_string(),
+                "dtype": cuda.compute_dtype().to_string(), "device": cuda.device().name(),
+                "kernels": cuda.gemm().name(), "median_s": median_s, "min_s": min_s,
+                "tflop_per_s": flops / 1e12, "gb_per_s": bytes / 1e9,
+                "worst_error_in_bounds": worst,
+            }));
+        }
+        print(&format!(
+            "{:<13} {direction:<8} {:>5} x {:>4} x {:>4} {:<6} {:>9.4} ms {:>7.1} TFLOP/s {:>7.1} GB/s",
+            model.name(),
+            shape.rows,
+            shape.d_out,
+            shape.d_in,
+            cuda.gemm().name(),
+            1e3 * median_s,
+            flops / 1e12,
+            bytes / 1e9,
+        ))
     }
 
     /// The share of the peak that bounds it.

@@ -28,10 +28,12 @@ macro_rules! sources {
 }
 
 /// Files that others include.
-const HEADERS: [(&str, &str); 7] = sources![
+const HEADERS: [(&str, &str); 9] = sources![
     "bank.cuh",
     "common.cuh",
     "gemm.cuh",
+    "hopper.cuh",
+    "linear.cuh",
     "mma.cuh",
     "philox.cuh",
     "siblings.cuh",
@@ -39,7 +41,7 @@ const HEADERS: [(&str, &str); 7] = sources![
 ];
 
 /// Files with kernels.
-const MODULES: [(&str, &str); 13] = sources![
+const MODULES: [(&str, &str); 14] = sources![
     "adamw.cu",
     "attention.cu",
     "elementwise.cu",
@@ -48,6 +50,7 @@ const MODULES: [(&str, &str); 13] = sources![
     "grad.cu",
     "head.cu",
     "linear.cu",
+    "linear_wgmma.cu",
     "mix.cu",
     "norm.cu",
     "rope.cu",

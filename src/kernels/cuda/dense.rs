@@ -6,6 +6,7 @@ use bytemuck::{NoUninit, Pod, Zeroable};
 
 use super::{
     Buffer, Cuda,
+    gemm::{self, GEMM_THREADS, MMA_TILE, SCALAR_TILE},
     lora::BankArg,
     narrow,
     tables::{DropoutArg, DropoutTable},
@@ -16,33 +17,10 @@ use crate::{
     tensor::Tensor,
 };
 
-/// `ScalarTile` and `MmaTile` of `cuda/gemm.cuh`.
-const SCALAR_TILE: Tile = Tile { side: 64, shared_bytes: 4 * 64 * (64 + 1) };
-const MMA_TILE: Tile = Tile { side: 128, shared_bytes: 4 * 128 * (128 + 4) };
-const GEMM_THREADS: u32 = 256;
-/// A tile of a matrix product: rows and columns, and the block's dynamic shared memory.
-#[derive(Clone, Copy)]
-struct Tile {
-    side: usize,
-    shared_bytes: usize,
-}
-
-impl Tile {
-    /// What frozen weights are multiplied in.
-    fn of(cuda: &Cuda) -> Self {
-        if cuda.compute == Dtype::Bf16 { MMA_TILE } else { SCALAR_TILE }
-    }
-
-    /// Blocks for a result of this shape.
-    fn grid(self, rows: usize, cols: usize) -> [usize; 3] {
-        [cols.div_ceil(self.side), rows.div_ceil(self.side), 1]
-    }
-}
-
 /// Tokens and columns of a block of `linear_dot`.
 const DOT: usize = 8;
 /// Siblings that `linear_backward` takes in one launch.
-const MAX_TERMS: usize = 4;
+pub(super) const MAX_TERMS: usize = 4;
 /// Logits that exist at a time.
 const HEAD_BYTES: usize = 256 << 20;
 
@@ -152,7 +130,7 @@ pub(super) fn norm_backward(cuda: &Cuda, args: NormBackward<'_, Cuda>) -> Tensor
 /// `Expand` of `cuda/linear.cu`.
 #[derive(Clone, Copy, NoUninit, Zeroable)]
 #[repr(C)]
-struct ExpandArg {
+pub(super) struct ExpandArg {
     z: u64,
     token_rows: u64,
     mixed_b: u64,
@@ -162,7 +140,7 @@ struct ExpandArg {
 /// `Epilogue` of `cuda/linear.cu`.
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
-struct EpilogueArg {
+pub(super) struct EpilogueArg {
     bias: u64,
     residual: u64,
     expand: ExpandArg,
@@ -215,17 +193,16 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
         let (d_out, d_in) = projection.weight.shape();
         let epilogue = epilogue(cuda, projection, tokens);
         let mut y = cuda.alloc(tokens, d_out, output);
-        let (dot, tile) = (Tile { side: DOT, shared_bytes: 0 }, Tile::of(cuda));
-        let (name, tile, threads) = match (order, output) {
-            (Order::Panel, Precision::Activation) => ("linear", tile, GEMM_THREADS),
-            (Order::Panel, Precision::Full) => ("linear_full", tile, GEMM_THREADS),
-            (Order::Dot, Precision::Activation) => ("linear_dot", dot, 32 * DOT as u32),
-            (Order::Dot, Precision::Full) => ("linear_dot_full", dot, 32 * DOT as u32),
-        };
-        let kernel = cuda.kernel("linear", name).arg(y.address_mut());
-        let kernel = kernel.arg(x.activation(cuda, tokens, d_in)).arg(projection.weight.matrix());
-        let kernel = kernel.arg(epilogue.arg).count(tokens).count(d_in).count(d_out);
-        kernel.shared_bytes(tile.shared_bytes).launch(tile.grid(tokens, d_out), threads);
+        let (x, weight) = (x.activation(cuda, tokens, d_in), projection.weight.matrix());
+        let (to, epilogue) = (y.address_mut(), epilogue.arg);
+        if order == Order::Panel {
+            gemm::Forward { y: to, x, weight, epilogue, tokens, d_in, d_out, output }.launch(cuda);
+            return y;
+        }
+        let name = if output == Precision::Full { "linear_dot_full" } else { "linear_dot" };
+        let kernel = cuda.kernel("linear", name).arg(to).arg(x).arg(weight).arg(epilogue);
+        let kernel = kernel.count(tokens).count(d_in).count(d_out);
+        kernel.launch([d_out.div_ceil(DOT), tokens.div_ceil(DOT), 1], 32 * DOT as u32);
         y
     };
     projections.iter().map(project).collect()
@@ -234,22 +211,22 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
 /// `Term` of `cuda/linear.cu`.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
-struct TermArg {
-    d_y: u64,
-    weight: u64,
+pub(super) struct TermArg {
+    pub(super) d_y: u64,
+    pub(super) weight: u64,
     d_z: u64,
     mixed_a: u64,
     token_rows: u64,
-    d_out: u32,
+    pub(super) d_out: u32,
     rank: u32,
 }
 
 /// `Terms` of `cuda/linear.cu`.
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
-struct TermsArg {
-    terms: [TermArg; MAX_TERMS],
-    n: u32,
+pub(super) struct TermsArg {
+    pub(super) terms: [TermArg; MAX_TERMS],
+    pub(super) n: u32,
     padding: u32,
 }
 
@@ -276,11 +253,8 @@ pub(super) fn linear_backward(cuda: &Cuda, args: LinearBackward<'_, Cuda>) -> Te
         }
     }
     let d_x = cuda.reuse_or_alloc(&d_residual, tokens, d_in);
-    let kernel = cuda.kernel("linear", "linear_backward").arg(d_x.address());
-    let kernel = kernel.arg(residual(cuda, d_residual.as_ref(), tokens, d_in)).arg(arg);
-    let tile = Tile::of(cuda);
-    let kernel = kernel.count(tokens).count(d_in).shared_bytes(tile.shared_bytes);
-    kernel.launch(tile.grid(tokens, d_in), GEMM_THREADS);
+    let d_residual = residual(cuda, d_residual.as_ref(), tokens, d_in);
+    gemm::Backward { d_x: d_x.address(), d_residual, terms: arg, tokens, d_in }.launch(cuda);
     d_x
 }
 
@@ -376,18 +350,23 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     for first in (0..tokens).step_by(chunk) {
         let n = chunk.min(tokens - first);
         let row = (first * d_model * item) as u64;
-        let kernel = cuda.kernel("linear", "linear_full").arg(raw.address_mut());
-        let kernel = kernel.arg(x.activation(cuda, tokens, d_model) + row).arg(weight.matrix());
         let none = EpilogueArg {
             bias: 0,
             residual: 0,
             expand: ExpandArg::zeroed(),
             dropout: DropoutArg::zeroed(),
         };
-        let kernel = kernel.arg(none).count(n).count(d_model).count(vocabulary);
-        let tile = Tile::of(cuda);
-        let kernel = kernel.shared_bytes(tile.shared_bytes);
-        kernel.launch(tile.grid(n, vocabulary), GEMM_THREADS);
+        let product = gemm::Forward {
+            y: raw.address_mut(),
+            x: x.activation(cuda, tokens, d_model) + row,
+            weight: weight.matrix(),
+            epilogue: none,
+            tokens: n,
+            d_in: d_model,
+            d_out: vocabulary,
+            output: Precision::Full,
+        };
+        product.launch(cuda);
         let kernel = cuda.kernel("head", "head_softmax");
         let kernel = kernel.arg(nll.address() + 8 * first as u64).arg(raw.address_mut());
         let kernel = kernel.arg(half(0)).arg(half(1));
@@ -402,9 +381,8 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
                 term.d_y = half(i);
                 (term.weight, term.d_out) = (weight.matrix(), narrow(vocabulary));
             }
-            let kernel = cuda.kernel("linear", "linear_backward").arg(to).arg(0_u64).arg(terms);
-            let kernel = kernel.count(n).count(d_model).shared_bytes(tile.shared_bytes);
-            kernel.launch(tile.grid(n, d_model), GEMM_THREADS);
+            let (tokens, d_in) = (n, d_model);
+            gemm::Backward { d_x: to, d_residual: 0, terms, tokens, d_in }.launch(cuda);
         } else {
             let kernel = cuda.kernel("head", "head_backward").arg(to);
             let kernel = kernel.arg(raw.address()).arg(weight.matrix());

@@ -3,7 +3,7 @@
 //! `driver::Driver` is the real one. Tests bring an emulator, so that everything
 //! above this trait, planning and kernels alike, runs and is compared with the oracle without a GPU.
 
-use bytemuck::NoUninit;
+use bytemuck::{NoUninit, Pod, Zeroable};
 
 use crate::error::Result;
 
@@ -24,6 +24,24 @@ pub struct Launch<'a> {
     /// The parameters.
     pub args: &'a Args,
 }
+
+/// A bf16 matrix, and the box of it that a kernel copies at a time: 64 columns, 128 bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct BoxedMatrix {
+    /// Where it starts.
+    pub address: u64,
+    /// Rows.
+    pub rows: usize,
+    /// Columns, a multiple of 8.
+    pub cols: usize,
+    /// Rows of the box, at most 256.
+    pub box_rows: u32,
+}
+
+/// `TensorMap` of `cuda/hopper.cuh`.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct TensorMap(pub [u64; 16]);
 
 /// The parameters of a kernel, each as its bytes.
 #[derive(Default)]
@@ -108,6 +126,16 @@ pub unsafe trait Device: Send + Sync + 'static {
     /// The parameters are those of the kernel, and what it reads and writes by them lies in memory of
     /// [`Device::alloc`].
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Multiprocessors, if they have the instructions of `cuda/hopper.cuh`; else 0.
+    fn hopper_multiprocessors(&self) -> u32 {
+        0
+    }
+
+    /// What those instructions are told of a matrix.
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        unreachable!("{} has no multiprocessors that copy {matrix:?}", self.name())
+    }
 
     /// Whether memory is to start as NaN and to be given back at once, so that a test sees what a
     /// kernel forgets to write or touches too late.

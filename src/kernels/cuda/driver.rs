@@ -13,7 +13,7 @@ use cudarc::driver::{
 
 use super::{
     compile,
-    device::{Device, Launch},
+    device::{BoxedMatrix, Device, Launch, TensorMap},
 };
 use crate::error::{Error, Result};
 
@@ -32,6 +32,8 @@ pub struct Driver {
     architecture: String,
     /// Of a block.
     max_shared_bytes: u32,
+    /// See [`Device::hopper_multiprocessors`].
+    hopper_multiprocessors: u32,
     /// Whether every launch is waited for, so that a fault is put down to its kernel.
     synchronous: bool,
     state: Mutex<State>,
@@ -126,6 +128,8 @@ impl Driver {
         }
         let shared =
             ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let multiprocessors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let is_hopper = (major, minor) == (9, 0);
         let architecture = compile::architecture(major, minor);
         compile::check_ready(&architecture)?;
         // SAFETY: `device` comes from `get`; the context is kept for the life of the process.
@@ -139,6 +143,8 @@ impl Driver {
             stream,
             architecture,
             max_shared_bytes: u32::try_from(shared).unwrap_or(0),
+            hopper_multiprocessors: u32::try_from(multiprocessors).unwrap_or(0)
+                * u32::from(is_hopper),
             synchronous: std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty()),
             name,
             state: Mutex::default(),
@@ -304,6 +310,38 @@ unsafe impl Device for Driver {
         // SAFETY: The caller's promise.
         unsafe { result::memset_d8_async(to, byte, bytes, self.stream) }
             .map_err(|error| self.late("a fill", error))
+    }
+
+    fn hopper_multiprocessors(&self) -> u32 {
+        self.hopper_multiprocessors
+    }
+
+    fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
+        self.enter()?;
+        let &BoxedMatrix { address, rows, cols, box_rows } = matrix;
+        let (dims, line_bytes) = ([cols as u64, rows as u64], 2 * cols as u64);
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: Every pointer is to as many numbers as a map of two dimensions has; the driver takes the
+        // address of the matrix as a number.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                address as *mut _,
+                dims.as_ptr(),
+                [line_bytes].as_ptr(),
+                [64, box_rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(fault(format_args!("{}: a map of {matrix:?}", self.name)))?;
+        Ok(TensorMap(map.opaque))
     }
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {

@@ -26,6 +26,7 @@ mod dense;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+mod gemm;
 mod lora;
 mod optimizer;
 mod tables;
@@ -39,6 +40,7 @@ use std::{
 
 pub use arena::Buffer;
 use bytemuck::NoUninit;
+pub use gemm::Gemm;
 use half::bf16;
 
 use self::{
@@ -60,6 +62,7 @@ pub struct Cuda {
     arena: Arc<Arena>,
     tables: Arc<Tables>,
     compute: Dtype,
+    gemm: Gemm,
 }
 
 /// A frozen weight in device memory. Cloning shares it.
@@ -123,13 +126,28 @@ impl Cuda {
     /// A backend on a device that computes in `compute` (f32 or bf16).
     ///
     /// # Errors
-    /// If the compute type is another.
+    /// If the compute type is another, or `POLYTAPE_CUDA_GEMM` names what the device or nobody has.
     pub fn with_device(device: Arc<dyn Device>, compute: Dtype) -> Result<Self> {
         if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
             return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
         }
         let arena = Arc::new(Arena::new(Arc::clone(&device)));
-        Ok(Self { device, arena, tables: Arc::default(), compute })
+        Self { device, arena, tables: Arc::default(), compute, gemm: Gemm::Mma }
+            .with_gemm(Gemm::from_env()?)
+    }
+
+    /// Multiplies by frozen weights so.
+    ///
+    /// # Errors
+    /// If the device cannot.
+    pub fn with_gemm(self, gemm: Gemm) -> Result<Self> {
+        if gemm == Gemm::Wgmma && self.device.hopper_multiprocessors() == 0 {
+            return Err(Error::Device(format!(
+                "{} has no wgmma, which is of compute capability 9.0: use POLYTAPE_CUDA_GEMM=mma",
+                self.device.name()
+            )));
+        }
+        Ok(Self { gemm, ..self })
     }
 
     /// A backend on the first GPU.
@@ -148,6 +166,11 @@ impl Cuda {
     /// The type of activations.
     pub fn compute_dtype(&self) -> Dtype {
         self.compute
+    }
+
+    /// What multiplies by frozen weights.
+    pub fn gemm(&self) -> Gemm {
+        self.gemm
     }
 
     /// Fails before anything is uploaded if a base of so many elements does not fit.

@@ -1,0 +1,86 @@
+// What the kernels of frozen linears share, whatever multiplies: parameters, the routed LoRA of an element, and
+// what becomes of a sum. See linear.cu for the formulas and shapes.
+#pragma once
+#include "bank.cuh"
+#include "philox.cuh"
+
+struct Expand {
+    const float* z;        // Null: no LoRA.
+    const u32* token_rows;
+    const float* mixed_b;  // Null: stacked.
+    Bank bank;             // Of a mixed one only rank and d_out count.
+};
+
+// z B^ of one element.
+__device__ inline float expand(const Expand& expand, u32 token, u32 col) {
+    if (!expand.z) return 0.0f;
+    const Bank& bank = expand.bank;
+    const float* z = expand.z + size_t(token) * bank.rank;
+    const u32 row = expand.token_rows[token];
+    float sum = 0.0f;
+    if (expand.mixed_b) {
+        const float* b = expand.mixed_b + size_t(row) * bank.rank * bank.d_out + col;
+        for (u32 r = 0; r < bank.rank; ++r) sum = fmaf(z[r], b[size_t(r) * bank.d_out], sum);
+    } else {
+        const u32 width = bank.d_out / bank.n_splits, split = col / width;
+        const float* w = mixing(bank, row, split);
+        const float* b = bank.b + size_t(split) * bank.n_skills * bank.rank * width + col % width;
+        for (u32 s = 0; s < bank.n_skills; ++s)
+            for (u32 r = 0; r < bank.rank; ++r, b += width) sum = fmaf(w[s] * z[r], *b, sum);
+    }
+    return sum;
+}
+
+struct Epilogue {
+    const float* bias;     // Null: none.
+    const Item* residual;  // Null: none.
+    Expand expand;
+    Dropout dropout;
+};
+
+// What becomes of a sum of `linear`. `expanded`: it has the low-rank part.
+template <class Out>
+__device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, float value, u32 token,
+                              u32 col, u32 d_out) {
+    const size_t at = size_t(token) * d_out + col;
+    if (!expanded) value += expand(epilogue.expand, token, col);
+    if (epilogue.bias) value += epilogue.bias[col];
+    // Not a product: a dropped infinity is 0.
+    const float factor = dropout_factor(epilogue.dropout, token, col);
+    value = factor == 0.0f ? 0.0f : factor * value;
+    if (epilogue.residual) value += widen(epilogue.residual[at]);
+    store(&y[at], value);
+}
+
+const u32 MAX_TERMS = 4;
+
+struct Term {
+    const Item* d_y;     // [tokens, d_out]
+    const Item* weight;  // [d_out, d_in]
+    const float* d_z;    // [tokens, rank]; null: no LoRA
+    const float* mixed_a;
+    const u32* token_rows;
+    u32 d_out, rank;
+};
+
+struct Terms {
+    Term terms[MAX_TERMS];
+    u32 n;
+};
+
+// What becomes of a sum of `linear_backward`. `expanded`: it has the low-rank parts.
+__device__ inline void finish(Item* d_x, const Item* d_residual, const Terms& terms, bool expanded, float value,
+                              u32 token, u32 col, u32 d_in) {
+    for (u32 n = 0; n < terms.n && !expanded; ++n) {
+        const Term& term = terms.terms[n];
+        if (!term.d_z) continue;
+        const float* d_z = term.d_z + size_t(token) * term.rank;
+        const float* a = term.mixed_a + (size_t(term.token_rows[token]) * d_in + col) * term.rank;
+        float sum = 0.0f;
+        for (u32 r = 0; r < term.rank; ++r) sum = fmaf(d_z[r], a[r], sum);
+        value += sum;
+    }
+    const size_t at = size_t(token) * d_in + col;
+    if (d_residual) value += widen(d_residual[at]);
+    store(&d_x[at], value);
+}

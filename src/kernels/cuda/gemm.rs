@@ -1,0 +1,202 @@
+//! Products with frozen weights: which kernel takes them, and its launch.
+//!
+//! ```text
+//! mma       linear.cu          every GPU, every shape, f32 and bf16
+//! wgmma     linear_wgmma.cu    Hopper, bf16, rows of whole 16 bytes; other shapes go to mma
+//! ```
+//!
+//! `POLYTAPE_CUDA_GEMM` chooses; mma if it is not set. What a shape goes to depends on the weight's shape
+//! alone and never on how many tokens there are: a token's bits do not change with its neighbours.
+
+use bytemuck::NoUninit;
+
+use super::{
+    Cuda,
+    dense::{EpilogueArg, MAX_TERMS, TermsArg},
+    device::{BoxedMatrix, TensorMap},
+    must, narrow,
+};
+use crate::{
+    dtype::Dtype,
+    error::{Error, Result},
+    kernels::Precision,
+};
+
+/// What multiplies by frozen weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gemm {
+    /// Tensor cores by the warp, or CUDA cores in f32.
+    Mma,
+    /// Tensor cores by the warpgroup.
+    Wgmma,
+}
+
+impl Gemm {
+    /// Its name in `POLYTAPE_CUDA_GEMM`, logs and results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mma => "mma",
+            Self::Wgmma => "wgmma",
+        }
+    }
+
+    /// What `POLYTAPE_CUDA_GEMM` says.
+    ///
+    /// # Errors
+    /// If it names none.
+    pub fn from_env() -> Result<Self> {
+        match std::env::var("POLYTAPE_CUDA_GEMM").as_deref() {
+            Err(_) | Ok("" | "mma") => Ok(Self::Mma),
+            Ok("wgmma") => Ok(Self::Wgmma),
+            Ok(other) => {
+                Err(Error::Usage(format!("POLYTAPE_CUDA_GEMM={other}: it is mma or wgmma")))
+            }
+        }
+    }
+}
+
+/// `ScalarTile` and `MmaTile` of `cuda/gemm.cuh`.
+pub(super) const SCALAR_TILE: Tile = Tile { side: 64, shared_bytes: 4 * 64 * (64 + 1) };
+pub(super) const MMA_TILE: Tile = Tile { side: 128, shared_bytes: 4 * 128 * (128 + 4) };
+pub(super) const GEMM_THREADS: u32 = 256;
+
+/// A tile of a matrix product: rows and columns, and the block's dynamic shared memory.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub(super) side: usize,
+    pub(super) shared_bytes: usize,
+}
+
+impl Tile {
+    /// What frozen weights are multiplied in.
+    fn of(cuda: &Cuda) -> Self {
+        if cuda.compute == Dtype::Bf16 { MMA_TILE } else { SCALAR_TILE }
+    }
+
+    /// Blocks for a result of this shape.
+    pub(super) fn grid(self, rows: usize, cols: usize) -> [usize; 3] {
+        [cols.div_ceil(self.side), rows.div_ceil(self.side), 1]
+    }
+}
+
+/// `Stages` of `cuda/linear_wgmma.cu`.
+const WGMMA_ROWS: usize = 128;
+const WGMMA_DEPTH: usize = 64;
+const WGMMA_THREADS: u32 = 384;
+
+fn wgmma_shared_bytes(width: usize) -> usize {
+    let stage = 2 * WGMMA_DEPTH * (WGMMA_ROWS + width);
+    1024 + 4 * stage + 4 * 8 * 16 * 40 + 4 * 2 * 8
+}
+
+/// The width of the tiles of `linear_wgmma.cu` for products with `n` columns, of matrices whose rows have so
+/// many elements; none if they are not for it.
+fn wgmma_width(cuda: &Cuda, n: usize, rows: impl IntoIterator<Item = usize>) -> Option<usize> {
+    let is_for_it = cuda.gemm == Gemm::Wgmma && cuda.compute == Dtype::Bf16;
+    // A copy's rows are multiples of 16 bytes. Narrow tiles where wide ones would leave most of the
+    // multiprocessors without one at 2,048 tokens.
+    let fits = rows.into_iter().all(|len| len > 0 && len % 8 == 0);
+    (is_for_it && fits).then_some(if n > 1024 { 256 } else { 128 })
+}
+
+/// Blocks of `linear_wgmma.cu`: each takes one tile after another.
+fn wgmma_grid(cuda: &Cuda, rows: usize, cols: usize, width: usize) -> [usize; 3] {
+    let tiles = rows.div_ceil(WGMMA_ROWS) * cols.div_ceil(width);
+    [tiles.min(cuda.device.hopper_multiprocessors() as usize), 1, 1]
+}
+
+fn tensor_map(cuda: &Cuda, address: u64, rows: usize, cols: usize, box_rows: usize) -> TensorMap {
+    let matrix = BoxedMatrix { address, rows, cols, box_rows: narrow(box_rows) };
+    must(cuda.device.tensor_map(&matrix))
+}
+
+/// `y = epilogue(x Wᵀ)`, each an address.
+pub(super) struct Forward {
+    pub(super) y: u64,
+    pub(super) x: u64,
+    pub(super) weight: u64,
+    pub(super) epilogue: EpilogueArg,
+    pub(super) tokens: usize,
+    pub(super) d_in: usize,
+    pub(super) d_out: usize,
+    pub(super) output: Precision,
+}
+
+impl Forward {
+    pub(super) fn launch(self, cuda: &Cuda) {
+        let Self { y, x, weight, epilogue, tokens, d_in, d_out, output } = self;
+        if tokens == 0 {
+            return;
+        }
+        let Some(width) = wgmma_width(cuda, d_out, [d_in]) else {
+            let name = if output == Precision::Full { "linear_full" } else { "linear" };
+            let kernel = cuda.kernel("linear", name).arg(y).arg(x).arg(weight).arg(epilogue);
+            let kernel = kernel.count(tokens).count(d_in).count(d_out);
+            let tile = Tile::of(cuda);
+            let kernel = kernel.shared_bytes(tile.shared_bytes);
+            return kernel.launch(tile.grid(tokens, d_out), GEMM_THREADS);
+        };
+        let name = match (output, width) {
+            (Precision::Activation, 128) => "linear_wgmma_128",
+            (Precision::Activation, _) => "linear_wgmma_256",
+            (Precision::Full, 128) => "linear_full_wgmma_128",
+            (Precision::Full, _) => "linear_full_wgmma_256",
+        };
+        let kernel = cuda.kernel("linear_wgmma", name).arg(y);
+        let kernel = kernel.arg(tensor_map(cuda, x, tokens, d_in, WGMMA_ROWS));
+        let kernel = kernel.arg(tensor_map(cuda, weight, d_out, d_in, width)).arg(epilogue);
+        let kernel = kernel.count(tokens).count(d_in).count(d_out);
+        let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));
+        kernel.launch(wgmma_grid(cuda, tokens, d_out, width), WGMMA_THREADS);
+    }
+}
+
+/// `TermMaps` of `cuda/linear_wgmma.cu`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct TermMapsArg {
+    d_y: [TensorMap; MAX_TERMS],
+    weight: [TensorMap; MAX_TERMS],
+}
+
+/// `d_x = d_residual + Σ d_y W` and what of the LoRA comes to it, each an address.
+pub(super) struct Backward {
+    pub(super) d_x: u64,
+    pub(super) d_residual: u64,
+    pub(super) terms: TermsArg,
+    pub(super) tokens: usize,
+    pub(super) d_in: usize,
+}
+
+impl Backward {
+    pub(super) fn launch(self, cuda: &Cuda) {
+        let Self { d_x, d_residual, terms, tokens, d_in } = self;
+        if tokens == 0 {
+            return;
+        }
+        let used = &terms.terms[..terms.n as usize];
+        let depths = used.iter().map(|term| term.d_out as usize);
+        let Some(width) = wgmma_width(cuda, d_in, depths.chain([d_in])) else {
+            let kernel = cuda.kernel("linear", "linear_backward").arg(d_x).arg(d_residual);
+            let kernel = kernel.arg(terms).count(tokens).count(d_in);
+            let tile = Tile::of(cuda);
+            let kernel = kernel.shared_bytes(tile.shared_bytes);
+            return kernel.launch(tile.grid(tokens, d_in), GEMM_THREADS);
+        };
+        let mut maps = TermMapsArg {
+            d_y: [TensorMap::default(); MAX_TERMS],
+            weight: [TensorMap::default(); MAX_TERMS],
+        };
+        for (i, term) in used.iter().enumerate() {
+            let d_out = term.d_out as usize;
+            maps.d_y[i] = tensor_map(cuda, term.d_y, tokens, d_out, WGMMA_ROWS);
+            maps.weight[i] = tensor_map(cuda, term.weight, d_out, d_in, WGMMA_DEPTH);
+        }
+        let name =
+            if width == 128 { "linear_backward_wgmma_128" } else { "linear_backward_wgmma_256" };
+        let kernel = cuda.kernel("linear_wgmma", name).arg(d_x).arg(d_residual).arg(maps);
+        let kernel = kernel.arg(terms).count(tokens).count(d_in);
+        let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));
+        kernel.launch(wgmma_grid(cuda, tokens, d_in, width), WGMMA_THREADS);
+    }
+}
