@@ -482,7 +482,7 @@ fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
 mod cuda {
     use std::sync::Arc;
 
-    use polytape::kernels::cuda::{Cuda, catch_faults};
+    use polytape::kernels::cuda::{Cuda, catch_faults, driver::Driver};
 
     use super::{
         cuda_emulator::{Emulator, Event},
@@ -499,10 +499,19 @@ mod cuda {
 
     /// The emulator, where it is wanted; says so if there is none.
     fn emulator() -> Option<Arc<Emulator>> {
+        made(Emulator::new)
+    }
+
+    /// The same with graphs.
+    fn emulator_with_graphs() -> Option<Arc<Emulator>> {
+        made(Emulator::with_graphs)
+    }
+
+    fn made(make: fn(u64) -> Result<Emulator, String>) -> Option<Arc<Emulator>> {
         if !is_wanted("emulated") {
             return None;
         }
-        let why = match Emulator::new(3) {
+        let why = match make(3) {
             Ok(device) => return Some(Arc::new(device)),
             Err(why) => why,
         };
@@ -630,13 +639,7 @@ mod cuda {
             let (step, reads) = log.split_at(first_read.unwrap());
             // The loss and the norm, when everything is queued.
             assert_eq!(reads, [Event::Read(8), Event::Read(8)], "{name} {compute}");
-            let launches: Vec<&str> = step
-                .iter()
-                .map(|event| match event {
-                    Event::Launch(kernel) => kernel.as_str(),
-                    Event::Read(_) => unreachable!(),
-                })
-                .collect();
+            let launches: Vec<&str> = step.iter().flat_map(Event::kernels).collect();
             for kernel in &launches {
                 let known = OF_ADAPTERS.contains(kernel)
                     || OF_A_STEP.contains(kernel)
@@ -678,13 +681,126 @@ mod cuda {
             let log = device.take_log();
             let read = |event: &Event| match event {
                 Event::Read(bytes) => Some(*bytes),
-                Event::Launch(_) => None,
+                _ => None,
             };
             let choices = log.iter().filter(|e| **e == Event::Launch("argmax".into())).count();
             let reads: Vec<usize> = log.iter().filter_map(read).collect();
             assert_eq!(reads.len(), choices, "{name}");
             let n_tokens: usize = generated.iter().map(Vec::len).sum();
             assert_eq!(reads.iter().sum::<usize>(), 4 * n_tokens, "{name}");
+        }
+    }
+
+    /// A step whose like was there before is graphs and nothing else: no launch by itself, no memory
+    /// that is asked for, no graph that is made, and reads at its end. Only what depends on the step is
+    /// changed in them: addresses stay.
+    #[test]
+    fn a_step_that_repeats_is_graphs() {
+        for (name, compute, dropout) in [
+            ("tiny", Dtype::F32, 0.0),
+            ("tiny", Dtype::Bf16, 0.1),
+            ("llama", Dtype::F32, 0.0),
+            ("llama", Dtype::Bf16, 0.1),
+        ] {
+            let Some(device) = emulator_with_graphs() else { return };
+            let cuda = Cuda::with_device(device.clone(), compute).unwrap();
+            let case = Case::open(name);
+            let model = case.model(cuda);
+            let adapter = case.adapter(&model);
+            let config = TrainConfig { dropout: Some(dropout), ..train_config(&case, true) };
+            let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+            for _ in 0..3 {
+                trainer.step(&case.examples()).unwrap();
+            }
+            let _ = device.take_log();
+            trainer.step(&case.examples()).unwrap();
+            let log = device.take_log();
+            let (mut kernels, mut n_changed, mut n_graphs, mut written) = (Vec::new(), 0, 0, 0);
+            for event in &log {
+                match event {
+                    Event::Graph { changed, .. } => {
+                        kernels.extend(event.kernels());
+                        n_graphs += 1;
+                        n_changed += changed;
+                    }
+                    // Ids, labels, tasks, numbers of examples, rates: to memory that no graph uses yet.
+                    Event::Write(bytes) => written += bytes,
+                    Event::Read(8) => {}
+                    other => panic!("{name} {compute}: {other:?}"),
+                }
+            }
+            let reads = log.iter().rposition(|event| !matches!(event, Event::Read(_))).unwrap();
+            assert_eq!(log.len() - 1 - reads, 2, "the loss and the norm, at the end");
+            println!(
+                "{name} {compute}: {} launches in {n_graphs} graphs, {n_changed} changed, {written} bytes written",
+                kernels.len()
+            );
+            // The router's noise, the corrections of the moments; with dropout its keys.
+            if dropout == 0.0 {
+                assert!(
+                    n_changed <= 4,
+                    "{name} {compute}: {n_changed} of {} changed",
+                    kernels.len()
+                );
+            }
+        }
+    }
+
+    /// The loss, the norm and the parameters after steps of two shapes, with sampling, dropout and a
+    /// falling learning rate.
+    fn trained<B: Backend>(case: &Case, backend: B) -> Vec<u64> {
+        let model = case.model(backend);
+        let adapter = case.adapter(&model);
+        let config = TrainConfig {
+            dropout: Some(0.1),
+            warmup_steps: 2,
+            max_steps: 8,
+            ..train_config(case, true)
+        };
+        let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+        let examples = case.examples();
+        let mut bits = Vec::new();
+        for n_left_out in [0, 0, 0, 1, 1, 0, 1] {
+            let report = trainer.step(&examples[n_left_out..]).unwrap();
+            bits.extend([report.loss, report.grad_norm].map(f64::to_bits));
+            let params = model.backend().download(trainer.adapter().params());
+            bits.extend(params.into_iter().map(f64::to_bits));
+        }
+        bits
+    }
+
+    /// Pairs of backends that differ in nothing but that the second has graphs, with their names.
+    fn plain_and_graphs(compute: Dtype) -> Vec<(&'static str, [Cuda; 2])> {
+        let mut pairs = Vec::new();
+        if let (Some(plain), Some(graphs)) = (emulator(), emulator_with_graphs()) {
+            let on = |device: Arc<Emulator>| Cuda::with_device(device, compute).unwrap();
+            pairs.push(("emulated", [plain, graphs].map(on)));
+        }
+        if is_wanted("gpu") {
+            let plain = Driver::open()
+                .and_then(|driver| Cuda::with_device(Arc::new(driver.without_graphs()), compute));
+            match plain.and_then(|plain| Ok([plain, Cuda::new(compute)?])) {
+                Ok(pair) => pairs.push(("gpu", pair)),
+                Err(why) => eprintln!("skipped: graphs on a GPU: {why}"),
+            }
+        }
+        pairs
+    }
+
+    #[test]
+    fn graphs_give_the_bits_of_plain_launches() {
+        for (name, compute) in [
+            ("tiny", Dtype::F32),
+            ("tiny", Dtype::Bf16),
+            ("llama", Dtype::F32),
+            ("llama", Dtype::Bf16),
+        ] {
+            let case = Case::open(name);
+            for (on, pair) in plain_and_graphs(compute) {
+                let [plain, graphs] = pair.map(|cuda| trained(&case, cuda));
+                let differs = plain.iter().zip(&graphs).position(|(a, b)| a != b);
+                assert_eq!(differs, None, "{name} {on} {compute}");
+            }
         }
     }
 

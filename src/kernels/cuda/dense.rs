@@ -63,7 +63,7 @@ pub(super) fn cache_write(cuda: &Cuda, args: CacheWrite<'_, Cuda>) {
     let source_address = source.activation(cuda, rows.len(), cache.cols);
     assert_eq!(cache.dtype, cuda.compute);
     let d = cache.cols;
-    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    let rows_buffer = cuda.indices(rows.iter().map(|&row| narrow(row)));
     let kernel = cuda.kernel("embed", "cache_write").arg(cache.address_mut()).arg(source_address);
     kernel.arg(rows_buffer.address()).count(d).launch([rows.len(), 1, 1], 128);
 }
@@ -78,7 +78,7 @@ pub(super) fn rope(cuda: &Cuda, args: Rope<'_, Cuda>) -> Tensor<Cuda> {
     let from = x.activation(cuda, rows, width);
     let x = Some(x);
     let y = cuda.reuse_or_alloc(&x, rows, width);
-    let positions = cuda.buffer_of(positions);
+    let positions = cuda.indices(positions.iter().copied());
     let kernel = cuda.kernel("rope", "rope").arg(y.address()).arg(from);
     let kernel = kernel.arg(rotary.table.full(n_positions, head_dim)).arg(positions.address());
     let kernel = kernel.count(width).count(head_dim).arg(if inverse { -1.0_f32 } else { 1.0 });
@@ -91,7 +91,7 @@ pub(super) fn gather(cuda: &Cuda, args: Gather<'_, Cuda>) -> Tensor<Cuda> {
     assert!(rows.iter().all(|&row| row < x.rows), "rows are in the matrix");
     let mut y = cuda.alloc(rows.len(), x.cols, Precision::Activation);
     let from = x.activation(cuda, x.rows, x.cols);
-    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    let rows_buffer = cuda.indices(rows.iter().map(|&row| narrow(row)));
     // An embedding's table is rows, too.
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(from);
     kernel.arg(rows_buffer.address()).count(x.cols).arg(1.0_f32).launch([rows.len(), 1, 1], 128);

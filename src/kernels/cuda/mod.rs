@@ -1,12 +1,13 @@
 //! NVIDIA GPUs: buffers, launches, and the operations' way to the kernels in `cuda/`.
 //!
 //! ```text
-//! Backend (here)  ─ shapes checked, tables planned ─>  Device (one stream)  ─>  cuda/*.cu
-//!                                                       `driver`: cudarc, NVRTC at run time
-//!                                                       the tests' emulator
+//! Backend (here)  ─ shapes checked, tables planned ─>  `graph`  ─>  Device (one stream)  ─>  cuda/*.cu
+//!                                                                    `driver`: cudarc, NVRTC at run time
+//!                                                                    the tests' emulator
 //! ```
 //!
-//! Every operation checks its shapes, takes its results from the `arena`, and queues launches; the
+//! Every operation checks its shapes, takes its results from the `arena`, and pushes launches, which
+//! `graph` gives to the device some hundred at a time; the
 //! host waits for the device only where the trait asks for numbers: `download`, `numbers` (once, at the
 //! end of a training step) and `argmax` (once a decoding step). What kernels need to know of a batch (segments, spans, token keys) is uploaded
 //! once and kept in `tables`.
@@ -26,12 +27,14 @@ mod dense;
 pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
+mod graph;
 mod lora;
 mod optimizer;
 mod tables;
 
 use std::{
     any::Any,
+    borrow::Cow,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
@@ -42,8 +45,9 @@ use bytemuck::NoUninit;
 use half::bf16;
 
 use self::{
-    arena::Arena,
-    device::{Args, Device, Launch},
+    arena::{Arena, Use},
+    device::{Args, Command, Device, Launch},
+    graph::Queue,
     tables::Tables,
 };
 use super::{Backend, Precision, ops::*};
@@ -56,7 +60,7 @@ use crate::{
 /// The CUDA backend: a device and a compute type. Cloning shares the device and its memory.
 #[derive(Clone)]
 pub struct Cuda {
-    device: Arc<dyn Device>,
+    queue: Arc<Queue>,
     arena: Arc<Arena>,
     tables: Arc<Tables>,
     compute: Dtype,
@@ -128,8 +132,9 @@ impl Cuda {
         if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
             return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
         }
-        let arena = Arc::new(Arena::new(Arc::clone(&device)));
-        Ok(Self { device, arena, tables: Arc::default(), compute })
+        let queue = Arc::new(Queue::new(device));
+        let arena = Arc::new(Arena::new(Arc::clone(&queue)));
+        Ok(Self { queue, arena, tables: Arc::default(), compute })
     }
 
     /// A backend on the first GPU.
@@ -156,7 +161,7 @@ impl Cuda {
     /// With the numbers.
     pub fn check_fits(&self, base_elements: usize) -> Result<()> {
         let bytes = base_elements * self.compute.size_bytes();
-        let (total, free) = self.device.memory()?;
+        let (total, free) = self.device().memory()?;
         if bytes <= free {
             return Ok(());
         }
@@ -166,7 +171,7 @@ impl Cuda {
              or --device cpu",
             mib(bytes),
             self.compute,
-            self.device.name(),
+            self.device().name(),
             mib(free),
             mib(total),
         )))
@@ -174,7 +179,7 @@ impl Cuda {
 
     /// The device.
     pub fn device(&self) -> &dyn Device {
-        &*self.device
+        self.queue.device()
     }
 
     /// Room for so many numbers.
@@ -188,7 +193,7 @@ impl Cuda {
     }
 
     fn take(&self, bytes: usize) -> Buffer {
-        must(self.arena.take(bytes))
+        must(self.arena.take(bytes, Use::Commands))
     }
 
     /// An unwritten matrix. Kernels write every element.
@@ -200,10 +205,10 @@ impl Cuda {
     /// A buffer with these values.
     fn buffer_of<T: NoUninit>(&self, values: &[T]) -> Buffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
-        let buffer = self.take(bytes.len());
+        let buffer = must(self.arena.take(bytes.len(), Use::Upload));
         if !bytes.is_empty() {
-            // SAFETY: The buffer has that many bytes.
-            must(unsafe { self.device.write(buffer.address(), bytes) });
+            // SAFETY: The buffer has that many bytes, and no command that is pending uses them.
+            must(unsafe { self.device().write(buffer.address(), bytes) });
         }
         buffer
     }
@@ -213,7 +218,8 @@ impl Cuda {
         let mut read = vec![0; bytes];
         if bytes > 0 {
             // SAFETY: Callers ask for no more than the buffer was taken with.
-            must(unsafe { self.device.read(buffer.address(), &mut read) });
+            must(unsafe { self.queue.read(buffer.address(), &mut read) });
+            self.tables.end_step();
         }
         read
     }
@@ -222,14 +228,15 @@ impl Cuda {
     fn fill_zero(&self, tensor: &mut Tensor<Self>) {
         let bytes = tensor.len() * tensor.dtype.size_bytes();
         if bytes > 0 {
+            let fill = Command::Fill { to: tensor.address_mut(), byte: 0, bytes };
             // SAFETY: The tensor's buffer has that many bytes.
-            must(unsafe { self.device.fill(tensor.address_mut(), 0, bytes) });
+            must(unsafe { self.queue.push(fill) });
         }
     }
 
     /// Starts a launch.
-    fn kernel<'a>(&'a self, module: &'static str, kernel: &'a str) -> Kernel<'a> {
-        Kernel { cuda: self, module, kernel, args: Args::default(), shared_bytes: 0 }
+    fn kernel(&self, module: &'static str, kernel: impl Into<Cow<'static, str>>) -> Kernel<'_> {
+        Kernel { cuda: self, module, kernel: kernel.into(), args: Args::default(), shared_bytes: 0 }
     }
 
     /// The tensor itself where nobody else holds it, else an unwritten one of its shape: where a result
@@ -251,7 +258,7 @@ impl Cuda {
 struct Kernel<'a> {
     cuda: &'a Cuda,
     module: &'static str,
-    kernel: &'a str,
+    kernel: Cow<'static, str>,
     args: Args,
     shared_bytes: usize,
 }
@@ -272,7 +279,7 @@ impl Kernel<'_> {
         self
     }
 
-    /// Queues it. A grid without blocks does nothing.
+    /// Pushes it. A grid without blocks does nothing.
     fn launch(self, grid: [usize; 3], threads: u32) {
         if grid.contains(&0) {
             return;
@@ -285,11 +292,11 @@ impl Kernel<'_> {
             grid: grid.map(narrow),
             threads,
             shared_bytes: narrow(self.shared_bytes),
-            args: &self.args,
+            args: self.args,
         };
         // SAFETY: The operation that put the launch together gave the parameters that the kernel's
         // first lines list, and asserted the shapes that it relies on.
-        must(unsafe { self.cuda.device.launch(&launch) });
+        must(unsafe { self.cuda.queue.push(Command::Launch(launch)) });
     }
 }
 
@@ -404,8 +411,9 @@ impl Backend for Cuda {
         let bytes = tensor.len() * tensor.dtype.size_bytes();
         let buffer = self.take(bytes);
         if bytes > 0 {
+            let copy = Command::Copy { to: buffer.address(), from: tensor.address(), bytes };
             // SAFETY: Both buffers have that many bytes.
-            must(unsafe { self.device.copy(buffer.address(), tensor.address(), bytes) });
+            must(unsafe { self.queue.push(copy) });
         }
         Tensor::new(buffer, tensor.dtype, tensor.rows, tensor.cols)
     }
