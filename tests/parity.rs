@@ -663,31 +663,90 @@ mod cuda {
         }
     }
 
-    /// One read a decoding step: the tokens, for the test whether a sequence has ended.
+    /// What the device is asked for while an engine generates twice; the second time, as graphs are there.
+    fn decoded(name: &str, device: &Emulator, cuda: Cuda) -> (Vec<Vec<u32>>, Vec<Event>) {
+        let case = Case::open(name);
+        let model = case.model(cuda);
+        let adapter = case.adapter(&model);
+        let examples = case.examples();
+        let tasks = case.rows.iter().map(|row| row.task);
+        let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
+        let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+        let first = engine.generate(&examples, &options, |_, _| ());
+        let _ = device.take_log();
+        let generated = engine.generate(&examples, &options, |_, _| ());
+        assert_eq!(first, generated, "{name}");
+        (generated, device.take_log())
+    }
+
+    /// A decoding step's tokens are copied to the host and nothing else; and while no sequence ends, the
+    /// next step is asked for before the host waits for them.
     #[test]
-    fn a_decoding_step_reads_its_tokens_and_nothing_else() {
+    fn a_decoding_step_is_asked_for_before_the_last_is_read() {
         for name in ["tiny", "llama"] {
             let Some(device) = emulator() else { return };
             let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
-            let case = Case::open(name);
-            let model = case.model(cuda);
-            let adapter = case.adapter(&model);
-            let examples = case.examples();
-            let tasks = case.rows.iter().map(|row| row.task);
-            let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
-            let _ = device.take_log();
-            let options = GenerateOptions { max_new_tokens: 3, ..Default::default() };
-            let generated = engine.generate(&examples, &options, |_, _| ());
-            let log = device.take_log();
-            let read = |event: &Event| match event {
-                Event::Read(bytes) => Some(*bytes),
-                _ => None,
-            };
-            let choices = log.iter().filter(|e| **e == Event::Launch("argmax".into())).count();
-            let reads: Vec<usize> = log.iter().filter_map(read).collect();
-            assert_eq!(reads.len(), choices, "{name}");
+            let (generated, log) = decoded(name, &device, cuda);
+            let count = |wanted: &dyn Fn(&Event) -> bool| log.iter().filter(|e| wanted(e)).count();
+            let n_choices = count(&|e| *e == Event::Launch("argmax".into()));
+            assert_eq!(count(&|e| matches!(e, Event::Read(_))), 0, "{name}");
+            assert_eq!(count(&|e| matches!(e, Event::Fetch(_))), n_choices, "{name}");
+            assert_eq!(count(&|e| *e == Event::Wait), n_choices, "{name}");
+            let fetched: usize =
+                log.iter().map(|e| if let Event::Fetch(n) = e { *n } else { 0 }).sum();
+            // A sequence that ends is in one step more, at most.
             let n_tokens: usize = generated.iter().map(Vec::len).sum();
-            assert_eq!(reads.iter().sum::<usize>(), 4 * n_tokens, "{name}");
+            let most = n_tokens + generated.len();
+            assert!((4 * n_tokens..=4 * most).contains(&fetched), "{name}: {fetched} bytes");
+            // Choices that the host has not waited for, at most two, and two in most steps.
+            let (mut open, mut n_ahead) = (0, 0);
+            for event in &log {
+                match event {
+                    Event::Fetch(_) => open += 1,
+                    Event::Wait => {
+                        assert!((1..=2).contains(&open), "{name}");
+                        n_ahead += usize::from(open == 2);
+                        open -= 1;
+                    }
+                    _ => {}
+                }
+            }
+            println!("{name}: {n_choices} steps, {n_ahead} asked for before the last was read");
+            assert!(2 * n_ahead > n_choices, "{name}: {n_ahead} of {n_choices}");
+        }
+    }
+
+    /// The same tokens; and once there are graphs, steps are nothing else, and small tables before them.
+    #[test]
+    fn graphs_decode_as_plain_launches_do() {
+        for (name, compute) in [("tiny", Dtype::F32), ("llama", Dtype::F32), ("llama", Dtype::Bf16)]
+        {
+            let (Some(plain), Some(graphs)) = (emulator(), emulator_with_graphs()) else { return };
+            let on = |device: Arc<Emulator>| {
+                let cuda = Cuda::with_device(device.clone(), compute).unwrap();
+                decoded(name, &device, cuda)
+            };
+            let ((expected, _), (generated, log)) = (on(plain), on(graphs));
+            assert_eq!(generated, expected, "{name} {compute}");
+            // From the third step on each is like the one before it.
+            let fetches: Vec<usize> =
+                (0..log.len()).filter(|&i| matches!(log[i], Event::Fetch(_))).collect();
+            let mut n_changed = Vec::new();
+            for step in fetches[2..].windows(2) {
+                let mut changed_here = (0, 0);
+                for event in &log[step[0] + 1..step[1]] {
+                    match event {
+                        Event::Graph { changed, kernels } => {
+                            changed_here.0 += changed;
+                            changed_here.1 += kernels.len();
+                        }
+                        Event::Write(_) | Event::Wait => {}
+                        other => panic!("{name} {compute}: {other:?}"),
+                    }
+                }
+                n_changed.push(changed_here);
+            }
+            println!("{name} {compute}: (changed, launches) in steps: {n_changed:?}");
         }
     }
 

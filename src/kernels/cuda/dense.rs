@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 use super::{
-    Buffer, Cuda,
+    Buffer, Chosen, Cuda, Weight,
     lora::BankArg,
     narrow,
     tables::{DropoutArg, DropoutTable},
@@ -48,12 +48,23 @@ const HEAD_BYTES: usize = 256 << 20;
 
 pub(super) fn embed(cuda: &Cuda, args: Embed<'_, Cuda>) -> Tensor<Cuda> {
     let Embed { table, ids, scale } = args;
-    let (vocabulary, d) = table.shape();
+    let (vocabulary, _) = table.shape();
     assert!(ids.iter().all(|&id| (id as usize) < vocabulary), "ids are in the vocabulary");
-    let mut y = cuda.alloc(ids.len(), d, Precision::Activation);
     let ids_buffer = cuda.buffer_of(ids);
+    rows_of(cuda, table, (&ids_buffer, ids.len()), scale)
+}
+
+pub(super) fn embed_chosen(cuda: &Cuda, table: &Weight, ids: &Chosen, scale: f32) -> Tensor<Cuda> {
+    assert!(ids.n_columns <= table.shape().0, "ids are in the vocabulary");
+    rows_of(cuda, table, (&ids.columns, ids.n), scale)
+}
+
+/// Rows of a table by so many ids, which are below its height.
+fn rows_of(cuda: &Cuda, table: &Weight, (ids, n): (&Buffer, usize), scale: f32) -> Tensor<Cuda> {
+    let (_, d) = table.shape();
+    let mut y = cuda.alloc(n, d, Precision::Activation);
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(table.matrix());
-    kernel.arg(ids_buffer.address()).count(d).arg(scale).launch([ids.len(), 1, 1], 128);
+    kernel.arg(ids.address()).count(d).arg(scale).launch([n, 1, 1], 128);
     y
 }
 
@@ -416,14 +427,14 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     Loss { nll, d_x }
 }
 
-pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Vec<u32> {
-    let (rows, cols) = (logits.rows, logits.cols);
-    let columns = cuda.take(4 * rows);
-    let forbidden_buffer = cuda.buffer_of(forbidden);
+pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Chosen {
+    let (n, n_columns) = (logits.rows, logits.cols);
+    let columns = cuda.take(4 * n);
+    let forbidden_buffer = cuda.indices(forbidden.iter().copied());
     let kernel = cuda.kernel("head", "argmax").arg(columns.address());
-    let kernel = kernel.arg(logits.full(rows, cols)).arg(forbidden_buffer.address());
-    let kernel = kernel.count(forbidden.len()).count(cols);
-    kernel.launch([rows, 1, 1], HEAD_THREADS);
-    let bytes = cuda.read(&columns, 4 * rows);
-    bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    let kernel = kernel.arg(logits.full(n, n_columns)).arg(forbidden_buffer.address());
+    let kernel = kernel.count(forbidden.len()).count(n_columns);
+    kernel.launch([n, 1, 1], HEAD_THREADS);
+    let arrival = cuda.fetch(&columns, 4 * n);
+    Chosen { columns, n, n_columns, arrival }
 }

@@ -32,7 +32,7 @@ use std::{
     },
 };
 
-use super::device::{Command, Device, Graph, Launch};
+use super::device::{Arrival, Command, Device, Graph, Launch};
 use crate::error::Result;
 
 /// Commands of a graph at most: few enough that a device has work soon, and many to a call.
@@ -174,6 +174,16 @@ impl Queue {
         unsafe { self.device.read(from, bytes) }
     }
 
+    /// [`Queue::read`] that does not wait.
+    ///
+    /// # Safety
+    /// As for [`Device::fetch`].
+    pub(super) unsafe fn fetch(&self, from: u64, bytes: usize) -> Result<Box<dyn Arrival>> {
+        self.end_step()?;
+        // SAFETY: The caller's promise.
+        unsafe { self.device.fetch(from, bytes) }
+    }
+
     fn end_step(&self) -> Result<()> {
         let mut state = self.state();
         let given = self.give(&mut state);
@@ -242,7 +252,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::device::Arrival, *};
+    use super::*;
 
     /// What a device was asked for.
     #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,8 @@
 //! Every operation checks its shapes, takes its results from the `arena`, and pushes launches, which
 //! `graph` gives to the device some hundred at a time; the
 //! host waits for the device only where the trait asks for numbers: `download`, `numbers` (once, at the
-//! end of a training step) and `argmax` (once a decoding step). What kernels need to know of a batch (segments, spans, token keys) is uploaded
+//! end of a training step) and `tokens` (once a decoding step, for what was chosen in the step before it).
+//! What kernels need to know of a batch (segments, spans, token keys) is uploaded
 //! once and kept in `tables`.
 //!
 //! In f32, matrices of the base are f32 on the device; in bf16 they are bf16 (a 16-bit float with more
@@ -46,7 +47,7 @@ use half::bf16;
 
 use self::{
     arena::{Arena, Use},
-    device::{Args, Command, Device, Launch},
+    device::{Args, Arrival, Command, Device, Launch},
     graph::Queue,
     tables::Tables,
 };
@@ -224,6 +225,14 @@ impl Cuda {
         read
     }
 
+    /// Starts to copy a buffer's first `bytes` bytes to the host.
+    fn fetch(&self, buffer: &Buffer, bytes: usize) -> Box<dyn Arrival> {
+        // SAFETY: As for `read`.
+        let arrival = must(unsafe { self.queue.fetch(buffer.address(), bytes) });
+        self.tables.end_step();
+        arrival
+    }
+
     /// Sets all elements to zero.
     fn fill_zero(&self, tensor: &mut Tensor<Self>) {
         let bytes = tensor.len() * tensor.dtype.size_bytes();
@@ -337,6 +346,15 @@ impl Tensor<Cuda> {
     }
 }
 
+/// Tokens in device memory, and on their way to the host.
+pub struct Chosen {
+    columns: Buffer,
+    n: usize,
+    /// They are below it.
+    n_columns: usize,
+    arrival: Box<dyn Arrival>,
+}
+
 /// Numbers in f64 in device memory.
 pub struct Numbers {
     buffer: Buffer,
@@ -353,6 +371,7 @@ impl Backend for Cuda {
     type Buffer = Buffer;
     type Weight = Weight;
     type Numbers = Numbers;
+    type Chosen = Chosen;
 
     fn dtype(&self, precision: Precision) -> Dtype {
         match precision {
@@ -432,6 +451,9 @@ impl Backend for Cuda {
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         dense::embed(self, args)
     }
+    fn embed_chosen(&self, table: &Weight, ids: &Chosen, scale: f32) -> Tensor<Self> {
+        dense::embed_chosen(self, table, ids, scale)
+    }
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
         dense::rope(self, args)
     }
@@ -481,8 +503,15 @@ impl Backend for Cuda {
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
         dense::head_loss(self, args)
     }
-    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Chosen {
         dense::argmax(self, logits, forbidden)
+    }
+    fn tokens(&self, chosen: Chosen) -> Vec<u32> {
+        let bytes = must(chosen.arrival.wait());
+        bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    }
+    fn is_queued(&self) -> bool {
+        true
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         lora::route(self, args)
