@@ -806,7 +806,7 @@ mod cuda {
     }
 
     /// The loss, the norm and the parameters after steps of two shapes, with sampling, dropout and a
-    /// falling learning rate.
+    /// falling learning rate; then what is decoded, twice.
     fn trained<B: Backend>(case: &Case, backend: B) -> Vec<u64> {
         let model = case.model(backend);
         let adapter = case.adapter(&model);
@@ -824,6 +824,13 @@ mod cuda {
             bits.extend([report.loss, report.grad_norm].map(f64::to_bits));
             let params = model.backend().download(trainer.adapter().params());
             bits.extend(params.into_iter().map(f64::to_bits));
+        }
+        let tasks = case.rows.iter().map(|row| row.task);
+        let engine = Engine::new(&model, Some(trainer.adapter()), tasks, examples.len());
+        let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+        for _ in 0..2 {
+            let generated = engine.generate(&examples, &options, |_, _| ());
+            bits.extend(generated.into_iter().flatten().map(u64::from));
         }
         bits
     }
