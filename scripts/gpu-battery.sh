@@ -107,9 +107,11 @@ for gemm in "${gemms[@]:1}"; do
     check "every operation against the oracle, $gemm" 100 env POLYTAPE_CUDA_GEMM="$gemm" POLYTAPE_CASES=20 \
         "$bin/kernels" "${operations[@]}" --test-threads 4
 done
-if ! check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda::; then
-    each_alone "$bin/parity" 30 cuda::
+if ! check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda:: --skip graphs_; then
+    each_alone "$bin/parity" 30 cuda:: --skip graphs_
 fi
+# Steps of two shapes, and decoding: the bits of graphs against those of launches one by one.
+check "graphs give the bits of plain launches" 40 "$bin/parity" --nocapture --test-threads 1 cuda::graphs_
 check "every launch waited for" 45 env POLYTAPE_CUDA_SYNC=1 POLYTAPE_CASES=2 \
     "$bin/kernels" "${operations[@]}" --test-threads 1
 
@@ -187,6 +189,25 @@ bench flan-t5-base generate --batch 16 --src 128 --new 32 --steps 3
 bench flan-t5-base eval --batch 16 --src 128 --tgt 16 --steps 10
 bench flan-t5-xl train --batch 16 --src 128 --tgt 16 --steps 5
 bench flan-t5-xl generate --batch 16 --src 128 --new 16 --steps 2
+
+{
+    echo
+    echo "| graphs, bf16, small batches | median s | launched one by one s | ratio |"
+    echo "|---|---|---|---|"
+} >>"$md"
+# Where launches weigh most. graphs WHAT FLAGS...
+graphs() {
+    local what=$1 with without ratio
+    shift
+    with=$(timed "$what" --model "$work/flan-t5-base" "$@")
+    without=$(POLYTAPE_CUDA_GRAPHS=off timed "$what" --model "$work/flan-t5-base" "$@")
+    ratio=$(awk -v a="$with" -v f="$without" 'BEGIN { if (f + 0 > 0) printf "%.3f", a / f }')
+    echo "| flan-t5-base $what $* | $with | $without | $ratio |" >>"$md"
+}
+if [ -d "$work/flan-t5-base" ]; then
+    graphs train --batch 1 --src 128 --tgt 16 --steps 10
+    graphs generate --batch 1 --src 128 --new 32 --steps 3
+fi
 
 {
     echo

@@ -482,7 +482,7 @@ fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
 mod cuda {
     use std::sync::Arc;
 
-    use polytape::kernels::cuda::{Cuda, Gemm, catch_faults};
+    use polytape::kernels::cuda::{Cuda, Gemm, catch_faults, driver::Driver};
 
     use super::{
         cuda_emulator::{Emulator, Event},
@@ -499,10 +499,19 @@ mod cuda {
 
     /// The emulator, where it is wanted; says so if there is none.
     fn emulator() -> Option<Arc<Emulator>> {
+        made(Emulator::new)
+    }
+
+    /// The same with graphs.
+    fn emulator_with_graphs() -> Option<Arc<Emulator>> {
+        made(Emulator::with_graphs)
+    }
+
+    fn made(make: fn(u64) -> Result<Emulator, String>) -> Option<Arc<Emulator>> {
         if !is_wanted("emulated") {
             return None;
         }
-        let why = match Emulator::new(3) {
+        let why = match make(3) {
             Ok(device) => return Some(Arc::new(device)),
             Err(why) => why,
         };
@@ -634,13 +643,7 @@ mod cuda {
             let (step, reads) = log.split_at(first_read.unwrap());
             // The loss and the norm, when everything is queued.
             assert_eq!(reads, [Event::Read(8), Event::Read(8)], "{name} {compute}");
-            let launches: Vec<&str> = step
-                .iter()
-                .map(|event| match event {
-                    Event::Launch(kernel) => kernel.as_str(),
-                    Event::Read(_) => unreachable!(),
-                })
-                .collect();
+            let launches: Vec<&str> = step.iter().flat_map(Event::kernels).collect();
             for kernel in &launches {
                 let known = OF_ADAPTERS.contains(kernel)
                     || OF_A_STEP.contains(kernel)
@@ -668,31 +671,210 @@ mod cuda {
         }
     }
 
-    /// One read a decoding step: the tokens, for the test whether a sequence has ended.
+    /// What the device is asked for while an engine generates twice; the second time, as graphs are there.
+    fn decoded(name: &str, device: &Emulator, cuda: Cuda) -> (Vec<Vec<u32>>, Vec<Event>) {
+        let case = Case::open(name);
+        let model = case.model(cuda);
+        let adapter = case.adapter(&model);
+        let examples = case.examples();
+        let tasks = case.rows.iter().map(|row| row.task);
+        let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
+        let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+        let first = engine.generate(&examples, &options, |_, _| ());
+        let _ = device.take_log();
+        let generated = engine.generate(&examples, &options, |_, _| ());
+        assert_eq!(first, generated, "{name}");
+        (generated, device.take_log())
+    }
+
+    /// A decoding step's tokens are copied to the host and nothing else; and while no sequence ends, the
+    /// next step is asked for before the host waits for them.
     #[test]
-    fn a_decoding_step_reads_its_tokens_and_nothing_else() {
+    fn a_decoding_step_is_asked_for_before_the_last_is_read() {
         for name in ["tiny", "llama"] {
             let Some(device) = emulator() else { return };
             let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
+            let (generated, log) = decoded(name, &device, cuda);
+            let count = |wanted: &dyn Fn(&Event) -> bool| log.iter().filter(|e| wanted(e)).count();
+            let n_choices = count(&|e| *e == Event::Launch("argmax".into()));
+            assert_eq!(count(&|e| matches!(e, Event::Read(_))), 0, "{name}");
+            assert_eq!(count(&|e| matches!(e, Event::Fetch(_))), n_choices, "{name}");
+            assert_eq!(count(&|e| *e == Event::Wait), n_choices, "{name}");
+            let fetched: usize =
+                log.iter().map(|e| if let Event::Fetch(n) = e { *n } else { 0 }).sum();
+            // A sequence that ends is in one step more, at most.
+            let n_tokens: usize = generated.iter().map(Vec::len).sum();
+            let most = n_tokens + generated.len();
+            assert!((4 * n_tokens..=4 * most).contains(&fetched), "{name}: {fetched} bytes");
+            // Choices that the host has not waited for, at most two, and two in most steps.
+            let (mut open, mut n_ahead) = (0, 0);
+            for event in &log {
+                match event {
+                    Event::Fetch(_) => open += 1,
+                    Event::Wait => {
+                        assert!((1..=2).contains(&open), "{name}");
+                        n_ahead += usize::from(open == 2);
+                        open -= 1;
+                    }
+                    _ => {}
+                }
+            }
+            println!("{name}: {n_choices} steps, {n_ahead} asked for before the last was read");
+            assert!(2 * n_ahead > n_choices, "{name}: {n_ahead} of {n_choices}");
+        }
+    }
+
+    /// The same tokens; and once there are graphs, steps are nothing else, and small tables before them.
+    #[test]
+    fn graphs_decode_as_plain_launches_do() {
+        for (name, compute) in [("tiny", Dtype::F32), ("llama", Dtype::F32), ("llama", Dtype::Bf16)]
+        {
+            let (Some(plain), Some(graphs)) = (emulator(), emulator_with_graphs()) else { return };
+            let on = |device: Arc<Emulator>| {
+                let cuda = Cuda::with_device(device.clone(), compute).unwrap();
+                decoded(name, &device, cuda)
+            };
+            let ((expected, _), (generated, log)) = (on(plain), on(graphs));
+            assert_eq!(generated, expected, "{name} {compute}");
+            // From the third step on each is like the one before it.
+            let fetches: Vec<usize> =
+                (0..log.len()).filter(|&i| matches!(log[i], Event::Fetch(_))).collect();
+            let mut n_changed = Vec::new();
+            for step in fetches[2..].windows(2) {
+                let mut changed_here = (0, 0);
+                for event in &log[step[0] + 1..step[1]] {
+                    match event {
+                        Event::Graph { changed, kernels } => {
+                            changed_here.0 += changed;
+                            changed_here.1 += kernels.len();
+                        }
+                        Event::Write(_) | Event::Wait => {}
+                        other => panic!("{name} {compute}: {other:?}"),
+                    }
+                }
+                n_changed.push(changed_here);
+            }
+            println!("{name} {compute}: (changed, launches) in steps: {n_changed:?}");
+        }
+    }
+
+    /// A step whose like was there before is graphs and nothing else: no launch by itself, no memory
+    /// that is asked for, no graph that is made, and reads at its end. Only what depends on the step is
+    /// changed in them: addresses stay.
+    #[test]
+    fn a_step_that_repeats_is_graphs() {
+        for (name, compute, dropout) in [
+            ("tiny", Dtype::F32, 0.0),
+            ("tiny", Dtype::Bf16, 0.1),
+            ("llama", Dtype::F32, 0.0),
+            ("llama", Dtype::Bf16, 0.1),
+        ] {
+            let Some(device) = emulator_with_graphs() else { return };
+            let cuda = Cuda::with_device(device.clone(), compute).unwrap();
             let case = Case::open(name);
             let model = case.model(cuda);
             let adapter = case.adapter(&model);
-            let examples = case.examples();
-            let tasks = case.rows.iter().map(|row| row.task);
-            let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
+            let config = TrainConfig { dropout: Some(dropout), ..train_config(&case, true) };
+            let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+            for _ in 0..3 {
+                trainer.step(&case.examples()).unwrap();
+            }
             let _ = device.take_log();
-            let options = GenerateOptions { max_new_tokens: 3, ..Default::default() };
-            let generated = engine.generate(&examples, &options, |_, _| ());
+            trainer.step(&case.examples()).unwrap();
             let log = device.take_log();
-            let read = |event: &Event| match event {
-                Event::Read(bytes) => Some(*bytes),
-                Event::Launch(_) => None,
-            };
-            let choices = log.iter().filter(|e| **e == Event::Launch("argmax".into())).count();
-            let reads: Vec<usize> = log.iter().filter_map(read).collect();
-            assert_eq!(reads.len(), choices, "{name}");
-            let n_tokens: usize = generated.iter().map(Vec::len).sum();
-            assert_eq!(reads.iter().sum::<usize>(), 4 * n_tokens, "{name}");
+            let (mut kernels, mut n_changed, mut n_graphs, mut written) = (Vec::new(), 0, 0, 0);
+            for event in &log {
+                match event {
+                    Event::Graph { changed, .. } => {
+                        kernels.extend(event.kernels());
+                        n_graphs += 1;
+                        n_changed += changed;
+                    }
+                    // Ids, labels, tasks, numbers of examples, rates: to memory that no graph uses yet.
+                    Event::Write(bytes) => written += bytes,
+                    Event::Read(8) => {}
+                    other => panic!("{name} {compute}: {other:?}"),
+                }
+            }
+            let reads = log.iter().rposition(|event| !matches!(event, Event::Read(_))).unwrap();
+            assert_eq!(log.len() - 1 - reads, 2, "the loss and the norm, at the end");
+            println!(
+                "{name} {compute}: {} launches in {n_graphs} graphs, {n_changed} changed, {written} bytes written",
+                kernels.len()
+            );
+            // The router's noise, the corrections of the moments; with dropout its keys.
+            if dropout == 0.0 {
+                assert!(
+                    n_changed <= 4,
+                    "{name} {compute}: {n_changed} of {} changed",
+                    kernels.len()
+                );
+            }
+        }
+    }
+
+    /// The loss, the norm and the parameters after steps of two shapes, with sampling, dropout and a
+    /// falling learning rate; then what is decoded, twice.
+    fn trained<B: Backend>(case: &Case, backend: B) -> Vec<u64> {
+        let model = case.model(backend);
+        let adapter = case.adapter(&model);
+        let config = TrainConfig {
+            dropout: Some(0.1),
+            warmup_steps: 2,
+            max_steps: 8,
+            ..train_config(case, true)
+        };
+        let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+        let examples = case.examples();
+        let mut bits = Vec::new();
+        for n_left_out in [0, 0, 0, 1, 1, 0, 1] {
+            let report = trainer.step(&examples[n_left_out..]).unwrap();
+            bits.extend([report.loss, report.grad_norm].map(f64::to_bits));
+            let params = model.backend().download(trainer.adapter().params());
+            bits.extend(params.into_iter().map(f64::to_bits));
+        }
+        let tasks = case.rows.iter().map(|row| row.task);
+        let engine = Engine::new(&model, Some(trainer.adapter()), tasks, examples.len());
+        let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
+        for _ in 0..2 {
+            let generated = engine.generate(&examples, &options, |_, _| ());
+            bits.extend(generated.into_iter().flatten().map(u64::from));
+        }
+        bits
+    }
+
+    /// Pairs of backends that differ in nothing but that the second has graphs, with their names.
+    fn plain_and_graphs(compute: Dtype) -> Vec<(&'static str, [Cuda; 2])> {
+        let mut pairs = Vec::new();
+        if let (Some(plain), Some(graphs)) = (emulator(), emulator_with_graphs()) {
+            let on = |device: Arc<Emulator>| Cuda::with_device(device, compute).unwrap();
+            pairs.push(("emulated", [plain, graphs].map(on)));
+        }
+        if is_wanted("gpu") {
+            let plain = Driver::open()
+                .and_then(|driver| Cuda::with_device(Arc::new(driver.without_graphs()), compute));
+            match plain.and_then(|plain| Ok([plain, Cuda::new(compute)?])) {
+                Ok(pair) => pairs.push(("gpu", pair)),
+                Err(why) => eprintln!("skipped: graphs on a GPU: {why}"),
+            }
+        }
+        pairs
+    }
+
+    #[test]
+    fn graphs_give_the_bits_of_plain_launches() {
+        for (name, compute) in [
+            ("tiny", Dtype::F32),
+            ("tiny", Dtype::Bf16),
+            ("llama", Dtype::F32),
+            ("llama", Dtype::Bf16),
+        ] {
+            let case = Case::open(name);
+            for (on, pair) in plain_and_graphs(compute) {
+                let [plain, graphs] = pair.map(|cuda| trained(&case, cuda));
+                let differs = plain.iter().zip(&graphs).position(|(a, b)| a != b);
+                assert_eq!(differs, None, "{name} {on} {compute}");
+            }
         }
     }
 

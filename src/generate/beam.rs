@@ -14,7 +14,10 @@ use super::{
     scores::{Progress, Scoring, log_softmax},
     stepper::{Seats, Stepper},
 };
-use crate::{kernels::Backend, model::Example};
+use crate::{
+    kernels::{Backend, ops::Ids},
+    model::Example,
+};
 
 /// A sequence that runs on.
 struct Beam {
@@ -102,7 +105,7 @@ impl<B: Backend> Engine<'_, B> {
             let (ids, slots): (Vec<u32>, Vec<usize>) =
                 beams.map(|beam| (beam.history[beam.history.len() - 1], beam.slot)).unzip();
             if !slots.is_empty() {
-                let logits = stepper.step(&ids, &slots);
+                let logits = stepper.step(Ids::Given(&ids), &slots);
                 let mut scores = self.scores(&logits);
                 let mut scores = scores.chunks_mut(logits.cols());
                 for search in searches.iter_mut().filter(|s| !s.is_reading && !s.done) {

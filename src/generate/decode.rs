@@ -1,4 +1,15 @@
 //! One sequence a slot: greedy, or by draws.
+//!
+//! ```text
+//! device   step 1 ─────── step 2 ─────── step 3 ───────
+//! host        ask for 2      ask for 3      ask for 4
+//!                       read 1         read 2
+//! ```
+//!
+//! Where the next token is the most probable one and the backend queues what it is asked for, a step is asked
+//! for before the tokens of the one before it are known: it takes them where they were chosen. A sequence that
+//! has ended is in one step more, which is of no consequence: no row's bits depend on its neighbours. When one
+//! ends, the host catches up before others enter.
 
 use super::{
     Engine, GenerateOptions, Generated,
@@ -6,7 +17,11 @@ use super::{
     scores::{Progress, Scoring, largest},
     stepper::{Seats, Stepper},
 };
-use crate::{kernels::Backend, model::Example, tensor::Tensor};
+use crate::{
+    kernels::{Backend, ops::Ids},
+    model::Example,
+    tensor::Tensor,
+};
 
 /// A sequence in a slot.
 struct Running {
@@ -21,9 +36,28 @@ struct Running {
 }
 
 impl Running {
-    fn progress(&self) -> Progress<'_> {
-        Progress { history: &self.history, n_new: self.history.len() - self.prompt_len }
+    fn n_new(&self) -> usize {
+        self.history.len() - self.prompt_len
     }
+}
+
+/// A step whose tokens were chosen, and are not known to the host.
+struct Flight<B: Backend> {
+    /// Whose, in order; of one that has ended meanwhile none is left.
+    slots: Vec<usize>,
+    chosen: B::Chosen,
+}
+
+/// The sequences of a call.
+struct Decoder<'c, 'e, B: Backend> {
+    engine: &'c Engine<'e, B>,
+    scoring: Scoring<'c>,
+    sequences: &'c [(usize, usize)],
+    stepper: Stepper<'c, B>,
+    seats: Seats,
+    running: Vec<Running>,
+    outputs: Vec<Vec<u32>>,
+    on_token: &'c mut dyn FnMut(usize, u32),
 }
 
 impl<B: Backend> Engine<'_, B> {
@@ -36,93 +70,25 @@ impl<B: Backend> Engine<'_, B> {
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(usize, u32),
     ) -> Vec<Generated> {
-        let scoring = Scoring { options, model: self.model.generation() };
         let n_slots = self.capacity.min(sequences.len());
-        let mut stepper = Stepper::new(self, examples, n_slots, options);
-        let mut seats = Seats::new(n_slots, sequences.len());
-        let mut running: Vec<Running> = Vec::new();
-        let mut outputs: Vec<Vec<u32>> = vec![Vec::new(); sequences.len()];
+        let mut decoder = Decoder {
+            engine: self,
+            scoring: Scoring { options, model: self.model.generation() },
+            sequences,
+            stepper: Stepper::new(self, examples, n_slots, options),
+            seats: Seats::new(n_slots, sequences.len()),
+            running: Vec::new(),
+            outputs: vec![Vec::new(); sequences.len()],
+            on_token,
+        };
         loop {
-            let entered = seats.enter();
-            running.extend(entered.iter().map(|&(sequence, slot)| {
-                let history = self.prompt(examples[sequences[sequence].0]);
-                Running { sequence, slot, prompt_len: history.len(), history, next: self.start() }
-            }));
-            stepper
-                .admit(entered.iter().map(|&(s, slot)| (examples[sequences[s].0], slot..slot + 1)));
-            if running.is_empty() {
+            decoder.enter(examples);
+            if decoder.running.is_empty() {
                 break;
             }
-            let mut said = Vec::new();
-            if let Some((slots, logits)) = stepper.prefill() {
-                let ended = slots.iter().filter_map(|s| running.iter().position(|r| r.slot == *s));
-                let ended: Vec<usize> = ended.collect();
-                let ids =
-                    self.choose(&scoring, &logits, sequences, ended.iter().map(|&i| &running[i]));
-                said.extend(ended.into_iter().zip(ids));
-            }
-            let ready: Vec<usize> =
-                (0..running.len()).filter(|&i| running[i].next.is_some()).collect();
-            if !ready.is_empty() {
-                let ids: Vec<u32> = ready.iter().filter_map(|&i| running[i].next).collect();
-                let slots: Vec<usize> = ready.iter().map(|&i| running[i].slot).collect();
-                let logits = stepper.step(&ids, &slots);
-                let ids =
-                    self.choose(&scoring, &logits, sequences, ready.iter().map(|&i| &running[i]));
-                said.extend(ready.into_iter().zip(ids));
-            }
-            for &(i, id) in &said {
-                let Running { sequence, history, next, .. } = &mut running[i];
-                outputs[*sequence].push(id);
-                history.push(id);
-                *next = Some(id);
-                on_token(*sequence, id);
-            }
-            running.retain(|r| {
-                let n_new = r.progress().n_new;
-                let ends = n_new == options.max_new_tokens
-                    || n_new > 0
-                        // A token at the last position is said, but there is no room to go on from it.
-                        && (stepper.is_full(r.slot)
-                            || scoring.model.eos_token_ids.contains(&r.history[r.history.len() - 1]));
-                if ends {
-                    seats.leave(r.slot);
-                }
-                !ends
-            });
+            decoder.step();
         }
-        outputs.into_iter().map(|ids| Generated { ids, score: None }).collect()
-    }
-
-    /// The next token of each row of logits.
-    fn choose<'r>(
-        &self,
-        scoring: &Scoring<'_>,
-        logits: &Tensor<B>,
-        sequences: &[(usize, usize)],
-        rows: impl Iterator<Item = &'r Running> + Clone,
-    ) -> Vec<u32> {
-        let mut forbidden = rows.clone().map(|row| scoring.forbidden(row.progress().n_new));
-        let first = forbidden.next().unwrap_or_default();
-        if scoring.is_plain() && forbidden.all(|other| other == first) {
-            return self.model.backend().argmax(logits, first);
-        }
-        let options = scoring.options;
-        let mut scores = self.scores(logits);
-        let scores = scores.chunks_mut(logits.cols());
-        scores
-            .zip(rows)
-            .map(|(scores, running)| {
-                let progress = running.progress();
-                scoring.apply(&progress, scores);
-                if options.do_sample {
-                    let (row, sequence) = sequences[running.sequence];
-                    sample(options, Draw { row, sequence, n_new: progress.n_new }, scores)
-                } else {
-                    largest(scores)
-                }
-            })
-            .collect()
+        decoder.outputs.into_iter().map(|ids| Generated { ids, score: None }).collect()
     }
 
     /// The id that an encoder-decoder's decoder begins with; none of a causal model.
@@ -143,5 +109,143 @@ impl<B: Backend> Engine<'_, B> {
             scores.iter_mut().for_each(|score| *score *= scale);
         }
         scores
+    }
+}
+
+impl<B: Backend> Decoder<'_, '_, B> {
+    /// Sequences that wait take what seats are free.
+    fn enter(&mut self, examples: &[&Example]) {
+        let entered = self.seats.enter();
+        let example = |sequence: usize| examples[self.sequences[sequence].0];
+        self.running.extend(entered.iter().map(|&(sequence, slot)| {
+            let history = self.engine.prompt(example(sequence));
+            let (prompt_len, next) = (history.len(), self.engine.start());
+            Running { sequence, slot, history, prompt_len, next }
+        }));
+        self.stepper.admit(entered.iter().map(|&(s, slot)| (example(s), slot..slot + 1)));
+    }
+
+    /// Reads prompts that wait, and says at least one token of each sequence that has none.
+    fn step(&mut self) {
+        let begun = self.stepper.prefill().map(|(slots, logits)| {
+            let ids = self.choose(&logits, &slots);
+            (slots, ids)
+        });
+        let ready = self.running.iter().filter_map(|r| r.next.map(|id| (id, r.slot)));
+        let (ids, slots): (Vec<u32>, Vec<usize>) = ready.unzip();
+        let logits = (!slots.is_empty()).then(|| self.stepper.step(Ids::Given(&ids), &slots));
+        let next = logits.map(|logits| (self.chosen(&logits, &slots, 0), logits));
+        if let Some((slots, ids)) = begun {
+            self.say(&slots, &ids, false);
+        }
+        match next {
+            None => {}
+            Some((Some(chosen), _)) => self.fly(Flight { slots, chosen }),
+            Some((None, logits)) => {
+                let ids = self.sampled(&logits, &slots);
+                self.say(&slots, &ids, false);
+            }
+        }
+    }
+
+    /// Steps for as long as each can be asked for before the tokens of the last are known.
+    fn fly(&mut self, mut flight: Flight<B>) {
+        loop {
+            let mut next = None;
+            if self.can_follow(&flight) {
+                let slots = flight.slots.clone();
+                let logits = self.stepper.step(Ids::Chosen(&flight.chosen), &slots);
+                next = self.chosen(&logits, &slots, 1).map(|chosen| Flight { slots, chosen });
+            }
+            let Flight { slots, chosen } = flight;
+            let ids = self.engine.model.backend().tokens(chosen);
+            self.say(&slots, &ids, next.is_some());
+            let Some(following) = next else { break };
+            flight = following;
+        }
+    }
+
+    /// Whether every sequence is in this step and, as far as can be known, goes on after it.
+    fn can_follow(&self, flight: &Flight<B>) -> bool {
+        let goes_on = |r: &Running| {
+            flight.slots.contains(&r.slot)
+                && r.n_new() + 1 < self.scoring.options.max_new_tokens
+                && !self.stepper.is_full(r.slot)
+        };
+        self.engine.model.backend().is_queued()
+            && self.running.len() == flight.slots.len()
+            && self.running.iter().all(goes_on)
+            && !self.stepper.is_reading()
+            && self.forbidden(&flight.slots, 1).is_some()
+    }
+
+    fn in_slot(&self, slot: usize) -> Option<&Running> {
+        self.running.iter().find(|r| r.slot == slot)
+    }
+
+    /// A token for each of these slots; one that has ended has no use for it. Where the step after it was
+    /// asked for, there was room for that.
+    fn say(&mut self, slots: &[usize], ids: &[u32], is_followed: bool) {
+        for (&slot, &id) in slots.iter().zip(ids) {
+            let Some(r) = self.running.iter_mut().find(|r| r.slot == slot) else { continue };
+            self.outputs[r.sequence].push(id);
+            r.history.push(id);
+            r.next = Some(id);
+            (self.on_token)(r.sequence, id);
+        }
+        let Self { scoring, stepper, seats, .. } = self;
+        self.running.retain(|r| {
+            let ends = r.n_new() == scoring.options.max_new_tokens
+                || r.n_new() > 0
+                    // A token at the last position is said, but there is no room to go on from it.
+                    && (!is_followed && stepper.is_full(r.slot)
+                        || scoring.model.eos_token_ids.contains(&r.history[r.history.len() - 1]));
+            if ends {
+                seats.leave(r.slot);
+            }
+            !ends
+        });
+    }
+
+    /// The ids that none of these slots may choose after `n_unknown` tokens more, where the most probable
+    /// others are the next tokens.
+    fn forbidden(&self, slots: &[usize], n_unknown: usize) -> Option<&[u32]> {
+        let n_new = |&slot: &usize| self.in_slot(slot).map_or(0, Running::n_new) + n_unknown;
+        let mut all = slots.iter().map(|slot| self.scoring.forbidden(n_new(slot)));
+        let first = all.next().unwrap_or_default();
+        (self.scoring.is_plain() && all.all(|other| other == first)).then_some(first)
+    }
+
+    /// The next token of each slot, by its row of logits, where it is the most probable one.
+    fn chosen(&self, logits: &Tensor<B>, slots: &[usize], n_unknown: usize) -> Option<B::Chosen> {
+        let forbidden = self.forbidden(slots, n_unknown)?;
+        Some(self.engine.model.backend().argmax(logits, forbidden))
+    }
+
+    /// The next token of each slot, by its row of logits.
+    fn choose(&self, logits: &Tensor<B>, slots: &[usize]) -> Vec<u32> {
+        match self.chosen(logits, slots, 0) {
+            Some(chosen) => self.engine.model.backend().tokens(chosen),
+            None => self.sampled(logits, slots),
+        }
+    }
+
+    /// The same by the rules of the options, on the host.
+    fn sampled(&self, logits: &Tensor<B>, slots: &[usize]) -> Vec<u32> {
+        let options = self.scoring.options;
+        let mut scores = self.engine.scores(logits);
+        let rows = slots.iter().filter_map(|&slot| self.in_slot(slot));
+        rows.zip(scores.chunks_mut(logits.cols()))
+            .map(|(running, scores)| {
+                let progress = Progress { history: &running.history, n_new: running.n_new() };
+                self.scoring.apply(&progress, scores);
+                if options.do_sample {
+                    let (row, sequence) = self.sequences[running.sequence];
+                    sample(options, Draw { row, sequence, n_new: progress.n_new }, scores)
+                } else {
+                    largest(scores)
+                }
+            })
+            .collect()
     }
 }

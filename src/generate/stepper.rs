@@ -15,7 +15,7 @@ use super::{DOT_ROWS, Engine, GenerateOptions};
 use crate::{
     kernels::{
         Backend,
-        ops::{Order, Segments},
+        ops::{Ids, Order, Segments},
     },
     model::{
         Example,
@@ -134,7 +134,7 @@ impl<'e, B: Backend> Stepper<'e, B> {
             return None;
         }
         self.prompts.retain(|prompt| prompt.n_read < prompt.ids.len());
-        let hidden = self.advance(true, &ids, &slots, &lens);
+        let hidden = self.advance(true, Ids::Given(&ids), &slots, &lens);
         if done.is_empty() {
             return None;
         }
@@ -145,17 +145,28 @@ impl<'e, B: Backend> Stepper<'e, B> {
 
     /// Appends a token to each of these slots; the logits of what comes next, `[slots, vocabulary]`
     /// before the head's scale.
-    pub(super) fn step(&mut self, ids: &[u32], slots: &[usize]) -> Tensor<B> {
+    pub(super) fn step(&mut self, ids: Ids<'_, B>, slots: &[usize]) -> Tensor<B> {
         let hidden = self.advance(false, ids, slots, &vec![1; slots.len()]);
         self.engine.model.network().apply_head(&mut self.decode, &hidden)
     }
 
-    fn advance(&mut self, is_prompt: bool, ids: &[u32], slots: &[usize], lens: &[usize]) -> Var<B> {
+    fn advance(
+        &mut self,
+        is_prompt: bool,
+        ids: Ids<'_, B>,
+        slots: &[usize],
+        lens: &[usize],
+    ) -> Var<B> {
         let rows: Vec<usize> = slots.iter().map(|&slot| self.routing_rows[slot]).collect();
         let segments = &Arc::new(Segments::new(lens, &rows, self.n_routing_rows));
         let step = Step { ids, slots, lens, segments };
         let tape = if is_prompt { &mut self.prefill } else { &mut self.decode };
         self.engine.model.network().advance(tape, &mut self.decoding, &step)
+    }
+
+    /// Whether a prompt waits to be read.
+    pub(super) fn is_reading(&self) -> bool {
+        !self.prompts.is_empty()
     }
 
     /// Whether a slot has no position left for another token.

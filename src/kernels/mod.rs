@@ -50,6 +50,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Weight: Clone + Send + Sync;
     /// Numbers in f64 that stay where they were computed until [`Backend::numbers`] asks for them.
     type Numbers: Send + Sync;
+    /// Tokens that stay where they were chosen until [`Backend::tokens`] asks for them.
+    type Chosen: Send;
 
     /// Runs `work` where this backend's threads are. Operations inside start without a hand-over.
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -80,6 +82,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// `y[t] = scale * table[ids[t]]`.
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self>;
+    /// [`Backend::embed`] of tokens that may not be known yet.
+    fn embed_chosen(&self, table: &Self::Weight, ids: &Self::Chosen, scale: f32) -> Tensor<Self>;
     /// Rotary position embedding: features of each head turned by an angle that grows with position.
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self>;
     /// Rows by index.
@@ -115,7 +119,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Head and cross-entropy in one, over chunks of tokens; the logits are never whole.
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self>;
     /// The column of each row's largest value among those not forbidden; the first of equals.
-    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32>;
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Self::Chosen;
+    /// The tokens. A device is waited for: until it has chosen them, not until it has done what was asked
+    /// of it since.
+    fn tokens(&self, chosen: Self::Chosen) -> Vec<u32>;
+    /// Whether operations are queued, so that it pays to ask for a decoding step before the tokens of the
+    /// last one are known.
+    fn is_queued(&self) -> bool {
+        false
+    }
 
     /// Mixing weights of every routing row in every adapted linear.
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self>;

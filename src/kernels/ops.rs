@@ -108,6 +108,22 @@ pub struct Embed<'a, B: Backend> {
     pub scale: f32,
 }
 
+/// Ids that were given, or that were chosen on the device.
+pub enum Ids<'a, B: Backend> {
+    /// Each below the vocabulary.
+    Given(&'a [u32]),
+    /// By [`Backend::argmax`].
+    Chosen(&'a B::Chosen),
+}
+
+impl<B: Backend> Clone for Ids<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Ids<'_, B> {}
+
 /// Arguments of [`Backend::rope`]: the pair of features `i` and `i + head_dim / 2` of every head of
 /// token `t` is turned by the angle of position `positions[t]` and pair `i` (Hugging Face's
 /// `rotate_half`; the original Llama's neighbouring pairs are permuted when a checkpoint is converted).

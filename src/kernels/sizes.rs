@@ -93,6 +93,7 @@ impl Backend for Sizes {
     type Buffer = Held;
     type Weight = Shape;
     type Numbers = Vec<f64>;
+    type Chosen = Vec<u32>;
 
     fn dtype(&self, precision: Precision) -> Dtype {
         match precision {
@@ -137,6 +138,10 @@ impl Backend for Sizes {
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         self.activation(args.ids.len(), args.table.cols)
+    }
+
+    fn embed_chosen(&self, table: &Shape, ids: &Vec<u32>, scale: f32) -> Tensor<Self> {
+        self.embed(Embed { table, ids, scale })
     }
 
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
@@ -219,6 +224,10 @@ impl Backend for Sizes {
 
     fn argmax(&self, logits: &Tensor<Self>, _: &[u32]) -> Vec<u32> {
         vec![0; logits.rows]
+    }
+
+    fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
+        chosen
     }
 
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {

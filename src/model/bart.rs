@@ -18,7 +18,7 @@ use std::sync::Arc;
 use crate::{
     error::{Error, Result},
     formats::{checkpoint::Checkpoint, config::BartConfig},
-    kernels::Backend,
+    kernels::{Backend, ops::Ids},
     model::{
         Module, ModuleKind,
         batch::Batch,
@@ -120,7 +120,13 @@ impl<B: Backend> Bart<B> {
         Ok(Self { config, shared, encoder, decoder, head })
     }
 
-    fn embed(&self, tape: &mut Tape<'_, B>, stack: &Stack<B>, ids: &[u32], at: &[u32]) -> Var<B> {
+    fn embed(
+        &self,
+        tape: &mut Tape<'_, B>,
+        stack: &Stack<B>,
+        ids: Ids<'_, B>,
+        at: &[u32],
+    ) -> Var<B> {
         tape.embed_at((&self.shared, ids), (&stack.positions, at))
     }
 
@@ -133,7 +139,7 @@ impl<B: Backend> Bart<B> {
         encoded: Option<(&Var<B>, &Side)>,
     ) -> Var<B> {
         let at = places(side.spans.lens.iter().flat_map(|&len| 0..len as u32));
-        let mut x = self.embed(tape, stack, ids, &at);
+        let mut x = self.embed(tape, stack, Ids::Given(ids), &at);
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
@@ -268,7 +274,7 @@ impl<B: Backend> Network<B> for Bart<B> {
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &Step<'_>,
+        step: &Step<'_, B>,
     ) -> Var<B> {
         let (backend, stack) = (tape.backend(), &self.decoder);
         let placed = decoding.cache.place(backend, step.slots, step.lens);

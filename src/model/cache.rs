@@ -16,7 +16,7 @@ use std::{ops::Range, sync::Arc};
 use crate::{
     kernels::{
         Backend, Precision,
-        ops::{CacheWrite, Gather, RelativeBias, Rotary, Segments, Spans},
+        ops::{CacheWrite, Gather, Ids, RelativeBias, Rotary, Segments, Spans},
     },
     model::network::Side,
     tape::{
@@ -33,9 +33,9 @@ const LEAST_CAPACITY: usize = 64;
 const MAX_RESERVED_BYTES: usize = 1 << 30;
 
 /// New tokens of some sequences.
-pub struct Step<'a> {
+pub struct Step<'a, B: Backend> {
     /// One sequence's new ids after the other's.
-    pub ids: &'a [u32],
+    pub ids: Ids<'a, B>,
     /// Whose they are, each at most once.
     pub slots: &'a [usize],
     /// How many each gets, at least one.

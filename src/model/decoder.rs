@@ -22,7 +22,10 @@ use crate::{
     dtype::Dtype,
     error::Result,
     formats::{checkpoint::Checkpoint, config::DecoderConfig},
-    kernels::{Backend, Precision, ops::Rotary},
+    kernels::{
+        Backend, Precision,
+        ops::{Ids, Rotary},
+    },
     model::{
         Module, ModuleKind,
         batch::Batch,
@@ -144,7 +147,7 @@ impl<B: Backend> Decoder<B> {
         [rotary, of_windows]
     }
 
-    fn embed(&self, tape: &mut Tape<'_, B>, ids: &[u32]) -> Var<B> {
+    fn embed(&self, tape: &mut Tape<'_, B>, ids: Ids<'_, B>) -> Var<B> {
         let root = (self.config.d_model as f64).sqrt() as f32;
         // Transformers rounds it to the type of the activations.
         let activations = tape.backend().room(0, 0, Precision::Activation).dtype();
@@ -214,7 +217,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
 
     fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B> {
         let side = &sides.target;
-        let mut x = self.embed(tape, &batch.target);
+        let mut x = self.embed(tape, Ids::Given(&batch.target));
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
@@ -245,7 +248,7 @@ impl<B: Backend> Network<B> for Decoder<B> {
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &Step<'_>,
+        step: &Step<'_, B>,
     ) -> Var<B> {
         let backend = tape.backend();
         let placed = decoding.cache.place(backend, step.slots, step.lens);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use crate::{
     error::Result,
     formats::{checkpoint::Checkpoint, config::Gpt2Config},
-    kernels::Backend,
+    kernels::{Backend, ops::Ids},
     model::{
         Module, ModuleKind,
         batch::Batch,
@@ -134,7 +134,7 @@ impl<B: Backend> Gpt2<B> {
         tape.linear(&h, &block.down, &side.segments, onto(x, site::FEED_FORWARD))
     }
 
-    fn embed(&self, tape: &mut Tape<'_, B>, ids: &[u32], places: &[u32]) -> Var<B> {
+    fn embed(&self, tape: &mut Tape<'_, B>, ids: Ids<'_, B>, places: &[u32]) -> Var<B> {
         tape.embed_at((&self.embedding, ids), (&self.positions, places))
     }
 }
@@ -147,7 +147,7 @@ impl<B: Backend> Network<B> for Gpt2<B> {
     fn hidden<'m>(&'m self, tape: &mut Tape<'m, B>, batch: &Batch, sides: &Sides) -> Var<B> {
         let side = &sides.target;
         let places: Vec<u32> = side.spans.lens.iter().flat_map(|&len| 0..len as u32).collect();
-        let mut x = self.embed(tape, &batch.target, &places);
+        let mut x = self.embed(tape, Ids::Given(&batch.target), &places);
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
@@ -173,7 +173,7 @@ impl<B: Backend> Network<B> for Gpt2<B> {
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &Step<'_>,
+        step: &Step<'_, B>,
     ) -> Var<B> {
         let backend = tape.backend();
         let placed = decoding.cache.place(backend, step.slots, step.lens);

@@ -55,7 +55,7 @@ pub trait Network<B: Backend>: Send + Sync {
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &Step<'_>,
+        step: &Step<'_, B>,
     ) -> Var<B>;
 
     /// The nll of every label under teacher forcing, recorded for the gradient of `d_nll` times

@@ -17,7 +17,7 @@ use crate::{
     formats::{checkpoint::Checkpoint, config::T5Config},
     kernels::{
         Backend, Precision,
-        ops::{Activation, RelativeBias},
+        ops::{Activation, Ids, RelativeBias},
     },
     model::{
         Module, ModuleKind,
@@ -108,7 +108,7 @@ impl<B: Backend> T5<B> {
         side: &Side,
         encoded: Option<(&Var<B>, &Side)>,
     ) -> Var<B> {
-        let mut x = tape.embed(&self.shared, ids);
+        let mut x = tape.embed(&self.shared, Ids::Given(ids));
         if side.watch {
             x = tape.watched(x.tensor().clone());
         }
@@ -258,7 +258,7 @@ impl<B: Backend> Network<B> for T5<B> {
         &'m self,
         tape: &mut Tape<'m, B>,
         decoding: &mut Decoding<B>,
-        step: &Step<'_>,
+        step: &Step<'_, B>,
     ) -> Var<B> {
         let (eps, backend) = (self.config.layer_norm_epsilon, tape.backend());
         let placed = decoding.cache.place(backend, step.slots, step.lens);

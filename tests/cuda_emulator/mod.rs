@@ -2,7 +2,8 @@
 //! `emulator.hpp` and loaded into the test. See there for what is emulated.
 //!
 //! Its memory starts as NaN and ends at a page that nothing may touch; the bytes around each piece are
-//! checked when it is given back.
+//! checked when it is given back. With graphs ([`Emulator::with_graphs`]) memory is kept and used again, as
+//! on a GPU, and a graph is a list of commands that runs as it was last changed.
 
 #![allow(unsafe_code, unreachable_pub)]
 
@@ -12,14 +13,13 @@ use std::{
     ffi::{CStr, c_char, c_int, c_void},
     fs,
     path::{Path, PathBuf},
-    process::Command,
-    ptr,
+    process, ptr,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
 
 use polytape::{
     Result,
-    kernels::cuda::device::{BoxedMatrix, Device, Launch, TensorMap},
+    kernels::cuda::device::{Arrival, BoxedMatrix, Command, Device, Graph, Launch, TensorMap},
 };
 
 const GUARD: u8 = 0xA5;
@@ -47,6 +47,12 @@ struct Library {
 
 /// The emulated device.
 pub struct Emulator {
+    machine: Arc<Machine>,
+    has_graphs: bool,
+}
+
+/// What runs commands.
+struct Machine {
     libraries: Arc<[Library; 2]>,
     /// What the order of threads is made of.
     seed: Mutex<u64>,
@@ -59,10 +65,34 @@ pub struct Emulator {
 /// What the host does that costs time on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Of this kernel.
+    /// Of this kernel, by itself.
     Launch(String),
+    /// Of a graph, in which so many commands changed since it ran last.
+    Graph { kernels: Vec<String>, changed: usize },
+    /// A graph is made.
+    Instantiated,
     /// Of so many bytes: the host waits.
     Read(usize),
+    /// Of so many bytes: the host goes on, and waits later.
+    Fetch(usize),
+    /// For a fetch.
+    Wait,
+    /// Of so many bytes, to the device.
+    Write(usize),
+    /// Of so many bytes.
+    Alloc(usize),
+}
+
+impl Event {
+    /// The kernels that it runs.
+    #[allow(dead_code)] // As below.
+    pub fn kernels(&self) -> Vec<&str> {
+        match self {
+            Self::Launch(kernel) => vec![kernel],
+            Self::Graph { kernels, .. } => kernels.iter().map(String::as_str).collect(),
+            _ => vec![],
+        }
+    }
 }
 
 impl Emulator {
@@ -76,32 +106,143 @@ impl Emulator {
         });
         let libraries = libraries.as_ref().map_err(Clone::clone).map(Arc::clone)?;
         let (pieces, log) = (Mutex::default(), Mutex::default());
-        Ok(Self { libraries, seed: Mutex::new(seed), pieces, log })
+        let machine = Arc::new(Machine { libraries, seed: Mutex::new(seed), pieces, log });
+        Ok(Self { machine, has_graphs: false })
+    }
+
+    /// The same with graphs, and memory that is kept.
+    #[allow(dead_code)] // Not every test that has the emulator has it.
+    pub fn with_graphs(seed: u64) -> std::result::Result<Self, String> {
+        Ok(Self { has_graphs: true, ..Self::new(seed)? })
     }
 
     /// What happened since the last call; from the first one on it is written down.
     #[allow(dead_code)] // Not every test that has the emulator looks.
     pub fn take_log(&self) -> Vec<Event> {
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut log = self.machine.log.lock().unwrap_or_else(PoisonError::into_inner);
         log.replace(Vec::new()).unwrap_or_default()
     }
+}
 
+impl Machine {
     fn note(&self, event: impl FnOnce() -> Event) {
         if let Some(log) = &mut *self.log.lock().unwrap_or_else(PoisonError::into_inner) {
             log.push(event());
         }
+    }
+
+    /// Runs a command now.
+    unsafe fn run(&self, command: &Command) {
+        match command {
+            // SAFETY: The caller's promise.
+            Command::Launch(launch) => unsafe { self.launch(launch) },
+            // SAFETY: The caller's promise.
+            &Command::Copy { to, from, bytes } => unsafe {
+                ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes);
+            },
+            // SAFETY: The caller's promise.
+            &Command::Fill { to, byte, bytes } => unsafe {
+                ptr::write_bytes(to as *mut u8, byte, bytes);
+            },
+        }
+    }
+
+    unsafe fn launch(&self, launch: &Launch) {
+        let library = &self.libraries[usize::from(launch.bf16)];
+        let _running = library.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let seed = {
+            let mut seed = self.seed.lock().unwrap_or_else(PoisonError::into_inner);
+            *seed = seed.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+            *seed
+        };
+        let name = std::ffi::CString::new(&*launch.kernel).unwrap();
+        let (pointers, sizes) = (launch.args.pointers(), launch.args.sizes());
+        let mut message = [0_u8; 300];
+        // SAFETY: The arguments are those of the function; each kernel's own are checked by number and
+        // size in there.
+        let failed = unsafe {
+            (library.launch)(
+                name.as_ptr(),
+                launch.grid.as_ptr(),
+                launch.threads,
+                launch.shared_bytes as usize,
+                pointers.as_ptr(),
+                pointers.len(),
+                sizes.as_ptr(),
+                seed,
+                message.as_mut_ptr().cast(),
+                message.len(),
+            )
+        };
+        let message = CStr::from_bytes_until_nul(&message).unwrap().to_string_lossy();
+        assert_eq!(failed, 0, "kernel {}: {message}", launch.kernel);
+    }
+}
+
+/// A graph: commands as they were last changed.
+struct Replay {
+    machine: Arc<Machine>,
+    commands: Vec<Command>,
+    changed: usize,
+}
+
+// SAFETY: The commands run as they are.
+unsafe impl Graph for Replay {
+    unsafe fn set(&mut self, index: usize, command: &Command) -> Result<bool> {
+        let old = &mut self.commands[index];
+        // What CUDA cannot change of a node.
+        match (&*old, command) {
+            (Command::Launch(old), Command::Launch(new)) => {
+                assert_eq!((&old.kernel, old.bf16), (&new.kernel, new.bf16));
+                assert_eq!(old.args.sizes(), new.args.sizes());
+            }
+            (Command::Copy { .. }, Command::Copy { .. })
+            | (Command::Fill { .. }, Command::Fill { .. }) => {}
+            (old, new) => panic!("{old:?} cannot become {new:?}"),
+        }
+        *old = command.clone();
+        self.changed += 1;
+        Ok(true)
+    }
+
+    unsafe fn run(&mut self) -> Result<()> {
+        let changed = std::mem::take(&mut self.changed);
+        let kernels = self.commands.iter().filter_map(|command| match command {
+            Command::Launch(launch) => Some(launch.kernel.to_string()),
+            _ => None,
+        });
+        self.machine.note(|| Event::Graph { kernels: kernels.collect(), changed });
+        // SAFETY: The caller's promise.
+        self.commands.iter().for_each(|command| unsafe { self.machine.run(command) });
+        Ok(())
+    }
+}
+
+/// Bytes that were copied, as everything before them has run.
+struct Fetched {
+    machine: Arc<Machine>,
+    bytes: Vec<u8>,
+}
+
+impl Arrival for Fetched {
+    fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        self.machine.note(|| Event::Wait);
+        Ok(self.bytes)
     }
 }
 
 fn compiler() -> Option<String> {
     let candidates = env::var("CXX").into_iter().chain(["g++", "clang++", "c++"].map(String::from));
     let works = |name: &String| {
-        Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success())
+        process::Command::new(name)
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success())
     };
     candidates.into_iter().find(works)
 }
 
-fn run(command: &mut Command) -> Vec<u8> {
+fn run(command: &mut process::Command) -> Vec<u8> {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}:\n{errors}");
@@ -129,7 +270,7 @@ fn build(compiler: &str, bf16: bool) -> Library {
     let library = dir.join(format!("{stem}.so"));
     if !library.exists() {
         // A folder of our own: other test binaries may build the same at this moment.
-        let own = dir.join(format!("{stem}.{}", std::process::id()));
+        let own = dir.join(format!("{stem}.{}", process::id()));
         fs::create_dir_all(&own).unwrap();
         let mut text =
             format!("#include \"emulator.hpp\"\n#define POLYTAPE_BF16 {}\n", u8::from(bf16));
@@ -140,7 +281,7 @@ fn build(compiler: &str, bf16: bool) -> Library {
             .map(|dir| format!("-I{}", dir.display()));
         let source = own.join("kernels.cpp");
         fs::write(&source, &text).unwrap();
-        let preprocessed = run(Command::new(compiler)
+        let preprocessed = run(process::Command::new(compiler)
             .args(["-std=c++17", "-E", "-P", "-DPOLYTAPE_LIST_KERNELS"])
             .args(&includes)
             .arg(&source));
@@ -161,7 +302,7 @@ fn build(compiler: &str, bf16: bool) -> Library {
         let more =
             ["-ffp-contract=off", "-mfma", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-w"];
         let more = more.iter().filter(|flag| **flag != "-mfma" || cfg!(target_arch = "x86_64"));
-        run(Command::new(compiler)
+        run(process::Command::new(compiler)
             .args(flags)
             .args(more)
             .args(&includes)
@@ -229,6 +370,7 @@ unsafe impl Device for Emulator {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.machine.note(|| Event::Alloc(bytes));
         // The last byte's 16 bytes end at the guard page.
         let room = bytes.next_multiple_of(16) + 16;
         let mapping_len = room.next_multiple_of(PAGE) + PAGE;
@@ -250,13 +392,13 @@ unsafe impl Device for Emulator {
             let end = address + bytes;
             ptr::write_bytes(end as *mut u8, GUARD, start + mapping_len - PAGE - end);
         }
-        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pieces = self.machine.pieces.lock().unwrap_or_else(PoisonError::into_inner);
         pieces.insert(address as u64, (start, mapping_len, bytes));
         Ok(address as u64)
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {
-        let mut pieces = self.pieces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pieces = self.machine.pieces.lock().unwrap_or_else(PoisonError::into_inner);
         let (start, mapping_len, own_bytes) =
             pieces.remove(&address).expect("a piece of this device");
         assert_eq!(bytes, own_bytes);
@@ -276,61 +418,43 @@ unsafe impl Device for Emulator {
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.machine.note(|| Event::Write(bytes.len()));
         // SAFETY: The caller's promise.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
         Ok(())
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
-        self.note(|| Event::Read(bytes.len()));
+        self.machine.note(|| Event::Read(bytes.len()));
         // SAFETY: The caller's promise.
         unsafe { ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 
-    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+    unsafe fn fetch(&self, from: u64, bytes: usize) -> Result<Box<dyn Arrival>> {
+        self.machine.note(|| Event::Fetch(bytes));
         // SAFETY: The caller's promise.
-        unsafe { ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        let bytes = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) }.to_vec();
+        Ok(Box::new(Fetched { machine: Arc::clone(&self.machine), bytes }))
+    }
+
+    unsafe fn run(&self, command: &Command) -> Result<()> {
+        if let Command::Launch(launch) = command {
+            self.machine.note(|| Event::Launch(launch.kernel.to_string()));
+        }
+        // SAFETY: The caller's promise.
+        unsafe { self.machine.run(command) };
         Ok(())
     }
 
-    unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<()> {
-        // SAFETY: The caller's promise.
-        unsafe { ptr::write_bytes(to as *mut u8, byte, bytes) };
-        Ok(())
+    fn has_graphs(&self) -> bool {
+        self.has_graphs
     }
 
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.note(|| Event::Launch(launch.kernel.to_owned()));
-        let library = &self.libraries[usize::from(launch.bf16)];
-        let _running = library.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let seed = {
-            let mut seed = self.seed.lock().unwrap_or_else(PoisonError::into_inner);
-            *seed = seed.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
-            *seed
-        };
-        let name = std::ffi::CString::new(launch.kernel).unwrap();
-        let (pointers, sizes) = (launch.args.pointers(), launch.args.sizes());
-        let mut message = [0_u8; 300];
-        // SAFETY: The arguments are those of the function; each kernel's own are checked by number and
-        // size in there.
-        let failed = unsafe {
-            (library.launch)(
-                name.as_ptr(),
-                launch.grid.as_ptr(),
-                launch.threads,
-                launch.shared_bytes as usize,
-                pointers.as_ptr(),
-                pointers.len(),
-                sizes.as_ptr(),
-                seed,
-                message.as_mut_ptr().cast(),
-                message.len(),
-            )
-        };
-        let message = CStr::from_bytes_until_nul(&message).unwrap().to_string_lossy();
-        assert_eq!(failed, 0, "kernel {}: {message}", launch.kernel);
-        Ok(())
+    fn graph(&self, commands: &[Command]) -> Result<Option<Box<dyn Graph>>> {
+        self.machine.note(|| Event::Instantiated);
+        let (machine, commands) = (Arc::clone(&self.machine), commands.to_vec());
+        Ok(Some(Box::new(Replay { machine, commands, changed: 0 })))
     }
 
     fn hopper_multiprocessors(&self) -> u32 {
@@ -349,6 +473,6 @@ unsafe impl Device for Emulator {
     }
 
     fn is_strict(&self) -> bool {
-        true
+        !self.has_graphs
     }
 }

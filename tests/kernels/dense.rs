@@ -712,7 +712,8 @@ impl Op for Argmax {
     const CUT: Cut = Cut::Token;
 
     fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
-        let columns = backend.argmax(&inputs.t[0], &[]).into_iter().map(f64::from).collect();
+        let columns =
+            backend.tokens(backend.argmax(&inputs.t[0], &[])).into_iter().map(f64::from).collect();
         vec![Output::numbers("column", columns, true)]
     }
 

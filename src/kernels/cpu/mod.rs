@@ -278,6 +278,7 @@ impl Backend for Cpu {
     type Buffer = Buffer;
     type Weight = Frozen;
     type Numbers = Vec<f64>;
+    type Chosen = Vec<u32>;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.threads.install(work)
@@ -344,6 +345,9 @@ impl Backend for Cpu {
             Work::moves((2 * args.ids.len() * args.table.cols() * self.compute.size_bytes()) as f64)
         });
         self.scope(|| embed::embed(self, args))
+    }
+    fn embed_chosen(&self, table: &Frozen, ids: &Vec<u32>, scale: f32) -> Tensor<Self> {
+        self.embed(Embed { table, ids, scale })
     }
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
         let _timed = self.profile.time("rope", || Work::passes(&args.x, 2));
@@ -420,6 +424,9 @@ impl Backend for Cpu {
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
         let _timed = self.profile.time("argmax", || Work::over([logits]));
         self.scope(|| head::argmax(self, logits, forbidden))
+    }
+    fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
+        chosen
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         let _timed = self.profile.time("route", || {

@@ -1,15 +1,19 @@
 //! Device memory: buffers that come back when they are dropped and are used again in stream order.
 //!
 //! One stream does everything, so memory can be handed out again the moment its last use is *queued*.
-//! Freed blocks are kept by size class (four classes an octave, so at most a quarter more than asked for); a step
-//! that repeats asks for the same sizes in the same order and gets the same addresses.
+//! Freed blocks are kept by size class (four classes an octave, so at most a quarter more than asked for) and
+//! handed out from the lowest address on. So what a request gets depends on which blocks are in use and not on
+//! the order in which they came back: a step that repeats asks for the same sizes in the same order and gets
+//! the same addresses, and its graphs stay as they are.
+//!
+//! Uploads do not wait in the queue. They go to blocks whose last use the device has been given.
 
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use super::device::Device;
+use super::{device::Command, graph::Queue};
 use crate::error::{Error, Result};
 
 /// Small requests share one class.
@@ -17,17 +21,26 @@ const SMALLEST_BYTES: usize = 512;
 
 /// The memory of a device.
 pub(super) struct Arena {
-    device: Arc<dyn Device>,
+    queue: Arc<Queue>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Addresses that are free, by size class.
-    free: BTreeMap<usize, Vec<u64>>,
+    /// Addresses that are free, by size class, with how many commands had been pushed by then.
+    free: BTreeMap<usize, BTreeMap<u64, u64>>,
     used_bytes: usize,
     kept_bytes: usize,
     peak_bytes: usize,
+}
+
+/// What a piece of memory is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    /// For commands, which are queued.
+    Commands,
+    /// For an upload, which comes before commands that are pending.
+    Upload,
 }
 
 /// A piece of device memory.
@@ -58,8 +71,8 @@ fn class_bytes(bytes: usize) -> usize {
 }
 
 impl Arena {
-    pub(super) fn new(device: Arc<dyn Device>) -> Self {
-        Self { device, state: Mutex::default() }
+    pub(super) fn new(queue: Arc<Queue>) -> Self {
+        Self { queue, state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -72,22 +85,27 @@ impl Arena {
     }
 
     /// Memory for `bytes` bytes, unwritten.
-    pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
-        let strict = self.device.is_strict();
+    pub(super) fn take(self: &Arc<Self>, bytes: usize, what_for: Use) -> Result<Buffer> {
+        let device = self.queue.device();
+        let strict = device.is_strict();
         let class_bytes = if strict { bytes.max(1) } else { class_bytes(bytes) };
         let buffer = |address| Buffer { arena: Arc::clone(self), address, class_bytes };
         let mut state = self.state();
-        if let Some(address) = state.free.get_mut(&class_bytes).and_then(Vec::pop) {
+        let free = state.free.entry(class_bytes).or_default();
+        let is_ready = |n: u64| what_for == Use::Commands || self.queue.has_run(n);
+        let lowest = free.iter().find(|&(_, &n)| is_ready(n)).map(|(&address, _)| address);
+        if let Some(address) = lowest {
+            free.remove(&address);
             state.kept_bytes -= class_bytes;
             state.used_bytes += class_bytes;
             return Ok(buffer(address));
         }
-        let address = match self.device.alloc(class_bytes) {
+        let address = match device.alloc(class_bytes) {
             Ok(address) => address,
             Err(_) => {
                 // What is kept has other sizes: give it back and ask again.
-                self.release(&mut state);
-                self.device
+                self.release(&mut state)?;
+                device
                     .alloc(class_bytes)
                     .map_err(|error| self.out_of_memory(class_bytes, state.used_bytes, &error))?
             }
@@ -96,18 +114,20 @@ impl Arena {
         state.peak_bytes = state.peak_bytes.max(state.used_bytes + state.kept_bytes);
         if strict {
             // SAFETY: `alloc` gave so many bytes there.
-            unsafe { self.device.fill(address, 0xFF, class_bytes) }?;
+            unsafe {
+                self.queue.push(Command::Fill { to: address, byte: 0xFF, bytes: class_bytes })
+            }?;
         }
         Ok(buffer(address))
     }
 
     fn out_of_memory(&self, bytes: usize, used_bytes: usize, error: &Error) -> Error {
         let mib = |bytes: usize| bytes.div_ceil(1 << 20);
-        let total = self.device.memory().map_or(0, |(total, _)| total);
+        let total = self.queue.device().memory().map_or(0, |(total, _)| total);
         Error::Fault(format!(
             "out of memory on {}: {} MiB more do not fit beside {} MiB in use of {} MiB ({error}): \
              use a smaller --batch-size, --checkpointing on or --dtype bf16",
-            self.device.name(),
+            self.queue.device().name(),
             mib(bytes),
             mib(used_bytes),
             mib(total),
@@ -117,37 +137,48 @@ impl Arena {
     fn give_back(&self, address: u64, class_bytes: usize) {
         let mut state = self.state();
         state.used_bytes -= class_bytes;
-        if self.device.is_strict() {
-            // SAFETY: The address came from `alloc` with this size; its buffer is gone.
-            unsafe { self.device.free(address, class_bytes) };
+        let device = self.queue.device();
+        if device.is_strict() {
+            // SAFETY: The address came from `alloc` with this size; its buffer is gone. A strict device
+            // has run what was pushed.
+            unsafe { device.free(address, class_bytes) };
         } else {
             state.kept_bytes += class_bytes;
-            state.free.entry(class_bytes).or_default().push(address);
+            let n_pushed = self.queue.n_pushed();
+            state.free.entry(class_bytes).or_default().insert(address, n_pushed);
         }
     }
 
-    /// Gives everything that is kept back to the device.
-    fn release(&self, state: &mut State) {
+    /// Gives everything that is kept back to the device, after what is pending.
+    fn release(&self, state: &mut State) -> Result<()> {
+        let flushed = self.queue.flush();
         for (class_bytes, addresses) in std::mem::take(&mut state.free) {
-            for address in addresses {
-                // SAFETY: The address came from `alloc` with this size, and no buffer has it.
-                unsafe { self.device.free(address, class_bytes) };
+            for address in addresses.into_keys() {
+                // SAFETY: The address came from `alloc` with this size, and no buffer has it; nothing
+                // that uses it is pending.
+                unsafe { self.queue.device().free(address, class_bytes) };
             }
         }
         state.kept_bytes = 0;
+        flushed
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
         let mut state = std::mem::take(&mut *self.state());
-        self.release(&mut state);
+        if let Err(error) = self.release(&mut state) {
+            tracing::warn!("{error}"); // After a fault nothing runs any more.
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{super::device::Launch, *};
+    use super::{
+        super::device::{Arrival, Device, Graph},
+        *,
+    };
 
     /// Memory that is only numbers, of a limited size.
     struct Numbers(Mutex<(u64, usize)>);
@@ -177,15 +208,26 @@ mod tests {
         unsafe fn read(&self, _: u64, _: &mut [u8]) -> Result<()> {
             unreachable!()
         }
-        unsafe fn copy(&self, _: u64, _: u64, _: usize) -> Result<()> {
+        unsafe fn fetch(&self, _: u64, _: usize) -> Result<Box<dyn Arrival>> {
             unreachable!()
         }
-        unsafe fn fill(&self, _: u64, _: u8, _: usize) -> Result<()> {
+        unsafe fn run(&self, _: &Command) -> Result<()> {
+            Ok(())
+        }
+        fn has_graphs(&self) -> bool {
+            true
+        }
+        fn graph(&self, _: &[Command]) -> Result<Option<Box<dyn Graph>>> {
             unreachable!()
         }
-        unsafe fn launch(&self, _: &Launch<'_>) -> Result<()> {
-            unreachable!()
-        }
+    }
+
+    fn arena() -> Arc<Arena> {
+        Arc::new(Arena::new(Arc::new(Queue::new(Arc::new(Numbers(Mutex::default()))))))
+    }
+
+    fn take(arena: &Arc<Arena>, bytes: usize) -> Buffer {
+        arena.take(bytes, Use::Commands).unwrap()
     }
 
     #[test]
@@ -199,25 +241,44 @@ mod tests {
 
     #[test]
     fn a_step_that_repeats_gets_the_same_addresses() {
-        let arena = Arc::new(Arena::new(Arc::new(Numbers(Mutex::default()))));
+        let arena = arena();
         let step = || {
-            let a = arena.take(1000).unwrap();
-            let b = arena.take(5000).unwrap();
+            let a = take(&arena, 1000);
+            let b = take(&arena, 5000);
             drop(a);
-            let c = arena.take(1001).unwrap();
-            [b.address(), c.address()]
+            let [c, d, e] = [1001, 1002, 1003].map(|bytes| take(&arena, bytes));
+            let addresses = [&b, &c, &d, &e].map(Buffer::address);
+            drop((d, c, e)); // In an order that a stack would give back.
+            addresses
         };
         let first = step();
-        assert_eq!(first, step());
-        assert_eq!(arena.peak_bytes(), 1024 + 5120);
+        for _ in 0..3 {
+            assert_eq!(first, step());
+        }
+        assert_eq!(arena.peak_bytes(), 3 * 1024 + 5120);
+    }
+
+    #[test]
+    fn an_upload_goes_where_nothing_pending_is() {
+        let arena = arena();
+        let [used, other] = [take(&arena, 1000), take(&arena, 1000)];
+        let [used, other] = [(used.address(), used), (other.address(), other)];
+        drop(other.1);
+        // SAFETY: Nothing is touched.
+        unsafe { arena.queue.push(Command::Fill { to: used.0, byte: 0, bytes: 1 }) }.unwrap();
+        drop(used.1);
+        assert_eq!(arena.take(1000, Use::Upload).unwrap().address(), other.0);
+        assert_eq!(take(&arena, 1000).address(), used.0);
+        arena.queue.flush().unwrap();
+        assert_eq!(arena.take(1000, Use::Upload).unwrap().address(), used.0);
     }
 
     #[test]
     fn kept_memory_makes_room_before_a_request_fails() {
-        let arena = Arc::new(Arena::new(Arc::new(Numbers(Mutex::default()))));
-        drop(arena.take(700 << 10).unwrap());
-        let held = arena.take(600 << 10).unwrap();
-        let Err(error) = arena.take(600 << 10) else { panic!("it does not fit") };
+        let arena = arena();
+        drop(take(&arena, 700 << 10));
+        let held = take(&arena, 600 << 10);
+        let Err(error) = arena.take(600 << 10, Use::Commands) else { panic!("it does not fit") };
         let text = error.to_string();
         assert!(text.contains("640 MiB") || text.contains("1 MiB more"), "{text}");
         drop(held);

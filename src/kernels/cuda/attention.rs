@@ -161,7 +161,7 @@ pub(super) fn attention(cuda: &Cuda, args: &Attention<'_, Cuda>) -> Attended<Cud
     let name = format!("attention{suffix}");
     // On CUDA cores keys and values take turns.
     let others = if is_tiled { 2 * others } else { others };
-    let kernel = cuda.kernel("attention", &name).arg(o.address_mut()).arg(lse.address_mut());
+    let kernel = cuda.kernel("attention", name).arg(o.address_mut()).arg(lse.address_mut());
     let kernel = kernel.arg(prepared.arg).shared_bytes((height as usize + others) * row_bytes);
     kernel.launch([prepared.n_tiles, args.n_heads, 1], threads);
     Attended { o, lse }
@@ -186,14 +186,14 @@ pub(super) fn attention_backward(
     let mut d_q = zeros_unless_covered(cuda, q, queries);
     let prepared = Prepared::new(cuda, forward, &queries.lens, height);
     let name = format!("attention_backward_queries{suffix}");
-    let kernel = cuda.kernel("attention", &name).arg(d_q.address_mut()).arg(d_o).arg(lse);
+    let kernel = cuda.kernel("attention", name).arg(d_q.address_mut()).arg(d_o).arg(lse);
     let kernel = kernel.arg(inner.address()).arg(prepared.arg).shared_bytes(shared_bytes);
     kernel.launch([prepared.n_tiles, n_heads, 1], threads);
 
     let [mut d_k, mut d_v] = [0, 1].map(|_| zeros_unless_covered(cuda, k, keys));
     let prepared = Prepared::new(cuda, forward, &keys.lens, height);
     let name = format!("attention_backward_keys{suffix}");
-    let kernel = cuda.kernel("attention", &name).arg(d_k.address_mut()).arg(d_v.address_mut());
+    let kernel = cuda.kernel("attention", name).arg(d_k.address_mut()).arg(d_v.address_mut());
     let kernel = kernel.arg(d_o).arg(lse).arg(inner.address()).arg(prepared.arg);
     // On tensor cores a block makes one of the two.
     let n_parts = if is_tiled { 2 } else { 1 };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 use super::{
-    Buffer, Cuda,
+    Buffer, Chosen, Cuda, Weight,
     gemm::{self, GEMM_THREADS, MMA_TILE, SCALAR_TILE},
     lora::BankArg,
     narrow,
@@ -26,12 +26,23 @@ const HEAD_BYTES: usize = 256 << 20;
 
 pub(super) fn embed(cuda: &Cuda, args: Embed<'_, Cuda>) -> Tensor<Cuda> {
     let Embed { table, ids, scale } = args;
-    let (vocabulary, d) = table.shape();
+    let (vocabulary, _) = table.shape();
     assert!(ids.iter().all(|&id| (id as usize) < vocabulary), "ids are in the vocabulary");
-    let mut y = cuda.alloc(ids.len(), d, Precision::Activation);
     let ids_buffer = cuda.buffer_of(ids);
+    rows_of(cuda, table, (&ids_buffer, ids.len()), scale)
+}
+
+pub(super) fn embed_chosen(cuda: &Cuda, table: &Weight, ids: &Chosen, scale: f32) -> Tensor<Cuda> {
+    assert!(ids.n_columns <= table.shape().0, "ids are in the vocabulary");
+    rows_of(cuda, table, (&ids.columns, ids.n), scale)
+}
+
+/// Rows of a table by so many ids, which are below its height.
+fn rows_of(cuda: &Cuda, table: &Weight, (ids, n): (&Buffer, usize), scale: f32) -> Tensor<Cuda> {
+    let (_, d) = table.shape();
+    let mut y = cuda.alloc(n, d, Precision::Activation);
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(table.matrix());
-    kernel.arg(ids_buffer.address()).count(d).arg(scale).launch([ids.len(), 1, 1], 128);
+    kernel.arg(ids.address()).count(d).arg(scale).launch([n, 1, 1], 128);
     y
 }
 
@@ -41,7 +52,7 @@ pub(super) fn cache_write(cuda: &Cuda, args: CacheWrite<'_, Cuda>) {
     let source_address = source.activation(cuda, rows.len(), cache.cols);
     assert_eq!(cache.dtype, cuda.compute);
     let d = cache.cols;
-    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    let rows_buffer = cuda.indices(rows.iter().map(|&row| narrow(row)));
     let kernel = cuda.kernel("embed", "cache_write").arg(cache.address_mut()).arg(source_address);
     kernel.arg(rows_buffer.address()).count(d).launch([rows.len(), 1, 1], 128);
 }
@@ -56,7 +67,7 @@ pub(super) fn rope(cuda: &Cuda, args: Rope<'_, Cuda>) -> Tensor<Cuda> {
     let from = x.activation(cuda, rows, width);
     let x = Some(x);
     let y = cuda.reuse_or_alloc(&x, rows, width);
-    let positions = cuda.buffer_of(positions);
+    let positions = cuda.indices(positions.iter().copied());
     let kernel = cuda.kernel("rope", "rope").arg(y.address()).arg(from);
     let kernel = kernel.arg(rotary.table.full(n_positions, head_dim)).arg(positions.address());
     let kernel = kernel.count(width).count(head_dim).arg(if inverse { -1.0_f32 } else { 1.0 });
@@ -69,7 +80,7 @@ pub(super) fn gather(cuda: &Cuda, args: Gather<'_, Cuda>) -> Tensor<Cuda> {
     assert!(rows.iter().all(|&row| row < x.rows), "rows are in the matrix");
     let mut y = cuda.alloc(rows.len(), x.cols, Precision::Activation);
     let from = x.activation(cuda, x.rows, x.cols);
-    let rows_buffer = cuda.buffer_of(&rows.iter().map(|&row| narrow(row)).collect::<Vec<_>>());
+    let rows_buffer = cuda.indices(rows.iter().map(|&row| narrow(row)));
     // An embedding's table is rows, too.
     let kernel = cuda.kernel("embed", "embed").arg(y.address_mut()).arg(from);
     kernel.arg(rows_buffer.address()).count(x.cols).arg(1.0_f32).launch([rows.len(), 1, 1], 128);
@@ -394,14 +405,14 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     Loss { nll, d_x }
 }
 
-pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Vec<u32> {
-    let (rows, cols) = (logits.rows, logits.cols);
-    let columns = cuda.take(4 * rows);
-    let forbidden_buffer = cuda.buffer_of(forbidden);
+pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> Chosen {
+    let (n, n_columns) = (logits.rows, logits.cols);
+    let columns = cuda.take(4 * n);
+    let forbidden_buffer = cuda.indices(forbidden.iter().copied());
     let kernel = cuda.kernel("head", "argmax").arg(columns.address());
-    let kernel = kernel.arg(logits.full(rows, cols)).arg(forbidden_buffer.address());
-    let kernel = kernel.count(forbidden.len()).count(cols);
-    kernel.launch([rows, 1, 1], HEAD_THREADS);
-    let bytes = cuda.read(&columns, 4 * rows);
-    bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    let kernel = kernel.arg(logits.full(n, n_columns)).arg(forbidden_buffer.address());
+    let kernel = kernel.count(forbidden.len()).count(n_columns);
+    kernel.launch([n, 1, 1], HEAD_THREADS);
+    let arrival = cuda.fetch(&columns, 4 * n);
+    Chosen { columns, n, n_columns, arrival }
 }

@@ -1,18 +1,46 @@
-//! What the CUDA backend needs of a device: memory, copies and kernel launches, in one stream.
+//! What the CUDA backend needs of a device: memory, copies, kernel launches and graphs, in one stream.
 //!
 //! `driver::Driver` is the real one. Tests bring an emulator, so that everything
 //! above this trait, planning and kernels alike, runs and is compared with the oracle without a GPU.
+
+use std::borrow::Cow;
 
 use bytemuck::{NoUninit, Pod, Zeroable};
 
 use crate::error::Result;
 
+/// What a stream does in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Runs a kernel.
+    Launch(Launch),
+    /// Copies within the device, between places that do not overlap.
+    Copy {
+        /// Where to.
+        to: u64,
+        /// Where from.
+        from: u64,
+        /// How much.
+        bytes: usize,
+    },
+    /// Sets bytes.
+    Fill {
+        /// Where.
+        to: u64,
+        /// To what.
+        byte: u8,
+        /// How many.
+        bytes: usize,
+    },
+}
+
 /// One kernel launch.
-pub struct Launch<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
     /// The file in `cuda/` that has the kernel, without its extension.
     pub module: &'static str,
     /// The kernel's name.
-    pub kernel: &'a str,
+    pub kernel: Cow<'static, str>,
     /// Whether activations are bf16 (else f32).
     pub bf16: bool,
     /// Blocks along x, y and z; none is 0.
@@ -22,7 +50,7 @@ pub struct Launch<'a> {
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
     /// The parameters.
-    pub args: &'a Args,
+    pub args: Args,
 }
 
 /// A bf16 matrix, and the box of it that a kernel copies at a time: 64 columns, 128 bytes.
@@ -44,7 +72,7 @@ pub struct BoxedMatrix {
 pub struct TensorMap(pub [u64; 16]);
 
 /// The parameters of a kernel, each as its bytes.
-#[derive(Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Args {
     words: Vec<u64>, // So that each starts at a multiple of 8.
     places: Vec<(usize, usize)>,
@@ -69,10 +97,43 @@ impl Args {
         self.places.iter().map(pointer).collect()
     }
 
+    /// How many there are.
+    pub fn n(&self) -> usize {
+        self.places.len()
+    }
+
     /// The size of each parameter, in bytes.
     pub fn sizes(&self) -> Vec<usize> {
         self.places.iter().map(|&(_, bytes)| bytes).collect()
     }
+}
+
+/// Commands that were given to a device once and can be run again, with other parameters.
+///
+/// # Safety
+/// As for [`Device`].
+pub unsafe trait Graph: Send {
+    /// Puts another command in the place of one: the same kernel, or the same kind. Whether the device
+    /// can; where it cannot, the graph is of no use any more.
+    ///
+    /// # Safety
+    /// As for [`Device::run`], whenever the graph runs.
+    unsafe fn set(&mut self, index: usize, command: &Command) -> Result<bool>;
+
+    /// Runs all commands, one after the other.
+    ///
+    /// # Safety
+    /// As for [`Device::run`] of each.
+    unsafe fn run(&mut self) -> Result<()>;
+}
+
+/// Bytes on their way to the host.
+pub trait Arrival: Send {
+    /// Waits for them.
+    ///
+    /// # Errors
+    /// A fault of anything before them in the stream.
+    fn wait(self: Box<Self>) -> Result<Vec<u8>>;
 }
 
 /// A device with one stream: calls take effect in order.
@@ -108,24 +169,25 @@ pub unsafe trait Device: Send + Sync + 'static {
     /// As for [`Device::write`].
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
 
-    /// Copies within the device.
-    ///
-    /// # Safety
-    /// Both places lie in memory of [`Device::alloc`] and do not overlap.
-    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
-
-    /// Sets bytes.
+    /// Starts to copy from the device, after everything before it in the stream and before everything
+    /// after it. A few bytes.
     ///
     /// # Safety
     /// As for [`Device::write`].
-    unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<()>;
+    unsafe fn fetch(&self, from: u64, bytes: usize) -> Result<Box<dyn Arrival>>;
 
-    /// Runs a kernel.
+    /// Runs a command.
     ///
     /// # Safety
-    /// The parameters are those of the kernel, and what it reads and writes by them lies in memory of
+    /// A kernel's parameters are those of the kernel; what a command reads and writes lies in memory of
     /// [`Device::alloc`].
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+    unsafe fn run(&self, command: &Command) -> Result<()>;
+
+    /// Whether commands may be collected and run as graphs.
+    fn has_graphs(&self) -> bool;
+
+    /// A graph of these commands; none where the device refuses, which it then says in the log.
+    fn graph(&self, commands: &[Command]) -> Result<Option<Box<dyn Graph>>>;
 
     /// Multiprocessors, if they have the instructions of `cuda/hopper.cuh`; else 0.
     fn hopper_multiprocessors(&self) -> u32 {
@@ -138,7 +200,7 @@ pub unsafe trait Device: Send + Sync + 'static {
     }
 
     /// Whether memory is to start as NaN and to be given back at once, so that a test sees what a
-    /// kernel forgets to write or touches too late.
+    /// kernel forgets to write or touches too late. Such a device has no graphs.
     fn is_strict(&self) -> bool {
         false
     }

@@ -1,9 +1,15 @@
 //! A GPU through the CUDA driver, loaded at run time.
+//!
+//! A graph is a chain of nodes, one a command. A launch is a kernel node, whose parameters can be
+//! changed for next to nothing. Anything else is captured, by itself and on a stream of its own that never runs
+//! anything, into a graph that is the node: what a stream can do, a graph can.
 
 use std::{
-    collections::{HashMap, VecDeque},
-    ffi::CString,
-    sync::{Mutex, MutexGuard, PoisonError},
+    borrow::Cow,
+    collections::{BTreeSet, HashMap},
+    ffi::{CString, c_void},
+    ptr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use cudarc::driver::{
@@ -13,7 +19,7 @@ use cudarc::driver::{
 
 use super::{
     compile,
-    device::{BoxedMatrix, Device, Launch, TensorMap},
+    device::{Arrival, BoxedMatrix, Command, Device, Graph, Launch, TensorMap},
 };
 use crate::error::{Error, Result};
 
@@ -21,14 +27,12 @@ use crate::error::{Error, Result};
 const STAGING_BYTES: usize = 16 << 20;
 /// Uploads up to here are left to the driver, which copies them at once.
 const SMALL_BYTES: usize = 64 << 10;
-/// Kernels that an error message names.
-const RECENT: usize = 8;
+/// Pinned memory of a fetch at least.
+const FETCH_BYTES: usize = 4 << 10;
 
 /// A GPU with one stream.
 pub struct Driver {
-    context: sys::CUcontext,
-    stream: sys::CUstream,
-    name: String,
+    shared: Arc<Shared>,
     architecture: String,
     /// Of a block.
     max_shared_bytes: u32,
@@ -36,15 +40,36 @@ pub struct Driver {
     hopper_multiprocessors: u32,
     /// Whether every launch is waited for, so that a fault is put down to its kernel.
     synchronous: bool,
+    /// Whether commands are collected to graphs.
+    has_graphs: bool,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     modules: HashMap<(&'static str, bool), sys::CUmodule>,
-    functions: HashMap<(String, bool), sys::CUfunction>,
+    functions: HashMap<(Cow<'static, str>, bool), sys::CUfunction>,
     staging: Option<Staging>,
-    recent: VecDeque<String>,
+}
+
+/// What graphs and fetches need of the GPU, too.
+struct Shared {
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    /// Where what is no launch becomes part of a graph; nothing runs here. Used under the lock.
+    capture: Mutex<sys::CUstream>,
+    name: String,
+    /// Kernels since the device was last waited for, which an error message names.
+    recent: Mutex<BTreeSet<Cow<'static, str>>>,
+    /// Pinned memory that no fetch uses.
+    slots: Mutex<Vec<Slot>>,
+}
+
+/// Pinned memory, and an event that says when the copy to it is done.
+struct Slot {
+    start: *mut u8,
+    capacity: usize,
+    done: sys::CUevent,
 }
 
 /// Pinned memory in two halves, each with an event that says when its last copy is done.
@@ -58,6 +83,10 @@ struct Staging {
 unsafe impl Send for Driver {}
 // SAFETY: As above.
 unsafe impl Sync for Driver {}
+// SAFETY: As above.
+unsafe impl Send for Shared {}
+// SAFETY: As above.
+unsafe impl Sync for Shared {}
 
 /// An error of the driver, with what was tried.
 fn failed(what: impl std::fmt::Display) -> impl FnOnce(DriverError) -> Error {
@@ -136,19 +165,28 @@ impl Driver {
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed(&name))?;
         // SAFETY: The context was just retained.
         unsafe { result::ctx::set_current(context) }.map_err(failed(&name))?;
-        let kind = result::stream::StreamKind::NonBlocking;
-        let stream = result::stream::create(kind).map_err(failed(&name))?;
-        Ok(Self {
-            context,
-            stream,
+        let kind = || result::stream::StreamKind::NonBlocking;
+        let stream = result::stream::create(kind()).map_err(failed(&name))?;
+        let capture = Mutex::new(result::stream::create(kind()).map_err(failed(&name))?);
+        let synchronous = std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty());
+        let (recent, slots) = (Mutex::default(), Mutex::default());
+        let driver = Self {
+            shared: Arc::new(Shared { context, stream, capture, name, recent, slots }),
             architecture,
             max_shared_bytes: u32::try_from(shared).unwrap_or(0),
             hopper_multiprocessors: u32::try_from(multiprocessors).unwrap_or(0)
                 * u32::from(is_hopper),
-            synchronous: std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty()),
-            name,
+            synchronous,
+            has_graphs: !synchronous,
             state: Mutex::default(),
-        })
+        };
+        let is_off = std::env::var_os("POLYTAPE_CUDA_GRAPHS").is_some_and(|v| v == "off");
+        Ok(if is_off { driver.without_graphs() } else { driver })
+    }
+
+    /// The GPU with every kernel launched by itself.
+    pub fn without_graphs(self) -> Self {
+        Self { has_graphs: false, ..self }
     }
 
     /// The architecture that kernels are compiled for.
@@ -157,26 +195,11 @@ impl Driver {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.state)
     }
 
-    fn enter(&self) -> Result<()> {
-        // SAFETY: The context is retained for the life of the process.
-        unsafe { result::ctx::set_current(self.context) }.map_err(failed(&self.name))
-    }
-
-    /// An error that an earlier launch may have caused.
-    fn late(&self, what: &str, error: DriverError) -> Error {
-        let recent: Vec<_> = self.state().recent.iter().cloned().collect();
-        fault(format_args!(
-            "{}: {what} failed after the kernels {} (POLYTAPE_CUDA_SYNC=1 tells which)",
-            self.name,
-            recent.join(", ")
-        ))(error)
-    }
-
-    fn function(&self, launch: &Launch<'_>) -> Result<sys::CUfunction> {
-        let key = (launch.kernel.to_owned(), launch.bf16);
+    fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
+        let key = (launch.kernel.clone(), launch.bf16);
         let mut state = self.state();
         if let Some(&function) = state.functions.get(&key) {
             return Ok(function);
@@ -189,20 +212,20 @@ impl Driver {
                 let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
                 let module = loaded.map_err(fault(format_args!(
                     "{} refuses the compiled kernels of cuda/{}.cu (a driver older than NVRTC?)",
-                    self.name, launch.module
+                    self.shared.name, launch.module
                 )))?;
                 state.modules.insert((launch.module, launch.bf16), module);
                 module
             }
         };
-        let name = CString::new(launch.kernel).expect("a kernel's name has no NUL");
+        let name = CString::new(&*launch.kernel).expect("a kernel's name has no NUL");
         // SAFETY: The module is never unloaded.
         let function = unsafe { result::module::get_function(module, name) }
             .map_err(fault(format_args!("kernel {}", launch.kernel)))?;
         if launch.shared_bytes > self.max_shared_bytes {
             return Err(Error::Device(format!(
                 "kernel {} wants {} bytes of shared memory, and {} has {}",
-                launch.kernel, launch.shared_bytes, self.name, self.max_shared_bytes
+                launch.kernel, launch.shared_bytes, self.shared.name, self.max_shared_bytes
             )));
         }
         if launch.shared_bytes > 0 {
@@ -241,36 +264,280 @@ impl Driver {
                 std::ptr::copy_nonoverlapping(chunk.as_ptr(), half_start, chunk.len());
                 let pinned = std::slice::from_raw_parts(half_start, chunk.len());
                 let at = to + (i * STAGING_BYTES) as u64;
-                result::memcpy_htod_async(at, pinned, self.stream).map_err(fault("upload"))?;
-                result::event::record(done[half], self.stream).map_err(fault("upload"))?;
+                result::memcpy_htod_async(at, pinned, self.shared.stream)
+                    .map_err(fault("upload"))?;
+                result::event::record(done[half], self.shared.stream).map_err(fault("upload"))?;
             }
         }
         Ok(())
     }
 }
 
+/// A lock whose value is valid at all times.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    fn enter(&self) -> Result<()> {
+        // SAFETY: The context is retained for the life of the process.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed(&self.name))
+    }
+
+    /// An error that an earlier launch may have caused.
+    fn late(&self, what: &str, error: DriverError) -> Error {
+        let recent: Vec<_> = locked(&self.recent).iter().cloned().collect();
+        fault(format_args!(
+            "{}: {what} failed after one of the kernels {} (POLYTAPE_CUDA_SYNC=1 tells which)",
+            self.name,
+            recent.join(", ")
+        ))(error)
+    }
+
+    /// A graph of a command that is no launch. The driver's error where it does not capture it.
+    ///
+    /// # Safety
+    /// As for [`Device::run`], when the graph runs.
+    unsafe fn captured(&self, command: &Command) -> Result<Template, DriverError> {
+        let stream = locked(&self.capture);
+        // SAFETY: The stream is alive and nobody else uses it; a capture that was begun ends, whatever
+        // happens in it. The graph is nobody else's.
+        unsafe {
+            // Relaxed: what other threads do meanwhile is none of this capture's business.
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+            result::stream::begin_capture(*stream, mode)?;
+            let moved = move_bytes(command, *stream);
+            let graph = result::stream::end_capture(*stream).map(Template)?;
+            moved.map(|()| graph)
+        }
+    }
+}
+
+/// Copies or sets bytes, in a stream.
+///
+/// # Safety
+/// As for [`Device::run`].
+unsafe fn move_bytes(command: &Command, stream: sys::CUstream) -> Result<(), DriverError> {
+    match *command {
+        // SAFETY: The caller's promise.
+        Command::Copy { to, from, bytes } => unsafe {
+            result::memcpy_dtod_async(to, from, bytes, stream)
+        },
+        // SAFETY: The caller's promise.
+        Command::Fill { to, byte, bytes } => unsafe {
+            result::memset_d8_async(to, byte, bytes, stream)
+        },
+        Command::Launch(_) => unreachable!("launches have nodes of their own"),
+    }
+}
+
+/// What a graph is instantiated from; it has the nodes.
+struct Template(sys::CUgraph);
+
+impl Drop for Template {
+    fn drop(&mut self) {
+        // SAFETY: The handle came from the driver and nobody has it any more.
+        if let Err(error) = unsafe { result::graph::destroy(self.0) } {
+            tracing::warn!("a graph is not given back: {error:?}"); // As after a fault.
+        }
+    }
+}
+
+/// Runs `add` with a launch as a graph takes it.
+fn with_params<R>(
+    launch: &Launch,
+    function: sys::CUfunction,
+    add: impl FnOnce(&sys::CUDA_KERNEL_NODE_PARAMS) -> R,
+) -> R {
+    let [x, y, z] = launch.grid;
+    let mut pointers = launch.args.pointers();
+    add(&sys::CUDA_KERNEL_NODE_PARAMS {
+        func: function,
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: z,
+        blockDimX: launch.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: launch.shared_bytes,
+        kernelParams: pointers.as_mut_ptr(),
+        extra: ptr::null_mut(),
+        kern: ptr::null_mut(),
+        ctx: ptr::null_mut(), // The one that is current.
+    })
+}
+
+/// Commands as a CUDA graph.
+struct Chain {
+    shared: Arc<Shared>,
+    executable: sys::CUgraphExec,
+    /// Each command's, with the function where it is a launch.
+    nodes: Vec<(sys::CUgraphNode, Option<sys::CUfunction>)>,
+    kernels: BTreeSet<Cow<'static, str>>,
+    /// It has the nodes.
+    _template: Template,
+}
+
+// SAFETY: Handles of the driver, which may be used from any thread once the context is current there;
+// every method makes it so first.
+unsafe impl Send for Chain {}
+
+impl Chain {
+    /// An [`Error::Device`] where the driver refuses.
+    fn new(driver: &Driver, commands: &[Command]) -> Result<Self> {
+        let shared = Arc::clone(&driver.shared);
+        shared.enter()?;
+        let refused = || failed("a graph");
+        let mut graph = ptr::null_mut();
+        // SAFETY: A place to write to, which outlives the call.
+        unsafe { sys::cuGraphCreate(&mut graph, 0) }.result().map_err(refused())?;
+        let template = Template(graph);
+        let mut nodes: Vec<(sys::CUgraphNode, _)> = Vec::with_capacity(commands.len());
+        let mut kernels = BTreeSet::new();
+        for command in commands {
+            let before = nodes.last().map_or(ptr::null(), |(node, _)| ptr::from_ref(node));
+            let n_before = usize::from(!nodes.is_empty());
+            let mut node = ptr::null_mut();
+            let function = match command {
+                Command::Launch(launch) => {
+                    let function = driver.function(launch)?;
+                    // SAFETY: The graph is alive, the node before is one of it, and the parameters are
+                    // as many as the kernel has, which the driver copies.
+                    let added = with_params(launch, function, |params| unsafe {
+                        sys::cuGraphAddKernelNode_v2(&mut node, graph, before, n_before, params)
+                    });
+                    added.result().map_err(refused())?;
+                    kernels.insert(launch.kernel.clone());
+                    Some(function)
+                }
+                Command::Copy { .. } | Command::Fill { .. } => {
+                    // SAFETY: Nothing runs before `Graph::run`, whose caller promises it.
+                    let child = unsafe { shared.captured(command) }.map_err(refused())?;
+                    // SAFETY: As above; the child is copied.
+                    unsafe {
+                        sys::cuGraphAddChildGraphNode(&mut node, graph, before, n_before, child.0)
+                    }
+                    .result()
+                    .map_err(refused())?;
+                    None
+                }
+            };
+            nodes.push((node, function));
+        }
+        // SAFETY: The graph is whole.
+        let executable =
+            unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) };
+        let executable = executable.map_err(refused())?;
+        Ok(Self { shared, executable, nodes, kernels, _template: template })
+    }
+}
+
+impl Drop for Chain {
+    fn drop(&mut self) {
+        // SAFETY: The handle came from the driver and nobody has it any more; what still runs goes on.
+        if let Err(error) = unsafe { result::graph::exec_destroy(self.executable) } {
+            tracing::warn!("a graph is not given back: {error:?}"); // As after a fault.
+        }
+    }
+}
+
+// SAFETY: The nodes are the commands, in a chain.
+unsafe impl Graph for Chain {
+    unsafe fn set(&mut self, index: usize, command: &Command) -> Result<bool> {
+        self.shared.enter()?;
+        let (executable, (node, function)) = (self.executable, self.nodes[index]);
+        let changed = match (command, function) {
+            (Command::Launch(launch), Some(function)) => with_params(launch, function, |params| {
+                // SAFETY: The node is one of this graph and runs this kernel; the driver copies the
+                // parameters. Runs that are under way have the old ones.
+                unsafe { sys::cuGraphExecKernelNodeSetParams_v2(executable, node, params) }.result()
+            }),
+            // SAFETY: Nothing runs before `run`, whose caller promises it; the child is copied.
+            _ => unsafe {
+                self.shared.captured(command).and_then(|child| {
+                    sys::cuGraphExecChildGraphNodeSetParams(executable, node, child.0).result()
+                })
+            },
+        };
+        if let Err(error) = changed {
+            tracing::debug!("a graph is made anew: {error:?}");
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    unsafe fn run(&mut self) -> Result<()> {
+        self.shared.enter()?;
+        locked(&self.shared.recent).extend(self.kernels.iter().cloned());
+        // SAFETY: The caller's promise.
+        unsafe { result::graph::launch(self.executable, self.shared.stream) }
+            .map_err(|error| self.shared.late("a graph", error))
+    }
+}
+
+/// Bytes on their way to pinned memory.
+struct Fetch {
+    shared: Arc<Shared>,
+    /// Until the end, which gives it back.
+    slot: Option<Slot>,
+    bytes: usize,
+}
+
+// SAFETY: As for `Chain`; the slot is this fetch's own.
+unsafe impl Send for Fetch {}
+
+impl Fetch {
+    /// Waits, and gives what `take` makes of the bytes.
+    fn end<R>(&mut self, take: impl FnOnce(&[u8]) -> R) -> Result<Option<R>> {
+        let Some(slot) = self.slot.take() else { return Ok(None) };
+        self.shared.enter()?;
+        // SAFETY: The event is alive. Where it cannot be waited for, the slot is lost.
+        unsafe { result::event::synchronize(slot.done) }
+            .map_err(|error| self.shared.late("a download", error))?;
+        // SAFETY: The copy is done, and nobody else has the slot, which has room for so many bytes.
+        let taken = take(unsafe { std::slice::from_raw_parts(slot.start, self.bytes) });
+        locked(&self.shared.slots).push(slot);
+        Ok(Some(taken))
+    }
+}
+
+impl Arrival for Fetch {
+    fn wait(mut self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(self.end(<[u8]>::to_vec)?.unwrap_or_default())
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        if let Err(error) = self.end(|_| ()) {
+            tracing::warn!("{error}"); // Nobody wanted the bytes.
+        }
+    }
+}
+
 // SAFETY: Memory comes from the driver, whose addresses are multiples of 256; the rest passes arguments on.
 unsafe impl Device for Driver {
     fn name(&self) -> String {
-        self.name.clone()
+        self.shared.name.clone()
     }
 
     fn memory(&self) -> Result<(usize, usize)> {
-        self.enter()?;
-        let (free, total) = result::mem_get_info().map_err(failed(&self.name))?;
+        self.shared.enter()?;
+        let (free, total) = result::mem_get_info().map_err(failed(&self.shared.name))?;
         Ok((total, free))
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
-        self.enter()?;
+        self.shared.enter()?;
         // SAFETY: The stream is alive.
-        unsafe { result::malloc_async(self.stream, bytes) }.map_err(fault("cannot reserve memory"))
+        unsafe { result::malloc_async(self.shared.stream, bytes) }
+            .map_err(fault("cannot reserve memory"))
     }
 
     unsafe fn free(&self, address: u64, _: usize) {
-        let freed = self.enter().and_then(|()| {
+        let freed = self.shared.enter().and_then(|()| {
             // SAFETY: The caller's promise.
-            let freed = unsafe { result::free_async(address, self.stream) };
+            let freed = unsafe { result::free_async(address, self.shared.stream) };
             freed.map_err(fault("cannot free memory"))
         });
         if let Err(error) = freed {
@@ -279,37 +546,53 @@ unsafe impl Device for Driver {
     }
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
-        self.enter()?;
+        self.shared.enter()?;
         if bytes.len() > SMALL_BYTES {
             return self.write_staged(to, bytes);
         }
         // SAFETY: The caller's promise; the driver has copied pageable memory when it returns.
-        unsafe { result::memcpy_htod_async(to, bytes, self.stream) }
-            .map_err(|error| self.late("an upload", error))
+        unsafe { result::memcpy_htod_async(to, bytes, self.shared.stream) }
+            .map_err(|error| self.shared.late("an upload", error))
     }
 
     unsafe fn read(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
-        self.enter()?;
+        self.shared.enter()?;
+        let stream = self.shared.stream;
         // SAFETY: The caller's promise; the stream is waited for before `bytes` is read.
         unsafe {
-            result::memcpy_dtoh_async(bytes, from, self.stream)
-                .map_err(|error| self.late("a download", error))?;
-            result::stream::synchronize(self.stream).map_err(|error| self.late("a download", error))
+            result::memcpy_dtoh_async(bytes, from, stream)
+                .map_err(|error| self.shared.late("a download", error))?;
+            result::stream::synchronize(stream)
+                .map_err(|error| self.shared.late("a download", error))?;
         }
+        locked(&self.shared.recent).clear();
+        Ok(())
     }
 
-    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: The caller's promise.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|error| self.late("a copy", error))
-    }
-
-    unsafe fn fill(&self, to: u64, byte: u8, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: The caller's promise.
-        unsafe { result::memset_d8_async(to, byte, bytes, self.stream) }
-            .map_err(|error| self.late("a fill", error))
+    unsafe fn fetch(&self, from: u64, bytes: usize) -> Result<Box<dyn Arrival>> {
+        let shared = &self.shared;
+        shared.enter()?;
+        let mut slots = locked(&shared.slots);
+        let slot = match slots.iter().position(|slot| slot.capacity >= bytes) {
+            Some(at) => slots.swap_remove(at),
+            None => {
+                let capacity = bytes.max(FETCH_BYTES).next_power_of_two();
+                // SAFETY: Freed by nobody: slots are used again for the life of the process.
+                let start = unsafe { result::malloc_host(capacity, 0) };
+                let start = start.map_err(fault("no pinned memory"))?.cast();
+                let done = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
+                Slot { start, capacity, done: done.map_err(fault("no event"))? }
+            }
+        };
+        // SAFETY: The caller's promise; the slot has room for so many bytes and belongs to this fetch
+        // until the event has come.
+        unsafe {
+            let pinned = std::slice::from_raw_parts_mut(slot.start, bytes);
+            result::memcpy_dtoh_async(pinned, from, shared.stream)
+                .and_then(|()| result::event::record(slot.done, shared.stream))
+                .map_err(|error| shared.late("a download", error))?;
+        }
+        Ok(Box::new(Fetch { shared: Arc::clone(shared), slot: Some(slot), bytes }))
     }
 
     fn hopper_multiprocessors(&self) -> u32 {
@@ -317,7 +600,7 @@ unsafe impl Device for Driver {
     }
 
     fn tensor_map(&self, matrix: &BoxedMatrix) -> Result<TensorMap> {
-        self.enter()?;
+        self.shared.enter()?;
         let &BoxedMatrix { address, rows, cols, box_rows } = matrix;
         let (dims, line_bytes) = ([cols as u64, rows as u64], 2 * cols as u64);
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
@@ -340,42 +623,58 @@ unsafe impl Device for Driver {
             )
         }
         .result()
-        .map_err(fault(format_args!("{}: a map of {matrix:?}", self.name)))?;
+        .map_err(fault(format_args!("{}: a map of {matrix:?}", self.shared.name)))?;
         Ok(TensorMap(map.opaque))
     }
 
-    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
-        self.enter()?;
+    unsafe fn run(&self, command: &Command) -> Result<()> {
+        self.shared.enter()?;
+        let Command::Launch(launch) = command else {
+            // SAFETY: The caller's promise.
+            return unsafe { move_bytes(command, self.shared.stream) }
+                .map_err(|error| self.shared.late("a copy or a fill", error));
+        };
         let function = self.function(launch)?;
         let [x, y, z] = launch.grid;
-        let block = (launch.threads, 1, 1);
-        let mut pointers = launch.args.pointers();
+        let mut pointers: Vec<*mut c_void> = launch.args.pointers();
+        let of_kernel = || fault(format!("{}: kernel {}", self.shared.name, launch.kernel));
         // SAFETY: The caller's promise; the driver copies the parameters.
         unsafe {
             result::launch_kernel(
                 function,
                 (x, y, z),
-                block,
+                (launch.threads, 1, 1),
                 launch.shared_bytes,
-                self.stream,
+                self.shared.stream,
                 &mut pointers,
             )
         }
-        .map_err(fault(format_args!("{}: kernel {}", self.name, launch.kernel)))?;
-        let mut state = self.state();
-        if state.recent.back().is_none_or(|last| last != launch.kernel) {
-            if state.recent.len() == RECENT {
-                state.recent.pop_front();
-            }
-            state.recent.push_back(launch.kernel.to_owned());
+        .map_err(of_kernel())?;
+        let mut recent = locked(&self.shared.recent);
+        if !recent.contains(&launch.kernel) {
+            recent.insert(launch.kernel.clone());
         }
-        drop(state);
+        drop(recent);
         if self.synchronous {
             // SAFETY: The stream is alive.
-            unsafe { result::stream::synchronize(self.stream) }
-                .map_err(fault(format_args!("{}: kernel {}", self.name, launch.kernel)))?;
+            unsafe { result::stream::synchronize(self.shared.stream) }.map_err(of_kernel())?;
         }
         Ok(())
+    }
+
+    fn has_graphs(&self) -> bool {
+        self.has_graphs
+    }
+
+    fn graph(&self, commands: &[Command]) -> Result<Option<Box<dyn Graph>>> {
+        match Chain::new(self, commands) {
+            Ok(chain) => Ok(Some(Box::new(chain))),
+            Err(Error::Device(why)) => {
+                tracing::warn!("{} makes no graph: {why}", self.shared.name);
+                Ok(None)
+            }
+            Err(other) => Err(other),
+        }
     }
 }
 
@@ -392,7 +691,7 @@ pub(super) fn probe() -> Vec<(&'static str, String)> {
     let device = Driver::open().and_then(|driver| {
         let (total, free) = driver.memory()?;
         let (total, free) = (total >> 20, free >> 20);
-        Ok(format!("{} ({}), {total} MiB, {free} MiB free", driver.name, driver.architecture))
+        Ok(format!("{} ({}), {total} MiB, {free} MiB free", driver.name(), driver.architecture))
     });
     let device = device.unwrap_or_else(|error| format!("none: {error}"));
     vec![("cuda driver", driver), ("nvrtc", nvrtc), ("gpu", device)]

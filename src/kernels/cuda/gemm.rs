@@ -102,12 +102,12 @@ fn wgmma_width(cuda: &Cuda, n: usize, rows: impl IntoIterator<Item = usize>) -> 
 /// Blocks of `linear_wgmma.cu`: each takes one tile after another.
 fn wgmma_grid(cuda: &Cuda, rows: usize, cols: usize, width: usize) -> [usize; 3] {
     let tiles = rows.div_ceil(WGMMA_ROWS) * cols.div_ceil(width);
-    [tiles.min(cuda.device.hopper_multiprocessors() as usize), 1, 1]
+    [tiles.min(cuda.device().hopper_multiprocessors() as usize), 1, 1]
 }
 
 fn tensor_map(cuda: &Cuda, address: u64, rows: usize, cols: usize, box_rows: usize) -> TensorMap {
     let matrix = BoxedMatrix { address, rows, cols, box_rows: narrow(box_rows) };
-    must(cuda.device.tensor_map(&matrix))
+    must(cuda.device().tensor_map(&matrix))
 }
 
 /// `y = epilogue(x Wᵀ)`, each an address.

@@ -1,14 +1,16 @@
 //! NVIDIA GPUs: buffers, launches, and the operations' way to the kernels in `cuda/`.
 //!
 //! ```text
-//! Backend (here)  ─ shapes checked, tables planned ─>  Device (one stream)  ─>  cuda/*.cu
-//!                                                       `driver`: cudarc, NVRTC at run time
-//!                                                       the tests' emulator
+//! Backend (here)  ─ shapes checked, tables planned ─>  `graph`  ─>  Device (one stream)  ─>  cuda/*.cu
+//!                                                                    `driver`: cudarc, NVRTC at run time
+//!                                                                    the tests' emulator
 //! ```
 //!
-//! Every operation checks its shapes, takes its results from the `arena`, and queues launches; the
+//! Every operation checks its shapes, takes its results from the `arena`, and pushes launches, which
+//! `graph` gives to the device some hundred at a time; the
 //! host waits for the device only where the trait asks for numbers: `download`, `numbers` (once, at the
-//! end of a training step) and `argmax` (once a decoding step). What kernels need to know of a batch (segments, spans, token keys) is uploaded
+//! end of a training step) and `tokens` (once a decoding step, for what was chosen in the step before it).
+//! What kernels need to know of a batch (segments, spans, token keys) is uploaded
 //! once and kept in `tables`.
 //!
 //! In f32, matrices of the base are f32 on the device; in bf16 they are bf16 (a 16-bit float with more
@@ -27,12 +29,14 @@ pub mod device;
 #[cfg(feature = "cuda")]
 pub mod driver;
 mod gemm;
+mod graph;
 mod lora;
 mod optimizer;
 mod tables;
 
 use std::{
     any::Any,
+    borrow::Cow,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
@@ -44,8 +48,9 @@ pub use gemm::Gemm;
 use half::bf16;
 
 use self::{
-    arena::Arena,
-    device::{Args, Device, Launch},
+    arena::{Arena, Use},
+    device::{Args, Arrival, Command, Device, Launch},
+    graph::Queue,
     tables::Tables,
 };
 use super::{Backend, Precision, ops::*};
@@ -58,7 +63,7 @@ use crate::{
 /// The CUDA backend: a device and a compute type. Cloning shares the device and its memory.
 #[derive(Clone)]
 pub struct Cuda {
-    device: Arc<dyn Device>,
+    queue: Arc<Queue>,
     arena: Arc<Arena>,
     tables: Arc<Tables>,
     compute: Dtype,
@@ -131,8 +136,9 @@ impl Cuda {
         if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
             return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
         }
-        let arena = Arc::new(Arena::new(Arc::clone(&device)));
-        Self { device, arena, tables: Arc::default(), compute, gemm: Gemm::Mma }
+        let queue = Arc::new(Queue::new(device));
+        let arena = Arc::new(Arena::new(Arc::clone(&queue)));
+        Self { queue, arena, tables: Arc::default(), compute, gemm: Gemm::Mma }
             .with_gemm(Gemm::from_env()?)
     }
 
@@ -141,10 +147,10 @@ impl Cuda {
     /// # Errors
     /// If the device cannot.
     pub fn with_gemm(self, gemm: Gemm) -> Result<Self> {
-        if gemm == Gemm::Wgmma && self.device.hopper_multiprocessors() == 0 {
+        if gemm == Gemm::Wgmma && self.device().hopper_multiprocessors() == 0 {
             return Err(Error::Device(format!(
                 "{} has no wgmma, which is of compute capability 9.0: use POLYTAPE_CUDA_GEMM=mma",
-                self.device.name()
+                self.device().name()
             )));
         }
         Ok(Self { gemm, ..self })
@@ -179,7 +185,7 @@ impl Cuda {
     /// With the numbers.
     pub fn check_fits(&self, base_elements: usize) -> Result<()> {
         let bytes = base_elements * self.compute.size_bytes();
-        let (total, free) = self.device.memory()?;
+        let (total, free) = self.device().memory()?;
         if bytes <= free {
             return Ok(());
         }
@@ -189,7 +195,7 @@ impl Cuda {
              or --device cpu",
             mib(bytes),
             self.compute,
-            self.device.name(),
+            self.device().name(),
             mib(free),
             mib(total),
         )))
@@ -197,7 +203,7 @@ impl Cuda {
 
     /// The device.
     pub fn device(&self) -> &dyn Device {
-        &*self.device
+        self.queue.device()
     }
 
     /// Room for so many numbers.
@@ -211,7 +217,7 @@ impl Cuda {
     }
 
     fn take(&self, bytes: usize) -> Buffer {
-        must(self.arena.take(bytes))
+        must(self.arena.take(bytes, Use::Commands))
     }
 
     /// An unwritten matrix. Kernels write every element.
@@ -223,10 +229,10 @@ impl Cuda {
     /// A buffer with these values.
     fn buffer_of<T: NoUninit>(&self, values: &[T]) -> Buffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
-        let buffer = self.take(bytes.len());
+        let buffer = must(self.arena.take(bytes.len(), Use::Upload));
         if !bytes.is_empty() {
-            // SAFETY: The buffer has that many bytes.
-            must(unsafe { self.device.write(buffer.address(), bytes) });
+            // SAFETY: The buffer has that many bytes, and no command that is pending uses them.
+            must(unsafe { self.device().write(buffer.address(), bytes) });
         }
         buffer
     }
@@ -236,23 +242,33 @@ impl Cuda {
         let mut read = vec![0; bytes];
         if bytes > 0 {
             // SAFETY: Callers ask for no more than the buffer was taken with.
-            must(unsafe { self.device.read(buffer.address(), &mut read) });
+            must(unsafe { self.queue.read(buffer.address(), &mut read) });
+            self.tables.end_step();
         }
         read
+    }
+
+    /// Starts to copy a buffer's first `bytes` bytes to the host.
+    fn fetch(&self, buffer: &Buffer, bytes: usize) -> Box<dyn Arrival> {
+        // SAFETY: As for `read`.
+        let arrival = must(unsafe { self.queue.fetch(buffer.address(), bytes) });
+        self.tables.end_step();
+        arrival
     }
 
     /// Sets all elements to zero.
     fn fill_zero(&self, tensor: &mut Tensor<Self>) {
         let bytes = tensor.len() * tensor.dtype.size_bytes();
         if bytes > 0 {
+            let fill = Command::Fill { to: tensor.address_mut(), byte: 0, bytes };
             // SAFETY: The tensor's buffer has that many bytes.
-            must(unsafe { self.device.fill(tensor.address_mut(), 0, bytes) });
+            must(unsafe { self.queue.push(fill) });
         }
     }
 
     /// Starts a launch.
-    fn kernel<'a>(&'a self, module: &'static str, kernel: &'a str) -> Kernel<'a> {
-        Kernel { cuda: self, module, kernel, args: Args::default(), shared_bytes: 0 }
+    fn kernel(&self, module: &'static str, kernel: impl Into<Cow<'static, str>>) -> Kernel<'_> {
+        Kernel { cuda: self, module, kernel: kernel.into(), args: Args::default(), shared_bytes: 0 }
     }
 
     /// The tensor itself where nobody else holds it, else an unwritten one of its shape: where a result
@@ -274,7 +290,7 @@ impl Cuda {
 struct Kernel<'a> {
     cuda: &'a Cuda,
     module: &'static str,
-    kernel: &'a str,
+    kernel: Cow<'static, str>,
     args: Args,
     shared_bytes: usize,
 }
@@ -295,7 +311,7 @@ impl Kernel<'_> {
         self
     }
 
-    /// Queues it. A grid without blocks does nothing.
+    /// Pushes it. A grid without blocks does nothing.
     fn launch(self, grid: [usize; 3], threads: u32) {
         if grid.contains(&0) {
             return;
@@ -308,11 +324,11 @@ impl Kernel<'_> {
             grid: grid.map(narrow),
             threads,
             shared_bytes: narrow(self.shared_bytes),
-            args: &self.args,
+            args: self.args,
         };
         // SAFETY: The operation that put the launch together gave the parameters that the kernel's
         // first lines list, and asserted the shapes that it relies on.
-        must(unsafe { self.cuda.device.launch(&launch) });
+        must(unsafe { self.cuda.queue.push(Command::Launch(launch)) });
     }
 }
 
@@ -353,6 +369,15 @@ impl Tensor<Cuda> {
     }
 }
 
+/// Tokens in device memory, and on their way to the host.
+pub struct Chosen {
+    columns: Buffer,
+    n: usize,
+    /// They are below it.
+    n_columns: usize,
+    arrival: Box<dyn Arrival>,
+}
+
 /// Numbers in f64 in device memory.
 pub struct Numbers {
     buffer: Buffer,
@@ -369,6 +394,7 @@ impl Backend for Cuda {
     type Buffer = Buffer;
     type Weight = Weight;
     type Numbers = Numbers;
+    type Chosen = Chosen;
 
     fn dtype(&self, precision: Precision) -> Dtype {
         match precision {
@@ -427,8 +453,9 @@ impl Backend for Cuda {
         let bytes = tensor.len() * tensor.dtype.size_bytes();
         let buffer = self.take(bytes);
         if bytes > 0 {
+            let copy = Command::Copy { to: buffer.address(), from: tensor.address(), bytes };
             // SAFETY: Both buffers have that many bytes.
-            must(unsafe { self.device.copy(buffer.address(), tensor.address(), bytes) });
+            must(unsafe { self.queue.push(copy) });
         }
         Tensor::new(buffer, tensor.dtype, tensor.rows, tensor.cols)
     }
@@ -446,6 +473,9 @@ impl Backend for Cuda {
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         dense::embed(self, args)
+    }
+    fn embed_chosen(&self, table: &Weight, ids: &Chosen, scale: f32) -> Tensor<Self> {
+        dense::embed_chosen(self, table, ids, scale)
     }
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
         dense::rope(self, args)
@@ -496,8 +526,15 @@ impl Backend for Cuda {
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
         dense::head_loss(self, args)
     }
-    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
+    fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Chosen {
         dense::argmax(self, logits, forbidden)
+    }
+    fn tokens(&self, chosen: Chosen) -> Vec<u32> {
+        let bytes = must(chosen.arrival.wait());
+        bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    }
+    fn is_queued(&self) -> bool {
+        true
     }
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
         lora::route(self, args)

@@ -1,11 +1,13 @@
 //! What kernels need to know of a batch, uploaded once: the routing row of each token, spans, keys.
 //!
-//! Every operation of a step asks for the same few tables, so they are kept by what they are made of.
+//! Every operation of a step asks for the same few tables, so they are kept by what they are made of,
+//! until the step ends; one that the next step makes again is kept for good. So what differs in every
+//! step (where tokens stand in a cache) does not pile up, and gets the same addresses in every step.
 //! A kernel never searches: segments become a routing row a token, spans become a list of tiles.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use bytemuck::{NoUninit, Zeroable};
@@ -18,7 +20,35 @@ const MAX_TABLES: usize = 512;
 
 /// Uploaded tables by content.
 #[derive(Default)]
-pub(super) struct Tables(Mutex<HashMap<Source, Arc<Buffer>>>);
+pub(super) struct Tables(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    tables: HashMap<Source, Table>,
+    /// Whether anybody asked for one in this step.
+    is_used: bool,
+}
+
+/// A table, or that there was one in the last step.
+struct Table {
+    buffer: Option<Arc<Buffer>>,
+    /// Whether two steps in a row made it.
+    is_kept: bool,
+}
+
+impl Tables {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner) // Each change leaves it valid.
+    }
+
+    /// Lets go of what only the step that ends here needed.
+    pub(super) fn end_step(&self) {
+        let mut state = self.state();
+        if std::mem::take(&mut state.is_used) {
+            state.tables.retain(|_, table| table.is_kept || table.buffer.take().is_some());
+        }
+    }
+}
 
 /// What a table is made of.
 #[derive(PartialEq, Eq, Hash)]
@@ -31,6 +61,7 @@ enum Source {
     /// The address of the keys, which the entry keeps alive.
     TokenKeys(TokenKeys),
     Words(Vec<u64>),
+    Indices(Vec<u32>),
 }
 
 /// Compared by address: a batch has one list, shared by all its dropouts.
@@ -56,16 +87,19 @@ fn runs(segments: &Segments) -> Vec<usize> {
 
 impl Cuda {
     fn table<T: NoUninit>(&self, source: Source, make: impl FnOnce() -> Vec<T>) -> Arc<Buffer> {
-        let mut tables = self.tables.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(table) = tables.get(&source) {
-            return Arc::clone(table);
+        let mut state = self.tables.state();
+        state.is_used = true;
+        let last = state.tables.get(&source);
+        if let Some(buffer) = last.and_then(|table| table.buffer.as_ref()) {
+            return Arc::clone(buffer);
         }
-        if tables.len() >= MAX_TABLES {
-            tables.clear();
+        let is_kept = last.is_some();
+        if state.tables.len() >= MAX_TABLES {
+            state.tables.clear();
         }
-        let table = Arc::new(self.buffer_of(&make()));
-        tables.insert(source, Arc::clone(&table));
-        table
+        let buffer = Arc::new(self.buffer_of(&make()));
+        state.tables.insert(source, Table { buffer: Some(Arc::clone(&buffer)), is_kept });
+        buffer
     }
 
     /// The routing row of each token, `u32`.
@@ -136,6 +170,12 @@ impl Cuda {
     /// Any numbers.
     pub(super) fn words(&self, words: impl Iterator<Item = u64> + Clone) -> Arc<Buffer> {
         self.table(Source::Words(words.clone().collect()), || words.collect::<Vec<u64>>())
+    }
+
+    /// Rows or positions, `u32`.
+    pub(super) fn indices(&self, indices: impl Iterator<Item = u32>) -> Arc<Buffer> {
+        let indices: Vec<u32> = indices.collect();
+        self.table(Source::Indices(indices.clone()), || indices)
     }
 
     /// A dropout as kernels get it. The table must live until the launch is queued.

@@ -78,6 +78,7 @@ impl Backend for Oracle {
     type Buffer = Vec<f64>;
     type Weight = Arc<Weight>;
     type Numbers = Vec<f64>;
+    type Chosen = Vec<u32>;
 
     fn dtype(&self, _: Precision) -> Dtype {
         Dtype::F64
@@ -121,6 +122,9 @@ impl Backend for Oracle {
 
     fn embed(&self, args: Embed<'_, Self>) -> Tensor<Self> {
         dense::embed(args)
+    }
+    fn embed_chosen(&self, table: &Arc<Weight>, ids: &Vec<u32>, scale: f32) -> Tensor<Self> {
+        dense::embed(Embed { table, ids, scale })
     }
     fn rope(&self, args: Rope<'_, Self>) -> Tensor<Self> {
         dense::rope(args)
@@ -174,6 +178,9 @@ impl Backend for Oracle {
     }
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
         dense::argmax(logits, forbidden)
+    }
+    fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
+        chosen
     }
 
     fn route(&self, args: &Route<'_, Self>) -> Routing<Self> {
