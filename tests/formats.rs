@@ -275,7 +275,8 @@ fn data_files() {
         ("{\"input\": x}", "column 11: malformed JSON"),
         ("{\"input\":\"x\",\"target\":\"\"}", "the target is empty"),
         ("{\"input\":\"\",\"target\":\"y\"}", "the input is empty"),
-        ("{\"input_ids\":[1],\"label_ids\":[-100]}", "found -100"),
+        ("{\"input_ids\":[1],\"label_ids\":[-1]}", "found -1"),
+        ("{\"input_ids\":[1],\"label_ids\":[-100]}", "the target is empty"),
         ("{\"task_id\":-1,\"input\":\"x\",\"target\":\"y\"}", "field task_id"),
         ("{\"target\":\"y\"}", "neither input nor input_ids"),
     ] {
