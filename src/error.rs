@@ -77,7 +77,7 @@ pub enum Error {
     #[error("{}", Printable(.0))]
     NotFinite(String),
     /// The device asked for is not there.
-    #[error("{0}")] // A compiler\'s log has lines.
+    #[error("{0}")] // A compiler's log has lines.
     Device(String),
     /// The device failed in the middle of a run.
     #[error("{0}")]
