@@ -9,7 +9,7 @@
 //   d_logits [linears * rows, splits * skills]: what each linear's row asks of the logits that it read
 // Grid of `route` and `route_backward`: x = linears * rows * splits / 128, a thread a split. Linears may share
 // a router, and rows a task: grid of `route_sum`: x = routers * rows * splits * skills / 128, a thread a
-// logit, by the first of its task's rows; it adds linears and rows in order, so that nothing needs atomics.
+// logit, by the first of its task's rows; it adds linears and rows in order, so that nothing needs atomics, in f64.
 // routers: where each router's linears start in the list that follows [routers + 1], and the list [linears].
 #include "philox.cuh"
 
@@ -122,9 +122,9 @@ route_sum(float* grads, const float* d_logits, const u64* routers, u32 n_routers
         if (route.tasks[other] == task) return;
     const u64* linears = routers + n_routers + 1;
     float* to = grads + route.logits[linears[routers[router]]] + u64(task) * width + col;
-    float sum = *to;
+    double sum = *to;  // How many add up here is not bounded.
     for (u64 i = routers[router]; i < routers[router + 1]; ++i)
         for (u32 other = row; other < route.n_rows; ++other)
             if (route.tasks[other] == task) sum += d_logits[(linears[i] * route.n_rows + other) * width + col];
-    *to = sum;
+    *to = float(sum);
 }

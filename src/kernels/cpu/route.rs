@@ -52,30 +52,39 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
     if routing.weights.is_empty() {
         return;
     }
-    let rows = routing.weights.f32s().chunks_exact(width).zip(routing.samples.f32s().chunks(width));
-    let grads = grads.f32s_mut();
-    let weigh = Weigh::new(forward);
     assert_eq!(d_weights.len(), routing.weights.len());
-    for (row, ((weights, samples), d_weights)) in
-        rows.zip(d_weights.f32s().chunks_exact(width)).enumerate()
-    {
-        let draws = Draws::new(forward, row);
-        let grads = &mut grads[draws.start..][..width];
-        for first in (0..width).step_by(forward.n_skills) {
-            let split = first..first + forward.n_skills;
-            let (weights, samples) = (&weights[split.clone()], &samples[split.clone()]);
-            let d_weights = &d_weights[split.clone()];
-            let n = weigh.normalizer(samples);
-            let mean: f32 = weights.iter().zip(d_weights).map(|(w, d)| w * d).sum();
-            for (i, col) in split.enumerate() {
-                if draws.sample(col, draws.logits[col]).1 {
-                    let d_sample = match weigh.factor {
-                        Some(factor) => d_weights[i] * factor,
-                        None => (d_weights[i] - mean) / n,
-                    };
-                    grads[col] += d_sample * samples[i] * (1.0 - samples[i]);
+    let (weights, samples) = (routing.weights.f32s(), routing.samples.f32s());
+    let (d_weights, grads) = (d_weights.f32s(), grads.f32s_mut());
+    let weigh = Weigh::new(forward);
+    // Rows of a task, and linears that share a router, meet in the same logits: how many add up there is
+    // not bounded, so they do in f64, in the order of the rows.
+    let start = |row: &usize| Draws::new(forward, *row).start;
+    let mut rows: Vec<_> = (0..weights.len() / width).collect();
+    rows.sort_by_key(start);
+    let mut sums = vec![0.0_f64; width];
+    for same in rows.chunk_by(|a, b| start(a) == start(b)) {
+        sums.fill(0.0);
+        for &row in same {
+            let draws = Draws::new(forward, row);
+            for first in (0..width).step_by(forward.n_skills) {
+                let split = row * width + first..row * width + first + forward.n_skills;
+                let (weights, samples) = (&weights[split.clone()], &samples[split.clone()]);
+                let d_weights = &d_weights[split];
+                let n = weigh.normalizer(samples);
+                let mean: f32 = weights.iter().zip(d_weights).map(|(w, d)| w * d).sum();
+                for (i, col) in (first..first + forward.n_skills).enumerate() {
+                    if draws.sample(col, draws.logits[col]).1 {
+                        let d_sample = match weigh.factor {
+                            Some(factor) => d_weights[i] * factor,
+                            None => (d_weights[i] - mean) / n,
+                        };
+                        sums[col] += f64::from(d_sample * samples[i] * (1.0 - samples[i]));
+                    }
                 }
             }
+        }
+        for (grad, sum) in grads[start(&same[0])..][..width].iter_mut().zip(&sums) {
+            *grad = (f64::from(*grad) + sum) as f32;
         }
     }
 }
