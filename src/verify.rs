@@ -10,7 +10,7 @@ mod dense;
 #[path = "../tests/kernels/lora.rs"]
 mod lora;
 
-use common::{check_seed, seed_of};
+use common::{Emulate, check_seed, seed_of};
 use polytape::cli::verify::{Kernel, Passed};
 
 /// Every operation with its random cases.
@@ -19,7 +19,7 @@ macro_rules! kernels {
         &[$($(Kernel {
             name: stringify!($name),
             seed: |base, i| seed_of(stringify!($name), base, i),
-            check: |seed| check_seed(seed, false, $module::$name).map(converted),
+            check: |seed| check_seed(seed, Emulate::Nothing, $module::$name).map(converted),
         },)*)*]
     };
 }

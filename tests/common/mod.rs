@@ -8,11 +8,11 @@
 //! POLYTAPE_CASES=10000 cargo test --no-default-features --test kernels
 //! ```
 //!
-//! `POLYTAPE_BACKENDS` names those that run, of `cpu` (each instruction set), `emulated` (the CUDA backend
-//! on `tests/cuda_emulator`) and `gpu`; all by default, and what the machine lacks is reported as skipped.
+//! `POLYTAPE_BACKENDS` names those that run, of `cpu` (each instruction set of this CPU), `emulated-cpu` (those
+//! that it lacks, on `tests/x86_emulator`), `emulated` (the CUDA backend on `tests/cuda_emulator`) and `gpu`;
+//! all by default, and what the machine lacks is reported as skipped.
 //!
-//! Each case runs for f32 and for bf16 on each instruction set of this CPU, with buffers that start
-//! as NaN, and must
+//! Each case runs for f32 and for bf16 on each instruction set, with buffers that start as NaN, and must
 //!
 //! 1. agree with the oracle: bit for bit on small integers, else within a bound per element that is
 //!    derived from the sizes of the terms ([`Op::tolerance`]);
@@ -23,6 +23,9 @@
 #[path = "../cuda_emulator/mod.rs"]
 mod cuda_emulator;
 pub mod guard;
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+#[path = "../x86_emulator/mod.rs"]
+mod x86_emulator;
 
 use std::{
     any::Any,
@@ -552,15 +555,26 @@ fn rows_of(outputs: &[Output], tokens: &Range<usize>) -> Vec<Output> {
     outputs.iter().filter(|output| output.per_token).map(cut).collect()
 }
 
-/// Of 40 cases of an operation, those that the emulator runs too, which is slow: each class thrice.
+/// Of 40 cases of an operation, those that run on the CUDA emulator too, which is slow: each class thrice.
 const EMULATED_OF_40: usize = 15;
+/// And those on the x86 emulator, which is slower: each class once.
+const EMULATED_CPU_OF_40: usize = 5;
+
+/// How many of the emulators a case runs on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Emulate {
+    Nothing,
+    Cuda,
+    All,
+}
 
 /// A backend in variants that must give the same bits.
 struct Subject {
     name: String,
     compute: Dtype,
     variants: Vec<Variant>,
-    is_emulated: bool,
+    /// From what on it runs.
+    emulated: Emulate,
 }
 
 /// A backend, of whichever type.
@@ -586,7 +600,7 @@ fn gpu() -> Vec<Subject> {
     let subject = |compute: Dtype| {
         let open = || Cuda::new(compute).map(Variant::Cuda);
         let (name, variants) = (format!("cuda {compute}"), vec![open()?, open()?]);
-        Ok(Subject { name, compute, variants, is_emulated: false })
+        Ok(Subject { name, compute, variants, emulated: Emulate::Nothing })
     };
     let subjects: polytape::Result<_> =
         [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
@@ -594,6 +608,18 @@ fn gpu() -> Vec<Subject> {
         eprintln!("skipped: the CUDA kernels on a GPU: {why}");
         vec![]
     })
+}
+
+/// The instruction sets that this CPU lacks.
+#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+fn lacking() -> Vec<Isa> {
+    x86_emulator::lacking()
+}
+
+/// Elsewhere nothing is emulated.
+#[cfg(not(all(test, target_os = "linux", target_arch = "x86_64")))]
+fn lacking() -> Vec<Isa> {
+    vec![]
 }
 
 /// Fuzz targets search for cases that break Rust; the emulator would only slow them down.
@@ -618,7 +644,7 @@ fn emulated() -> Vec<Subject> {
             name: format!("emulated cuda {compute}"),
             compute,
             variants,
-            is_emulated: true,
+            emulated: Emulate::Cuda,
         })
     };
     let subjects: Result<_, String> = [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
@@ -633,12 +659,19 @@ fn subjects() -> &'static [Subject] {
     SUBJECTS.get_or_init(|| {
         let wanted = std::env::var("POLYTAPE_BACKENDS");
         let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
-        let isas = if wanted("cpu") { Isa::available() } else { vec![] };
-        let pairs = isas.into_iter().flat_map(|isa| [(isa, Dtype::F32), (isa, Dtype::Bf16)]);
-        let cpus = pairs.map(|(isa, compute)| {
+        let own = if wanted("cpu") { Isa::available() } else { vec![] };
+        let foreign = if wanted("emulated-cpu") { lacking() } else { vec![] };
+        let isas = own.into_iter().map(|isa| (isa, Emulate::Nothing));
+        let isas = isas.chain(foreign.into_iter().map(|isa| (isa, Emulate::All)));
+        let triples =
+            isas.flat_map(|(isa, emulated)| [Dtype::F32, Dtype::Bf16].map(|d| (isa, emulated, d)));
+        let cpus = triples.map(|(isa, emulated, compute)| {
             let on = |n| Variant::Cpu(Cpu::with_isa(isa, compute, n).unwrap().poisoned());
-            let name = format!("{} {compute}", isa.name());
-            Subject { name, compute, variants: [2, 1, 3, 7].map(on).into(), is_emulated: false }
+            let name = match emulated {
+                Emulate::Nothing => format!("{} {compute}", isa.name()),
+                _ => format!("emulated {} {compute}", isa.name()),
+            };
+            Subject { name, compute, variants: [2, 1, 3, 7].map(on).into(), emulated }
         });
         let emulated = if wanted("emulated") { emulated() } else { vec![] };
         let gpu = if wanted("gpu") { gpu() } else { vec![] };
@@ -695,7 +728,12 @@ pub fn case<O>(seed: u64, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) -> C
 pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>) {
     for (i, seed) in seeds(name).into_iter().enumerate() {
         let replay = format!("replay with POLYTAPE_CASE={name}/{seed}");
-        let passed = check_seed(seed, i % 40 < EMULATED_OF_40, &make)
+        let emulate = match i % 40 {
+            0..EMULATED_CPU_OF_40 => Emulate::All,
+            EMULATED_CPU_OF_40..EMULATED_OF_40 => Emulate::Cuda,
+            _ => Emulate::Nothing,
+        };
+        let passed = check_seed(seed, emulate, &make)
             .unwrap_or_else(|error| panic!("{name}: {error}\n{replay}"));
         for Passed { backend, worst, executions } in passed {
             assert!(worst <= 1.0 && executions > 1, "{name} on {backend}: {worst}\n{replay}");
@@ -706,7 +744,7 @@ pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>
 /// Checks the case of a seed; what is wrong, if anything is.
 pub fn check_seed<O: Op>(
     seed: u64,
-    emulate: bool,
+    emulate: Emulate,
     make: impl Fn(&mut Gen, Class, Batch) -> Case<O>,
 ) -> Result<Vec<Passed>, String> {
     let message = |panic: Box<dyn Any + Send>| {
@@ -738,10 +776,10 @@ pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batc
     let class = random.pick(&Class::ALL);
     let batch = Batch::random(&mut random);
     let case = make(&mut random, class, batch);
-    check_case(&case, random.word(), true);
+    check_case(&case, random.word(), Emulate::Cuda);
 }
 
-fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) -> Vec<Passed> {
+fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed> {
     let mut passed = Vec::new();
     for compute in [Dtype::F32, Dtype::Bf16] {
         let own_weights = case.inputs.rounded(compute);
@@ -758,7 +796,7 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: bool) -> Vec<Passed> {
         });
         let subjects = subjects()
             .iter()
-            .filter(|subject| subject.compute == compute && (emulate || !subject.is_emulated));
+            .filter(|subject| subject.compute == compute && subject.emulated <= emulate);
         for subject in subjects {
             let (inputs, (expected, tolerance)) = match (&subject.variants[0], &rounded) {
                 (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),

@@ -73,6 +73,15 @@ impl Amx {
         })
     }
 
+    /// The token.
+    ///
+    /// # Safety
+    /// The instructions of AVX-512 and AMX are executed, if not by the CPU.
+    pub(super) unsafe fn assume() -> Self {
+        // SAFETY: the caller's promise.
+        Self { avx512: unsafe { Avx512::assume() } }
+    }
+
     /// Runs `op` compiled for AVX-512.
     #[inline]
     pub fn run<O: SimdOp>(self, op: O) -> O::Output {

@@ -25,6 +25,14 @@ impl Avx512 {
         .then_some(Self(()))
     }
 
+    /// The token.
+    ///
+    /// # Safety
+    /// The instructions that [`Avx512::run`] enables are executed, if not by the CPU.
+    pub(super) unsafe fn assume() -> Self {
+        Self(())
+    }
+
     /// Runs `op` compiled for AVX-512.
     #[inline]
     pub fn run<O: SimdOp>(self, op: O) -> O::Output {
@@ -32,7 +40,8 @@ impl Avx512 {
         fn enter<O: SimdOp>(simd: Avx512, op: O) -> O::Output {
             op.eval(simd)
         }
-        // SAFETY: `self` came from `detect`, which saw every one of these features on this CPU.
+        // SAFETY: `self` came from `detect`, which saw every one of these features on this CPU, or from
+        // `assume`, whose caller promised them.
         unsafe { enter(self, op) }
     }
 }

@@ -315,6 +315,23 @@ impl Isa {
         all
     }
 
+    /// Those that this CPU lacks, for tests that emulate them (`tests/x86_emulator`); none without AVX2.
+    ///
+    /// # Safety
+    /// Something in this process executes the instructions that the CPU refuses.
+    #[doc(hidden)]
+    #[allow(unsafe_code)]
+    pub unsafe fn lacking() -> Vec<Self> {
+        if Avx2::detect().is_none() {
+            return vec![];
+        }
+        // SAFETY: the caller's promise.
+        let (avx512, amx) = unsafe { (Avx512::assume(), Amx::assume()) };
+        let avx512 = Avx512::detect().is_none().then_some(Self::Avx512(avx512));
+        let amx = Amx::detect().is_none().then_some(Self::Amx(amx));
+        avx512.into_iter().chain(amx).collect()
+    }
+
     /// The fastest one, or the one that the environment variable `POLYTAPE_ISA` forces.
     ///
     /// # Errors
