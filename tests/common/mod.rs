@@ -23,7 +23,7 @@
 #[path = "../cuda_emulator/mod.rs"]
 mod cuda_emulator;
 pub mod guard;
-#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
+#[cfg(test)]
 #[path = "../x86_emulator/mod.rs"]
 mod x86_emulator;
 
@@ -50,6 +50,8 @@ use polytape::{
     },
     tensor::{Bytes, Frozen, Tensor},
 };
+#[cfg(test)]
+use x86_emulator::lacking;
 
 /// Unit roundoff of f32: what everything is computed in.
 pub const U: f64 = 1.0 / 16_777_216.0;
@@ -610,21 +612,15 @@ fn gpu() -> Vec<Subject> {
     })
 }
 
-/// The instruction sets that this CPU lacks.
-#[cfg(all(test, target_os = "linux", target_arch = "x86_64"))]
-fn lacking() -> Vec<Isa> {
-    x86_emulator::lacking()
-}
-
-/// Elsewhere nothing is emulated.
-#[cfg(not(all(test, target_os = "linux", target_arch = "x86_64")))]
-fn lacking() -> Vec<Isa> {
-    vec![]
-}
-
 /// Fuzz targets search for cases that break Rust; the emulator would only slow them down.
 #[cfg(not(test))]
 fn emulated() -> Vec<Subject> {
+    vec![]
+}
+
+/// As above.
+#[cfg(not(test))]
+fn lacking() -> Vec<Isa> {
     vec![]
 }
 

@@ -3,7 +3,7 @@
 
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
-use super::Machine;
+use super::machine::Machine;
 
 const CARRY: i64 = 1;
 const PARITY: i64 = 1 << 2;

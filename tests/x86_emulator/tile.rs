@@ -4,7 +4,10 @@ use std::ptr;
 
 use iced_x86::{Instruction, Mnemonic, Register};
 
-use super::{Machine, fatal, vector::flushed};
+use super::{
+    machine::{Machine, fatal},
+    vector::flushed,
+};
 
 /// Bytes of a row, and rows.
 const ROW: usize = 64;

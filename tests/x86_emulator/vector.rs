@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use half::f16;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register, RoundingControl};
 
-use super::{Machine, fatal};
+use super::machine::{Machine, fatal};
 
 /// 64 bytes.
 #[derive(Clone, Copy)]
