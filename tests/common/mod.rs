@@ -43,7 +43,7 @@ use polytape::{
     kernels::{
         Backend, Precision,
         cpu::{Cpu, isa::Isa},
-        cuda::{Cuda, Gemm, catch_faults},
+        cuda::{Cuda, catch_faults},
         ops::{Dropout, Key, Segments, Spans, TokenKey},
         oracle::Oracle,
         philox::Purpose,
@@ -51,7 +51,7 @@ use polytape::{
     tensor::{Bytes, Frozen, Tensor},
 };
 #[cfg(test)]
-use x86_emulator::lacking;
+use {polytape::kernels::cuda::Gemm, x86_emulator::lacking};
 
 /// Unit roundoff of f32: what everything is computed in.
 pub const U: f64 = 1.0 / 16_777_216.0;
