@@ -39,6 +39,12 @@
 //! Left out on purpose: a general tensor library, gradients of base weights, and f16 arithmetic (T5
 //! overflows in it).
 
+#[cfg(test)]
+extern crate self as polytape; // As the emulator calls it, which the tests of `tests/` use as well.
+#[cfg(test)]
+#[path = "../tests/x86_emulator/mod.rs"]
+mod x86_emulator;
+
 pub mod activation;
 pub mod bench;
 #[cfg(feature = "capi")]

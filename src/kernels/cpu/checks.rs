@@ -90,6 +90,12 @@ impl Data {
     }
 }
 
+/// AMX in bf16, emulated where the CPU lacks it; only for tests of little work.
+pub(super) fn amx() -> Option<Cpu> {
+    let amx = Isa::testable().into_iter().find(|isa| matches!(isa, Isa::Amx(_)))?;
+    Some(Cpu::with_isa(amx, Dtype::Bf16, 2).expect("threads start").poisoned())
+}
+
 /// Every instruction set with both compute types, on two threads, with poisoned buffers.
 pub(super) fn backends() -> Vec<Cpu> {
     let mut all = Vec::new();

@@ -617,7 +617,10 @@ pub(super) fn in_pairs<'a, T>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::checks::{Data, Sized, backends, bits, check, with_threads};
+    use super::super::{
+        checks::{Data, Sized, amx, backends, bits, check, with_threads},
+        isa::Isa,
+    };
     use crate::{
         dtype::Dtype,
         kernels::{Backend, Precision, ops::*},
@@ -633,7 +636,10 @@ mod tests {
     /// the linears are too small for. Every instruction set must agree.
     #[test]
     fn long_sums_and_many_columns() {
-        for cpu in backends().into_iter().filter(|cpu| cpu.compute == Dtype::Bf16) {
+        let others = backends().into_iter();
+        let others =
+            others.filter(|cpu| cpu.compute == Dtype::Bf16 && !matches!(cpu.isa, Isa::Amx(_)));
+        for cpu in others.chain(amx()) {
             for exact in [true, false] {
                 let mut data = Data::new(21, exact);
                 for (m, k, n) in [(37, 4200, 20), (20, 40, 2100), (9, 2090, 2050)] {

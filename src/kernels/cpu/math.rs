@@ -142,7 +142,7 @@ mod tests {
             let error = (f64::from(got) - want).abs();
             assert!(error <= bound, "{what}({x}): {got}, not {want}");
         };
-        for isa in Isa::available() {
+        for isa in Isa::testable() {
             for (&x, got) in x.iter().zip(isa.run(Each(&x))) {
                 let wide = f64::from(x);
                 if wide > -87.336 {
@@ -171,7 +171,7 @@ mod tests {
         let inf = f32::INFINITY;
         let mut x = [0.0; LANES];
         x[..8].copy_from_slice(&[f32::NAN, inf, -inf, 0.0, 88.72, 88.73, -87.4, 1e30]);
-        for isa in Isa::available() {
+        for isa in Isa::testable() {
             let got = isa.run(Each(&x));
             assert!(got[0].iter().all(|v| v.is_nan()), "{isa:?}: {:?}", got[0]);
             assert_eq!(got[1], [inf, 1.0, 0.0, 1.0, 0.0]);
