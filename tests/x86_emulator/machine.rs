@@ -135,19 +135,23 @@ extern "C" fn go_on(signal: libc::c_int, context: &mut libc::mcontext_t) {
     // SAFETY: the state is the thread's own, and this handler, which uses it, does not interrupt itself.
     let state = unsafe { &mut *STATE.with(UnsafeCell::get) };
     let mut machine = Machine { general: &mut context.gregs, saved, state };
-    machine.prepare();
+    let owns_vectors = !is_x86_feature_detected!("avx512f");
+    if owns_vectors {
+        machine.prepare();
+    }
     let mut is_refused = signal == libc::SIGILL;
     // A signal costs as much as hundreds of instructions here, so the CPU is not left to go on at once.
     let mut n_since = 0;
     loop {
         let instruction = machine.fetch();
-        if instruction.is_foreign() {
+        if instruction.is_of_tiles() || (owns_vectors && instruction.is_of_avx512()) {
             machine.execute(&instruction);
             n_since = 0;
         } else if is_refused {
             fatal(format_args!("{:?} is not one of AVX-512 or AMX", instruction.code()));
         } else if (machine.state.dirty == 0 && n_since >= PATIENCE)
-            || !(machine.execute_general(&instruction) || machine.execute_avx(&instruction))
+            || !(machine.execute_general(&instruction)
+                || (owns_vectors && machine.execute_avx(&instruction)))
         {
             machine.before_native(&instruction);
             break;
@@ -178,26 +182,29 @@ pub fn fatal(why: fmt::Arguments<'_>) -> ! {
 
 /// What the emulator asks of an instruction.
 trait Foreign {
-    /// Whether it belongs to AVX-512 or AMX.
-    fn is_foreign(&self) -> bool;
+    /// Whether it belongs to AVX-512.
+    fn is_of_avx512(&self) -> bool;
+    /// Whether it belongs to AMX.
+    fn is_of_tiles(&self) -> bool;
     /// Whether it compares vectors: into a mask where it is one of AVX-512, else into a vector.
     fn is_compare(&self) -> bool;
 }
 
 impl Foreign for Instruction {
-    fn is_foreign(&self) -> bool {
+    fn is_of_avx512(&self) -> bool {
         match self.encoding() {
             EncodingKind::EVEX => true,
-            EncodingKind::VEX => {
-                use Mnemonic::*;
-                let is_of_tiles = matches!(
-                    self.mnemonic(),
-                    Ldtilecfg | Tileloadd | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
-                );
-                is_of_tiles || self.op0_register().is_k() || self.op1_register().is_k()
-            }
+            EncodingKind::VEX => self.op0_register().is_k() || self.op1_register().is_k(),
             _ => false,
         }
+    }
+
+    fn is_of_tiles(&self) -> bool {
+        use Mnemonic::*;
+        matches!(
+            self.mnemonic(),
+            Ldtilecfg | Tileloadd | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
+        )
     }
 
     fn is_compare(&self) -> bool {

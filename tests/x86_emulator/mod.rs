@@ -27,12 +27,19 @@ mod vector;
 
 use polytape::kernels::cpu::isa::Isa;
 
-/// The instruction sets that this CPU lacks, emulated in this process from now on.
+/// The instruction sets that this CPU lacks, emulated in this process from now on. A CPU with AVX-512 keeps
+/// its vectors to itself: there only tiles are emulated, and nothing if it has half of AVX-512.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub fn lacking() -> Vec<Isa> {
-    machine::install();
-    // SAFETY: from now on the process executes what the CPU refuses.
-    unsafe { Isa::lacking() }
+    // SAFETY: the process executes what the CPU refuses before anybody gets what is returned.
+    let mut lacking = unsafe { Isa::lacking() };
+    if is_x86_feature_detected!("avx512f") && lacking.iter().any(|isa| isa.name() == "avx512") {
+        lacking.clear();
+    }
+    if !lacking.is_empty() {
+        machine::install();
+    }
+    lacking
 }
 
 /// The instruction sets that this CPU lacks: nothing is emulated on this system.
