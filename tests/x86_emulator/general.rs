@@ -11,6 +11,11 @@ const ZERO: i64 = 1 << 6;
 const SIGN: i64 = 1 << 7;
 const OVERFLOW: i64 = 1 << 11;
 
+/// Whether its memory is a thread's own, whose address is not known here.
+pub fn has_segment(i: &Instruction) -> bool {
+    matches!(i.segment_prefix(), Register::FS | Register::GS)
+}
+
 fn parity(value: u64) -> bool {
     (value as u8).count_ones().is_multiple_of(2)
 }
@@ -77,11 +82,9 @@ impl Machine<'_> {
         })
     }
 
-    /// An address that is in no segment of its own.
+    /// An address, unless it is in a segment of its own.
     fn local_address(&self, i: &Instruction, op: u32) -> Option<usize> {
-        use iced_x86::Register::{FS, GS, None as Nothing};
-        (i.segment_prefix() == Nothing || !matches!(i.segment_prefix(), FS | GS))
-            .then(|| self.address(i, op, 0))
+        (!has_segment(i)).then(|| self.address(i, op, 0))
     }
 
     /// Whether it is one of these.
@@ -91,6 +94,9 @@ impl Machine<'_> {
 
     fn try_general(&mut self, i: &Instruction) -> Option<()> {
         use Mnemonic::*;
+        if i.has_lock_prefix() {
+            return None; // Atomic only if the CPU does it.
+        }
         let mut next = i.next_ip();
         match i.mnemonic() {
             Nop | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta => {}

@@ -9,21 +9,26 @@ use std::{
     sync::Once,
 };
 
-use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, Register};
+use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
-use super::{tile::Tiles, vector::Vector};
+use super::{general::has_segment, tile::Tiles, vector::Vector};
 
 /// Has the process execute what the CPU refuses.
 pub fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        // The decoder's tables are made when it is first used: not in the handler, which allocates nothing.
+        let nop = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+        assert_eq!(nop.mnemonic(), Mnemonic::Nop);
         for signal in [libc::SIGILL, libc::SIGTRAP] {
             // SAFETY: all zeros is a valid sigaction, completed below; the handler has the signature that
-            // SA_SIGINFO asks for. It allocates nothing, so it may interrupt whatever it does.
+            // SA_SIGINFO asks for. It allocates nothing, so it may interrupt whatever it does; no other signal
+            // interrupts it, which would find the thread's signal stack free, as the handler has left it.
             let result = unsafe {
                 let mut action: libc::sigaction = mem::zeroed();
                 action.sa_sigaction = handle as *const () as usize;
-                action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER | libc::SA_ONSTACK;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+                libc::sigfillset(&raw mut action.sa_mask);
                 libc::sigaction(signal, &raw const action, ptr::null_mut())
             };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
@@ -188,6 +193,8 @@ trait Foreign {
     fn is_of_tiles(&self) -> bool;
     /// Whether it compares vectors: into a mask where it is one of AVX-512, else into a vector.
     fn is_compare(&self) -> bool;
+    /// Whether it shifts all elements by the same amount.
+    fn is_shift(&self) -> bool;
 }
 
 impl Foreign for Instruction {
@@ -205,6 +212,11 @@ impl Foreign for Instruction {
             self.mnemonic(),
             Ldtilecfg | Tileloadd | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
         )
+    }
+
+    fn is_shift(&self) -> bool {
+        use Mnemonic::*;
+        matches!(self.mnemonic(), Vpslld | Vpsllq | Vpsrld | Vpsrlq)
     }
 
     fn is_compare(&self) -> bool {
@@ -284,7 +296,8 @@ impl Machine<'_> {
     /// Whether it is an instruction of AVX whose likes AVX-512 has. It is executed as one of these.
     fn execute_avx(&mut self, instruction: &Instruction) -> bool {
         let done = instruction.encoding() == EncodingKind::VEX
-            && !(instruction.is_compare() || instruction.is_vsib())
+            && !(instruction.is_compare() || instruction.is_vsib() || has_segment(instruction))
+            && !(instruction.is_shift() && instruction.op2_kind() == OpKind::Memory)
             && self.execute_vector(instruction);
         if done {
             self.general[libc::REG_RIP as usize] = instruction.next_ip() as i64;
@@ -302,6 +315,9 @@ impl Machine<'_> {
                 let written = instruction.op0_register();
                 if written.is_xmm() || written.is_ymm() {
                     self.clear_upper(written.number());
+                }
+                if instruction.is_vsib() {
+                    self.clear_upper(instruction.op2_register().number()); // A gather's mask.
                 }
             }
             _ => {}

@@ -254,8 +254,11 @@ impl Machine<'_> {
             Vcvtph2ps => {
                 self.convert(i, 2, 4, |a| u64::from(f16::from_bits(a as u16).to_f32().to_bits()))
             }
-            Vcvtps2ph => self
-                .convert(i, 4, 2, |a| u64::from(f16::from_f32(f32::from_bits(a as u32)).to_bits())),
+            Vcvtps2ph if i.immediate8() & 4 != 0 || i.immediate8() & 3 == 0 => {
+                self.convert(i, 4, 2, |a| {
+                    u64::from(f16::from_f32(f32::from_bits(a as u32)).to_bits())
+                })
+            }
             Vcvtps2pd => self.convert(i, 4, 8, |a| f64::from(f32::from_bits(a as u32)).to_bits()),
             Vcvtpd2ps => self.convert(i, 8, 4, |a| u64::from((f64::from_bits(a) as f32).to_bits())),
 
@@ -391,6 +394,7 @@ impl Machine<'_> {
             }
             Vmovshdup => self.arrange(i, 4, |[_, a, _], at| a.get(4, at | 1)),
             Vmovsldup => self.arrange(i, 4, |[_, a, _], at| a.get(4, at & !1)),
+            Vmovddup if Self::width(i) == 16 => self.repeat(i, 8, 1),
             Vmovddup => self.arrange(i, 8, |[_, a, _], at| a.get(8, at & !1)),
             Vpermilps if i.op2_kind() == OpKind::Immediate8 => {
                 let order = usize::from(i.immediate8());
@@ -445,9 +449,9 @@ impl Machine<'_> {
             Vdivss => self.scalar(i, f32s(|[_, a, b]| a / b)),
             Vmaxss => self.scalar(i, f32s(|[_, a, b]| if a > b { a } else { b })),
             Vminss => self.scalar(i, f32s(|[_, a, b]| if a < b { a } else { b })),
-            Vfmadd132ss => self.scalar(i, f32s(|[d, a, b]| d.mul_add(b, a))),
-            Vfmadd213ss => self.scalar(i, f32s(|[d, a, b]| a.mul_add(d, b))),
-            Vfmadd231ss => self.scalar(i, f32s(|[d, a, b]| a.mul_add(b, d))),
+            Vfmadd132ss => self.scalar_of(i, 0, f32s(|[d, a, b]| d.mul_add(b, a))),
+            Vfmadd213ss => self.scalar_of(i, 0, f32s(|[d, a, b]| a.mul_add(d, b))),
+            Vfmadd231ss => self.scalar_of(i, 0, f32s(|[d, a, b]| a.mul_add(b, d))),
             _ => return false,
         }
         true
@@ -736,9 +740,14 @@ impl Machine<'_> {
     }
 
     fn scalar(&mut self, i: &Instruction, f: impl Fn([u64; 3]) -> u64) {
+        self.scalar_of(i, 1, f);
+    }
+
+    /// With the operand that the rest of the 16 bytes is from.
+    fn scalar_of(&mut self, i: &Instruction, rest: usize, f: impl Fn([u64; 3]) -> u64) {
         let operands = self.operands(i, 4, 1, self.active(i, 1));
         let value = f(operands.each_ref().map(|v| v.get(4, 0)));
-        self.write_scalar(i, 4, &operands[1], value);
+        self.write_scalar(i, 4, &operands[rest], value);
     }
 
     fn move_scalar(&mut self, i: &Instruction, size: usize) {
