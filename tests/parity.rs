@@ -493,7 +493,7 @@ fn logits_rms_error<B: Backend>(case: &Case, backend: B, base: &Path) -> f64 {
 mod cuda {
     use std::sync::Arc;
 
-    use polytape::kernels::cuda::{Cuda, Gemm, catch_faults, driver::Driver};
+    use polytape::kernels::cuda::{Cuda, Gemm, catch_faults};
 
     use super::{
         cuda_emulator::{Emulator, Event},
@@ -854,6 +854,19 @@ mod cuda {
         bits
     }
 
+    /// A GPU without graphs.
+    #[cfg(feature = "cuda")]
+    fn plain_gpu(compute: Dtype) -> polytape::Result<Cuda> {
+        let driver = polytape::kernels::cuda::driver::Driver::open()?;
+        Cuda::with_device(Arc::new(driver.without_graphs()), compute)
+    }
+
+    /// A build without CUDA has no GPU, and says so.
+    #[cfg(not(feature = "cuda"))]
+    fn plain_gpu(compute: Dtype) -> polytape::Result<Cuda> {
+        Cuda::new(compute)
+    }
+
     /// Pairs of backends that differ in nothing but that the second has graphs, with their names.
     fn plain_and_graphs(compute: Dtype) -> Vec<(&'static str, [Cuda; 2])> {
         let mut pairs = Vec::new();
@@ -862,9 +875,7 @@ mod cuda {
             pairs.push(("emulated", [plain, graphs].map(on)));
         }
         if is_wanted("gpu") {
-            let plain = Driver::open()
-                .and_then(|driver| Cuda::with_device(Arc::new(driver.without_graphs()), compute));
-            match plain.and_then(|plain| Ok([plain, Cuda::new(compute)?])) {
+            match plain_gpu(compute).and_then(|plain| Ok([plain, Cuda::new(compute)?])) {
                 Ok(pair) => pairs.push(("gpu", pair)),
                 Err(why) => eprintln!("skipped: graphs on a GPU: {why}"),
             }
