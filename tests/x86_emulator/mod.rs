@@ -12,7 +12,7 @@
 //! What an instruction does is written from Intel's manual (Software Developer's Manual, volume 2) for
 //! what the compiler makes of `src/kernels/cpu`; another one ends the process with its name. Memory is
 //! touched where the instruction touches it, element by element under a mask: a guard page is fatal here
-//! as it is on the CPU. Of faults, rounding is to nearest even, and no flag of MXCSR is raised.
+//! as it is on the CPU. Rounding is to nearest even, and no flag of MXCSR is raised.
 
 #![allow(unsafe_code, unreachable_pub)]
 

@@ -260,7 +260,10 @@ impl Machine<'_> {
                 })
             }
             Vcvtps2pd => self.convert(i, 4, 8, |a| f64::from(f32::from_bits(a as u32)).to_bits()),
-            Vcvtpd2ps => self.convert(i, 8, 4, |a| u64::from((f64::from_bits(a) as f32).to_bits())),
+            // From memory the destination alone does not say how many.
+            Vcvtpd2ps if i.op1_kind() == OpKind::Register => {
+                self.convert(i, 8, 4, |a| u64::from((f64::from_bits(a) as f32).to_bits()))
+            }
 
             Vpaddd => self.lanes(i, 4, |[_, a, b]| a.wrapping_add(b)),
             Vpaddq => self.lanes(i, 8, |[_, a, b]| a.wrapping_add(b)),
@@ -285,10 +288,10 @@ impl Machine<'_> {
             Vpminuq => self.lanes(i, 8, |[_, a, b]| a.min(b)),
             Vpternlogd => self.ternary_logic(i, 4),
             Vpternlogq => self.ternary_logic(i, 8),
-            Vpslld => self.shift(i, 4, |_, a, n| a << n),
-            Vpsllq => self.shift(i, 8, |_, a, n| a << n),
-            Vpsrld => self.shift(i, 4, |_, a, n| a >> n),
-            Vpsrlq => self.shift(i, 8, |_, a, n| a >> n),
+            Vpslld => self.shift(i, 4, |a, n| a << n),
+            Vpsllq => self.shift(i, 8, |a, n| a << n),
+            Vpsrld => self.shift(i, 4, |a, n| a >> n),
+            Vpsrlq => self.shift(i, 8, |a, n| a >> n),
             Vpsllvd => self.lanes(i, 4, |[_, a, n]| if n < 32 { a << n } else { 0 }),
             Vpsllvq => self.lanes(i, 8, |[_, a, n]| if n < 64 { a << n } else { 0 }),
             Vpsrlvd => self.lanes(i, 4, |[_, a, n]| if n < 32 { a >> n } else { 0 }),
@@ -361,12 +364,7 @@ impl Machine<'_> {
             Vunpckhpd | Vpunpckhqdq => self.unpack(i, 8, 1),
             Vshuff32x4 | Vshufi32x4 => self.shuffle_blocks(i, 4),
             Vshuff64x2 | Vshufi64x2 => self.shuffle_blocks(i, 8),
-            Vpshufd => {
-                let order = usize::from(i.immediate8());
-                self.arrange(i, 4, |[_, a, _], at| {
-                    a.get(4, at / 4 * 4 + (order >> (2 * (at % 4)) & 3))
-                })
-            }
+            Vpshufd => self.in_quads(i, 4),
             Vpermilpd if i.op2_kind() == OpKind::Immediate8 => {
                 let order = usize::from(i.immediate8());
                 self.arrange(i, 8, |[_, a, _], at| a.get(8, at / 2 * 2 + (order >> at & 1)))
@@ -396,12 +394,7 @@ impl Machine<'_> {
             Vmovsldup => self.arrange(i, 4, |[_, a, _], at| a.get(4, at & !1)),
             Vmovddup if Self::width(i) == 16 => self.repeat(i, 8, 1),
             Vmovddup => self.arrange(i, 8, |[_, a, _], at| a.get(8, at & !1)),
-            Vpermilps if i.op2_kind() == OpKind::Immediate8 => {
-                let order = usize::from(i.immediate8());
-                self.arrange(i, 4, |[_, a, _], at| {
-                    a.get(4, at / 4 * 4 + (order >> (2 * (at % 4)) & 3))
-                })
-            }
+            Vpermilps if i.op2_kind() == OpKind::Immediate8 => self.in_quads(i, 4),
             Vshufps => {
                 let order = usize::from(i.immediate8());
                 self.arrange(i, 4, |[_, a, b], at| {
@@ -409,12 +402,7 @@ impl Machine<'_> {
                     from.get(4, at / 4 * 4 + (order >> (2 * (at % 4)) & 3))
                 })
             }
-            Vpermq | Vpermpd if i.op2_kind() == OpKind::Immediate8 => {
-                let order = usize::from(i.immediate8());
-                self.arrange(i, 8, |[_, a, _], at| {
-                    a.get(8, at / 4 * 4 + (order >> (2 * (at % 4)) & 3))
-                })
-            }
+            Vpermq | Vpermpd if i.op2_kind() == OpKind::Immediate8 => self.in_quads(i, 8),
             Vpermd | Vpermps => self.permute(i, 4, |[_, a, b], n| (a, [b, b], n)),
             Vpermq | Vpermpd => self.permute(i, 8, |[_, a, b], n| (a, [b, b], n)),
             Vpermt2w => self.permute(i, 2, |[d, a, b], n| (a, [d, b], n)),
@@ -567,6 +555,14 @@ impl Machine<'_> {
         self.write(i, size, n, self.active(i, n), &values);
     }
 
+    /// Within each four elements, each as two bits of an immediate say.
+    fn in_quads(&mut self, i: &Instruction, size: usize) {
+        let order = usize::from(i.immediate8());
+        self.arrange(i, size, |[_, a, _], at| {
+            a.get(size, at / 4 * 4 + (order >> (2 * (at % 4)) & 3))
+        });
+    }
+
     /// From one of two tables, which together have as many elements as an index counts.
     fn permute(
         &mut self,
@@ -622,14 +618,14 @@ impl Machine<'_> {
     }
 
     /// By an immediate, or by the lowest 8 bytes of a register.
-    fn shift(&mut self, i: &Instruction, size: usize, f: impl Fn(usize, u64, u64) -> u64) {
+    fn shift(&mut self, i: &Instruction, size: usize, f: impl Fn(u64, u64) -> u64) {
         let amount = match i.op2_kind() {
             OpKind::Immediate8 => u64::from(i.immediate8()),
             OpKind::Register => self.vector(i.op2_register()).get(8, 0),
             _ => fatal(format_args!("{:?} is not implemented", i.code())),
         };
         let is_out = amount >= 8 * size as u64;
-        self.lanes(i, size, |[_, a, _]| if is_out { 0 } else { f(size, a, amount) });
+        self.lanes(i, size, |[_, a, _]| if is_out { 0 } else { f(a, amount) });
     }
 
     fn compare(&mut self, i: &Instruction, size: usize, f: impl Fn(u8, u64, u64) -> bool) {
