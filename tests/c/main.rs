@@ -58,10 +58,20 @@ fn is_there(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
-/// Builds the C library as the example that it is; where it was built already this is quick.
+/// Builds the C library as the example that it is, with the features of this test, for which it mostly
+/// is built already.
 fn library_dir() -> PathBuf {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    run(Command::new(cargo).current_dir(root()).args(["build", "--example", "polytape"]));
+    let features = [
+        ("capi", cfg!(feature = "capi")),
+        ("cli", cfg!(feature = "cli")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("parquet", cfg!(feature = "parquet")),
+    ];
+    let features: Vec<_> = features.into_iter().filter_map(|(f, on)| on.then_some(f)).collect();
+    let mut command = Command::new(cargo);
+    command.current_dir(root()).args(["build", "--example", "polytape", "--no-default-features"]);
+    run(command.args(["--features", &features.join(",")]));
     // target/debug/deps/c-0123 -> target/debug/examples
     let test = env::current_exe().unwrap();
     let dir = test.ancestors().nth(2).unwrap().join("examples");
