@@ -168,16 +168,6 @@ impl Packed {
         })
     }
 
-    /// [`Packed::rows`] on the calling thread only, for use within a task.
-    pub(super) fn rows_here(cpu: &Cpu, matrix: Matrix<'_>, first_row: usize) -> Self {
-        let mut packed =
-            Self { in_blocks: true, ..Self::unwritten(cpu, matrix.rows, matrix.cols, first_row) };
-        for (matrix, out) in packed.blocks(matrix) {
-            cpu.isa.run(PackRows { matrix, first_row: 0, out });
-        }
-        packed
-    }
-
     /// `lhs = matrixᵀ`.
     pub(super) fn columns(cpu: &Cpu, matrix: Matrix<'_>) -> Self {
         let mut packed = Self::unwritten(cpu, matrix.cols, matrix.rows, 0);

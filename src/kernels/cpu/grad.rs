@@ -21,15 +21,8 @@ pub(super) fn lora_backward(cpu: &Cpu, args: LoraBackward<'_, Cpu>) -> Vec<LoraG
         assert_eq!((z.rows(), z.cols(), d_y.rows()), (x.rows(), rank, x.rows()));
         assert_eq!((mixed_b.rows(), mixed_b.cols()), (segments.n_rows() * rank, d_y.cols()));
     }
-    let sides: Vec<_> = terms
-        .iter()
-        .map(|t| Side {
-            lhs: t.d_y,
-            rhs: Matrix::tensor(t.mixed_b),
-            rhs_rows: rank,
-            transposed: true,
-        })
-        .collect();
+    let sides = terms.iter().map(|t| Side { lhs: t.d_y, rhs: t.mixed_b.f32s() });
+    let sides: Vec<_> = sides.collect();
     let d_zs = into_rank_space(cpu, &sides, rank, segments, scale);
     let d_as = d_a(cpu, x, &d_zs, segments);
     let gradients = terms.iter().zip(d_zs).zip(d_as).map(|((term, d_z), d_a)| {

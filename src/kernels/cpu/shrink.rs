@@ -1,8 +1,9 @@
 //! Into rank space: `z = scale * x·Â`, for siblings that share `x`, and the same straight from the
 //! bank: `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]`.
 //!
-//! The siblings' ranks stand side by side as the columns of one product, so `x` is read once. A task
-//! is a piece of a segment: it has one routing row's `Â`, and its rows of every `z` are contiguous.
+//! An element is a dot product in 16 lanes ([`Dots`]), read from where the two vectors lie: packing them
+//! takes longer than so few columns do. A task is a piece of a segment: it has one routing row's `Â`, and
+//! its rows of every `z` are contiguous.
 
 use std::{mem, ops::Range};
 
@@ -11,13 +12,15 @@ use rayon::prelude::*;
 use super::{
     super::{Precision, ops::*},
     Cpu,
-    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rhs, run_tasks, with_element},
+    buffer::Buffer,
+    dot::Dots,
+    gemm::{Matrix, run_tasks, with_element},
     isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
 };
 use crate::tensor::Tensor;
 
-/// Tokens of a task: their packed `x` and the sums stay in the L2 cache.
+/// Tokens of a task: enough for `Â` to be read from the cache.
 const TOKENS: usize = 96;
 
 pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
@@ -26,28 +29,43 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
     for a in mixed_a {
         assert_eq!((a.rows(), a.cols()), (segments.n_rows() * x.cols(), rank));
     }
-    let rhs: Vec<_> = mixed_a
-        .iter()
-        .map(|a| Side { lhs: x, rhs: Matrix::tensor(a), rhs_rows: x.cols(), transposed: false })
-        .collect();
     match order {
-        Order::Panel => into_rank_space(cpu, &rhs, rank, segments, scale),
+        Order::Panel => {
+            let transposed: Vec<_> =
+                mixed_a.iter().map(|a| transposed(cpu, a.f32s(), x.cols(), rank)).collect();
+            let sides = transposed.iter().map(|a| Side { lhs: x, rhs: a.as_slice() });
+            into_rank_space(cpu, &sides.collect::<Vec<_>>(), rank, segments, scale)
+        }
         Order::Dot => mixed_a.iter().map(|a| shrink_dot(cpu, x, a, segments, scale)).collect(),
     }
+}
+
+/// Each routing row's `[k, rank]` as `[rank, k]`.
+fn transposed(cpu: &Cpu, a: &[f32], k: usize, rank: usize) -> Buffer {
+    let mut out = cpu.scratch(a.len());
+    let block = (k * rank).max(1);
+    let blocks = out.as_mut_slice::<f32>().par_chunks_mut(block).zip(a.par_chunks(block));
+    blocks.for_each(|(out, a)| {
+        // Sixteen k at a time, so that what is read is in the L1 cache while each rank picks its own.
+        for (i, a) in a.chunks(LANES * rank).enumerate() {
+            for (j, out) in out.chunks_mut(k).enumerate() {
+                let out = &mut out[i * LANES..][..a.len() / rank];
+                out.iter_mut().zip(a[j..].iter().step_by(rank)).for_each(|(o, a)| *o = *a);
+            }
+        }
+    });
+    out
 }
 
 /// One sibling of [`into_rank_space`].
 pub(super) struct Side<'a> {
     /// `[tokens, k]`.
     pub(super) lhs: &'a Tensor<Cpu>,
-    /// A block of `rhs_rows` rows for each routing row.
-    pub(super) rhs: Matrix<'a>,
-    pub(super) rhs_rows: usize,
-    /// A block is `[rank, k]`, else `[k, rank]`.
-    pub(super) transposed: bool,
+    /// `[rank, k]` for each routing row.
+    pub(super) rhs: &'a [f32],
 }
 
-/// `scale * lhs·rhs[row]` of each side; sides next to each other that share `lhs` share its packing.
+/// `scale * lhs·rhs[row]ᵀ` of each side.
 pub(super) fn into_rank_space(
     cpu: &Cpu,
     sides: &[Side<'_>],
@@ -62,6 +80,7 @@ pub(super) fn into_rank_space(
     }
     for side in sides {
         assert_eq!(side.lhs.rows(), n_tokens, "a routing row for every token");
+        assert_eq!(side.rhs.len(), segments.n_rows() * rank * side.lhs.cols());
     }
     let mut tasks: Vec<_> = pieces(segments).map(|(run, row)| (run, row, Vec::new())).collect();
     for z in &mut zs {
@@ -72,50 +91,22 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
-    run_tasks(tasks, |(run, row, mut outs)| {
-        let mut start = 0;
-        while start < sides.len() {
-            let lhs = sides[start].lhs;
-            let shared = |side: &&Side<'_>| std::ptr::eq(side.lhs, lhs);
-            let end = start + sides[start..].iter().take_while(shared).count();
-            let packed =
-                Packed::rows_here(cpu, Matrix::tensor(lhs).part_rows(run.clone()), run.start);
-            let rhs: Vec<_> = (sides[start..end].iter().enumerate())
-                .map(|(i, side)| Rhs {
-                    matrix: side.rhs.part_rows(row * side.rhs_rows..(row + 1) * side.rhs_rows),
-                    transposed: side.transposed,
-                    first_col: i * rank,
-                })
-                .collect();
-            write(cpu, &packed, &rhs, run.clone(), scale, &mut outs[start..end]);
-            start = end;
+    run_tasks(tasks, |(run, row, outs)| {
+        let n = run.len();
+        let mut by_rank = cpu.scratch(rank * n);
+        for (side, out) in sides.iter().zip(outs) {
+            let block = rank * side.lhs.cols();
+            let x = &side.rhs[row * block..(row + 1) * block];
+            let weight = Matrix::tensor(side.lhs).part_rows(run.clone());
+            let y = by_rank.as_mut_slice::<f32>();
+            cpu.isa.run(Dots { x, weight, y: &mut *y, stride: n });
+            for (t, out) in out.chunks_mut(rank).enumerate() {
+                let values = y[t..].iter().step_by(n);
+                out.iter_mut().zip(values).for_each(|(out, value)| *out = scale * value);
+            }
         }
     });
     zs
-}
-
-/// `outs[i][t, j] = scale * Σ_k lhs[t, k] rhs[i][k, j]`.
-fn write(
-    cpu: &Cpu,
-    lhs: &Packed,
-    rhs: &[Rhs<'_>],
-    rows: Range<usize>,
-    scale: f32,
-    outs: &mut [&mut [f32]],
-) {
-    let rank = outs[0].len() / rows.len();
-    let n_cols = rank * outs.len();
-    for start in (0..n_cols).step_by(COLS) {
-        let cols = start..n_cols.min(start + COLS);
-        let mut sums = Accumulator::new(cpu, rows.clone(), cols.clone());
-        sums.add(&Product { lhs, first_k: 0, rows: rows.clone(), rhs });
-        for (i, row) in rows.clone().enumerate() {
-            let values = sums.row(row);
-            for (col, value) in cols.clone().zip(values) {
-                outs[col / rank][i * rank + col % rank] = scale * value;
-            }
-        }
-    }
 }
 
 /// The segments, cut into pieces of at most [`TOKENS`].
