@@ -57,13 +57,18 @@ def chart(points):
     for power in range(math.ceil(low), math.floor(high) + 1):
         line = y(2.0 ** power)
         out.append(f'<path d="M{left} {line:.1f}h{width}" stroke="#ddd"/><text x="{left - 6}" y="{line + 4:.1f}" text-anchor="end">{2.0 ** power:g}</text>')
+    labels = []
     for colour, name in zip(COLOURS, SWEEPS):
         own = [(x(p["value"]), y(p["ratio"])) for p in points if p["sweep"] == name]
         if own:
             line = " ".join(f"{a:.1f},{b:.1f}" for a, b in own)
             out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
             out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in own]
-            out.append(f'<text x="{own[-1][0] + 8:.1f}" y="{own[-1][1] + 4:.1f}" fill="{colour}">{name}</text>')
+            labels.append((own[-1][1] + 4, own[-1][0] + 8, colour, name))
+    lowest = {}
+    for label_y, label_x, colour, name in sorted(labels):
+        lowest[label_x] = max(label_y, lowest.get(label_x, 0.0) + 13)  # One below the other where lines end together.
+        out.append(f'<text x="{label_x:.1f}" y="{lowest[label_x]:.1f}" fill="{colour}">{name}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
