@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "common/examples.rs"]
+mod examples;
+
 use std::{
     env, fs,
     io::Write,
@@ -52,19 +55,10 @@ fn temporary(name: &str) -> PathBuf {
     dir
 }
 
-/// An example's program; where it was built already this is quick.
+/// An example's program.
 fn example(name: &str) -> Command {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
-    let dir = DIR.get_or_init(|| {
-        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut build = Command::new(cargo);
-        build.current_dir(env!("CARGO_MANIFEST_DIR")).args(["build", "--examples"]);
-        let output = build.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        // target/debug/deps/library-0123 -> target/debug/examples
-        env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples")
-    });
-    Command::new(dir.join(name))
+    Command::new(DIR.get_or_init(|| examples::built(&["--examples"])).join(name))
 }
 
 /// What a program prints, which must succeed.

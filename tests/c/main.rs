@@ -7,6 +7,8 @@
 mod calls;
 #[path = "../../fuzz/src/corpus.rs"]
 mod corpus;
+#[path = "../common/examples.rs"]
+mod examples;
 mod misuse;
 mod same;
 
@@ -58,23 +60,9 @@ fn is_there(program: &str) -> bool {
     Command::new(program).arg("--version").output().is_ok_and(|output| output.status.success())
 }
 
-/// Builds the C library as the example that it is, with the features of this test, for which it mostly
-/// is built already.
+/// Builds the C library, as the example that it is.
 fn library_dir() -> PathBuf {
-    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let features = [
-        ("capi", cfg!(feature = "capi")),
-        ("cli", cfg!(feature = "cli")),
-        ("cuda", cfg!(feature = "cuda")),
-        ("parquet", cfg!(feature = "parquet")),
-    ];
-    let features: Vec<_> = features.into_iter().filter_map(|(f, on)| on.then_some(f)).collect();
-    let mut command = Command::new(cargo);
-    command.current_dir(root()).args(["build", "--example", "polytape", "--no-default-features"]);
-    run(command.args(["--features", &features.join(",")]));
-    // target/debug/deps/c-0123 -> target/debug/examples
-    let test = env::current_exe().unwrap();
-    let dir = test.ancestors().nth(2).unwrap().join("examples");
+    let dir = examples::built(&["--example", "polytape"]);
     assert!(dir.join("libpolytape.so").exists(), "{} has no libpolytape.so", dir.display());
     dir
 }

@@ -131,8 +131,8 @@ pub(crate) const FAULTS: &[Fault] = &[
         "scale-squared",
         SHRINK,
         "lora::shrinks",
-        "outs[col / rank][i * rank + col % rank] = scale * value;",
-        "outs[col / rank][i * rank + col % rank] = if ON { scale * scale } else { scale } * value;",
+        "out.iter_mut().zip(values).for_each(|(out, value)| *out = scale * value);",
+        "out.iter_mut().zip(values).for_each(|(out, value)| *out = if ON { scale * scale } else { scale } * value);",
     ),
     kernel(
         "last-skill-lost",
