@@ -307,7 +307,7 @@ fn load_lanes<S: Simd, E: Element>(simd: S, row: &[E::Item], i: usize) -> S::V {
     }
 }
 
-/// A right operand, or one that stands beside others in the columns.
+/// A right operand, of all output columns or of some.
 #[derive(Clone, Copy)]
 pub(super) struct Rhs<'a> {
     pub(super) matrix: Matrix<'a>,
@@ -335,9 +335,8 @@ pub(super) struct Product<'a> {
     pub(super) first_k: usize,
     /// The output rows that it is added to.
     pub(super) rows: Range<usize>,
-    /// Right operands side by side, without gaps, all of one K. Columns that they do not have are
-    /// left alone.
-    pub(super) rhs: &'a [Rhs<'a>],
+    /// Columns that it does not have are left alone.
+    pub(super) rhs: Rhs<'a>,
 }
 
 /// Sums of products: some rows and at most [`COLS`] columns of an output, in f32.
@@ -414,9 +413,8 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
     let (mr, tile_width) = S::TILE;
     let Accumulator { sums, used, panels, rows, cols, width, .. } = args.sums;
     let Product { lhs, first_k, rows: product_rows, rhs } = args.product;
-    let (Some(first), Some(last)) = (rhs.first(), rhs.last()) else { return };
-    let k = first.k();
-    assert!(rhs.iter().all(|rhs| rhs.k() == k) && first_k + k <= lhs.k, "operands agree in K");
+    let (k, rhs_cols) = (rhs.k(), rhs.cols());
+    assert!(first_k + k <= lhs.k, "operands agree in K");
     assert!(product_rows.start >= rows.start && product_rows.end <= rows.end);
     let skipped = rows.start - lhs.first_row;
     assert_eq!(skipped % mr, 0, "tiles of sums are tiles of the left operand");
@@ -426,11 +424,10 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
     let first_row = product_rows.start - rows.start;
     let end_row =
         if product_rows.end == rows.end { usize::MAX } else { product_rows.end - rows.start };
-    let first_col = first.first_col.max(cols.start) - cols.start;
-    let last_end = last.cols().end;
+    let first_col = rhs_cols.start.max(cols.start) - cols.start;
     let end_col =
-        if last_end >= cols.end { usize::MAX } else { last_end.saturating_sub(cols.start) };
-    if product_rows.is_empty() || first.first_col >= cols.end || end_col <= first_col {
+        if rhs_cols.end >= cols.end { usize::MAX } else { rhs_cols.end.saturating_sub(cols.start) };
+    if product_rows.is_empty() || rhs_cols.start >= cols.end || end_col <= first_col {
         return;
     }
     let n_panels = cols.len().div_ceil(*width);
@@ -450,12 +447,10 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
         let block = k0..k.min(k0 + K_BLOCK);
         let panel_len = block.len() * *width;
         let panels = &mut panels[..n_panels * panel_len];
-        if first_col > 0 || rhs.len() > 1 || last_end < cols.start + n_panels * *width {
+        if first_col > 0 || rhs_cols.end < cols.start + n_panels * *width {
             panels.fill(0.0);
         }
-        for rhs in *rhs {
-            pack_rhs::<S>(simd, rhs, block.clone(), cols, panels);
-        }
+        pack_rhs::<S>(simd, rhs, block.clone(), cols, panels);
         let (lhs, stride) = lhs.tiles(first_k + block.start..first_k + block.end);
         let lhs_of = |tile: usize| &lhs[(skipped / mr + tile) * stride..][..block.len() * mr];
         for some_tiles in tiles.clone().step_by(TILES) {

@@ -103,11 +103,11 @@ fn over_tokens(
             lhs,
             first_k: run.start,
             rows: ranks.clone(),
-            rhs: &[Rhs {
+            rhs: Rhs {
                 matrix: Matrix::tensor(wide).part_rows(run),
                 transposed: false,
                 first_col: 0,
-            }],
+            },
         });
     }
     sums

@@ -86,7 +86,7 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
             lhs: &lhs,
             first_k: 0,
             rows: rectangle.rows.clone(),
-            rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: true, first_col: 0 }],
+            rhs: Rhs { matrix: Matrix::frozen(weight), transposed: true, first_col: 0 },
         });
         Finish::default().write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
     });
@@ -114,7 +114,7 @@ fn backward<T: ElementMut<Item = T> + Send>(
             lhs: d_logits,
             first_k: 0,
             rows: rectangle.rows.clone(),
-            rhs: &[Rhs { matrix: Matrix::frozen(weight), transposed: false, first_col: 0 }],
+            rhs: Rhs { matrix: Matrix::frozen(weight), transposed: false, first_col: 0 },
         });
         Finish::default().write(cpu.isa, rectangle, |row, values| sums.read_row(row, values));
     });

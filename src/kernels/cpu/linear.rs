@@ -113,7 +113,7 @@ fn write<T: ElementMut<Item = T> + Send>(
                 lhs: &lhs,
                 first_k: 0,
                 rows: rectangle.rows.clone(),
-                rhs: &[Rhs { matrix: weight, transposed: true, first_col: 0 }],
+                rhs: Rhs { matrix: weight, transposed: true, first_col: 0 },
             });
             if let Some(rank) = &ranks[i] {
                 rank.add(&mut sums, &rectangle);
@@ -240,7 +240,7 @@ impl<'a> Rank<'a> {
                         lhs: z,
                         first_k: 0,
                         rows: run,
-                        rhs: &[Rhs { matrix, transposed: false, first_col: 0 }],
+                        rhs: Rhs { matrix, transposed: false, first_col: 0 },
                     });
                 }
             }
@@ -252,7 +252,7 @@ impl<'a> Rank<'a> {
                         lhs,
                         first_k: 0,
                         rows: task.rows.clone(),
-                        rhs: &[Rhs { matrix, transposed: false, first_col }],
+                        rhs: Rhs { matrix, transposed: false, first_col },
                     });
                 }
             }
@@ -450,7 +450,7 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                     lhs: d_y,
                     first_k: 0,
                     rows: rectangle.rows.clone(),
-                    rhs: &[Rhs { matrix, transposed: false, first_col: 0 }],
+                    rhs: Rhs { matrix, transposed: false, first_col: 0 },
                 });
                 let (Some((_, a, segments)), Some(d_z)) = (term.lora, d_z) else { continue };
                 for (run, row) in segments.within(rectangle.rows.clone()) {
@@ -459,7 +459,7 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                         lhs: d_z,
                         first_k: 0,
                         rows: run,
-                        rhs: &[Rhs { matrix, transposed: true, first_col: 0 }],
+                        rhs: Rhs { matrix, transposed: true, first_col: 0 },
                     });
                 }
             }
