@@ -1,10 +1,6 @@
 //! The programs and the C library in `examples/`, which tests run.
 
-use std::{
-    env,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{env, path::PathBuf, process::Command};
 
 /// Builds examples (`--example NAME`, or `--examples`) with the features of this test, for which they
 /// mostly are built already: to cargo, even `default` makes a difference. Gives the folder that they are in.
@@ -17,7 +13,7 @@ pub(crate) fn built(which: &[&str]) -> PathBuf {
     ];
     let features: Vec<_> = features.into_iter().filter_map(|(f, on)| on.then_some(f)).collect();
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR"))).arg("build").args(which);
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR")).arg("build").args(which);
     cargo.args(["--features", &features.join(",")]);
     if !cfg!(feature = "default") {
         cargo.arg("--no-default-features");
