@@ -436,6 +436,18 @@ pub trait Op: Debug {
         false
     }
 
+    /// How much further it may be where tiles of AMX multiply f32 operands of this that were rounded to
+    /// bf16, for each output: 2^-8 of the sizes of the terms with them. None if they do not.
+    fn rounding_on_tiles(
+        &self,
+        batch: &Batch,
+        inputs: &Inputs,
+        expected: &[Output],
+    ) -> Option<Vec<Vec<f64>>> {
+        let _ = (batch, inputs, expected);
+        None
+    }
+
     /// For each output, how far each element may be from the oracle's, before it is rounded.
     ///
     /// Most operations are sums of products: their bound is a few units in the last place of the
@@ -790,12 +802,23 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
             }
             (inputs, (expected, tolerance))
         });
+        let on_tiles = || {
+            let (expected, tolerance) = &own_answer;
+            let more = case.op.rounding_on_tiles(&case.batch, &own_weights, expected)?;
+            let sums = tolerance.iter().zip(more);
+            let sums = sums.map(|(bounds, more)| bounds.iter().zip(more).map(|(a, b)| a + b));
+            Some((expected.clone(), sums.map(Iterator::collect).collect()))
+        };
+        let on_tiles = (compute == Dtype::Bf16).then(on_tiles).flatten();
         let subjects = subjects()
             .iter()
             .filter(|subject| subject.compute == compute && subject.emulated <= emulate);
         for subject in subjects {
             let (inputs, (expected, tolerance)) = match (&subject.variants[0], &rounded) {
                 (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),
+                (Variant::Cpu(cpu), _) if matches!(cpu.isa(), Isa::Amx(_)) => {
+                    (&own_weights, on_tiles.as_ref().unwrap_or(&own_answer))
+                }
                 _ => (&own_weights, &own_answer),
             };
             let executions = Cell::new(0);

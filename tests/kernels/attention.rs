@@ -1,6 +1,9 @@
 //! Attention and its backward.
 
-use polytape::kernels::{Backend, Precision, ops, oracle::Oracle};
+use polytape::{
+    dtype::Dtype,
+    kernels::{Backend, Precision, ops, oracle::Oracle},
+};
 
 use super::{
     common::{
@@ -127,10 +130,32 @@ impl Op for Attention {
     }
 
     fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let [tolerance, _] = self.bounds(batch, inputs, expected);
+        tolerance
+    }
+
+    fn rounding_on_tiles(
+        &self,
+        batch: &Batch,
+        inputs: &Inputs,
+        expected: &[Output],
+    ) -> Option<Vec<Vec<f64>>> {
+        let [_, rounding] = self.bounds(batch, inputs, expected);
+        Some(rounding)
+    }
+}
+
+/// A bound of zero for each element.
+fn zeros(expected: &[Output]) -> Vec<Vec<f64>> {
+    expected.iter().map(|output| vec![0.0; output.values.len()]).collect()
+}
+
+impl Attention {
+    /// The tolerance, and what rounding the probabilities to bf16 adds.
+    fn bounds(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> [Vec<Vec<f64>>; 2] {
         let v = &inputs.tensors[2];
         let dropout = self.dropout.map(|p| batch.dropout(3, p));
-        let mut bounds =
-            vec![vec![0.0; expected[0].values.len()], vec![0.0; expected[1].values.len()]];
+        let [mut bounds, mut rounding] = [zeros(expected), zeros(expected)];
         self.for_each_query(batch, |query| {
             let (scores, errors) = scores(self, inputs, &query);
             let lse = expected[1].values[query.token * self.n_heads + query.head];
@@ -148,11 +173,12 @@ impl Op for Attention {
                         kept * ((scores[j] - lse).exp() + SMALLEST / U) * v
                     })
                     .sum();
-                bounds[0][query.token * self.n_heads * self.head_dim + query.q_col + c] =
-                    ((2.0 * error).exp_m1() + 16.0 * U) * size;
+                let at = query.token * self.n_heads * self.head_dim + query.q_col + c;
+                bounds[0][at] = ((2.0 * error).exp_m1() + 16.0 * U) * size;
+                rounding[0][at] = Dtype::Bf16.unit_roundoff() * size;
             }
         });
-        bounds
+        [bounds, rounding]
     }
 }
 
@@ -246,10 +272,28 @@ impl Op for AttentionBackward {
     }
 
     fn tolerance(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        let [tolerance, _] = self.bounds(batch, inputs, expected);
+        tolerance
+    }
+
+    fn rounding_on_tiles(
+        &self,
+        batch: &Batch,
+        inputs: &Inputs,
+        expected: &[Output],
+    ) -> Option<Vec<Vec<f64>>> {
+        let [_, rounding] = self.bounds(batch, inputs, expected);
+        Some(rounding)
+    }
+}
+
+impl AttentionBackward {
+    /// The tolerance, and what rounding the probabilities and their gradients to bf16 adds.
+    fn bounds(&self, batch: &Batch, inputs: &Inputs, expected: &[Output]) -> [Vec<Vec<f64>>; 2] {
         let [q, k, v, o, lse, d_o] = &inputs.tensors[..6] else { unreachable!() };
         let op = &self.0;
         let dropout = op.dropout.map(|p| batch.dropout(3, p));
-        let mut bounds: Vec<_> = expected.iter().map(|o| vec![0.0; o.values.len()]).collect();
+        let [mut bounds, mut rounding] = [zeros(expected), zeros(expected)];
         let scale = f64::from(op.scale);
         op.for_each_query(batch, |query| {
             let (scores, errors) = scores(op, inputs, &query);
@@ -275,17 +319,21 @@ impl Op for AttentionBackward {
                 let d_score_error = p_error * (d_p - inner).abs()
                     + (p + p_error) * 6.0 * U * (d_p_size + inner_size);
                 let d_score_bound = scale * (d_score_error + 6.0 * U * d_score);
+                let round = |size: f64| Dtype::Bf16.unit_roundoff() * size;
                 for c in 0..op.head_dim {
-                    let at_kv = key * k.cols + kv_col + c;
-                    bounds[0][token * q.cols + q_col + c] +=
-                        d_score_bound * k.at(key, kv_col + c).abs();
-                    bounds[1][at_kv] += d_score_bound * q.at(token, q_col + c).abs();
-                    bounds[2][at_kv] +=
-                        kept * (p_error + 6.0 * U * p) * d_o.at(token, q_col + c).abs();
+                    let (at_q, at_kv) = (token * q.cols + q_col + c, key * k.cols + kv_col + c);
+                    let [k, q, d_o] =
+                        [k.at(key, kv_col + c), q.at(token, q_col + c), d_o.at(token, q_col + c)];
+                    bounds[0][at_q] += d_score_bound * k.abs();
+                    bounds[1][at_kv] += d_score_bound * q.abs();
+                    bounds[2][at_kv] += kept * (p_error + 6.0 * U * p) * d_o.abs();
+                    rounding[0][at_q] += round(scale * d_score + d_score_bound) * k.abs();
+                    rounding[1][at_kv] += round(scale * d_score + d_score_bound) * q.abs();
+                    rounding[2][at_kv] += round(kept * (p + p_error)) * d_o.abs();
                 }
             }
         });
-        bounds
+        [bounds, rounding]
     }
 }
 

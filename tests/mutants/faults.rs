@@ -38,7 +38,7 @@ const MIX: &str = "src/kernels/cpu/mix.rs";
 const ROUTE: &str = "src/kernels/cpu/route.rs";
 const GRAD: &str = "src/kernels/cpu/grad.rs";
 const NORM: &str = "src/kernels/cpu/norm.rs";
-const ATTENTION: &str = "src/kernels/cpu/attention.rs";
+const ATTENTION: &str = "src/kernels/cpu/attention/mod.rs";
 const HEAD: &str = "src/kernels/cpu/head.rs";
 const TRAINER: &str = "src/train/trainer.rs";
 
@@ -291,7 +291,7 @@ pub(crate) const FAULTS: &[Fault] = &[
     ),
     kernel(
         "softmax-without-its-mean",
-        ATTENTION,
+        "src/kernels/cpu/attention/scores.rs",
         "attention::attentions_backward",
         "        let mut gradient = s.mul(value, s.sub(s.mul(s.load(d_s), kept), dot));\n",
         "        let dot = if ON { s.splat(0.0) } else { dot };\n        \

@@ -58,17 +58,14 @@ pub(super) fn takes<'a>(cpu: &Cpu, mut weights: impl Iterator<Item = &'a Frozen>
     }
 }
 
-fn steps(k: usize) -> usize {
+/// Tiles along `k`.
+pub(super) fn steps(k: usize) -> usize {
     k.div_ceil(TILE_K)
 }
 
 /// Tiles of `cols` columns.
-fn column_tiles(cols: usize) -> usize {
+pub(super) fn column_tiles(cols: usize) -> usize {
     cols.div_ceil(TILES_AT_ONCE * TILE_COLS) * TILES_AT_ONCE
-}
-
-fn unwritten_tiles(cpu: &Cpu, n: usize) -> Buffer {
-    cpu.pool.take(n * size_of::<Tile>())
 }
 
 /// A left operand in tiles of 16 rows, `[row tile][step]`, an even number of row tiles, zeros past
@@ -85,7 +82,7 @@ impl Lhs {
     pub(super) fn rows(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, first_row: usize) -> Self {
         let n_tiles = matrix.rows.next_multiple_of(BLOCK_ROWS) / TILE_ROWS;
         let steps = steps(matrix.cols);
-        let mut tiles = unwritten_tiles(cpu, n_tiles * steps);
+        let mut tiles = cpu.tiles(n_tiles * steps);
         if steps > 0 {
             let of_block = tiles.as_mut_slice::<Tile>().par_chunks_mut(2 * steps);
             of_block.enumerate().for_each(|(i, out)| {
@@ -122,11 +119,12 @@ impl Lhs {
     }
 }
 
-/// Packs the rows of two row tiles.
-struct PackRows<'a> {
-    matrix: Matrix<'a>,
-    first_row: usize,
-    out: &'a mut [Tile],
+/// Packs the rows of two row tiles, of bf16.
+pub(super) struct PackRows<'a> {
+    pub(super) matrix: Matrix<'a>,
+    pub(super) first_row: usize,
+    /// `[2][step]`.
+    pub(super) out: &'a mut [Tile],
 }
 
 impl SimdOp for PackRows<'_> {
@@ -161,13 +159,13 @@ fn padded<const N: usize>(items: &[[u8; 2]]) -> [[u8; 2]; N] {
 }
 
 /// Packs some k and columns of a right operand of bf16, `[column tile][step]`.
-struct PackColumns<'a> {
-    matrix: Matrix<'a>,
+pub(super) struct PackColumns<'a> {
+    pub(super) matrix: Matrix<'a>,
     /// `rhs[k, n]` is `matrix[n, k]`, else `matrix[k, n]`.
-    transposed: bool,
-    steps: Range<usize>,
-    cols: Range<usize>,
-    out: &'a mut [Tile],
+    pub(super) transposed: bool,
+    pub(super) steps: Range<usize>,
+    pub(super) cols: Range<usize>,
+    pub(super) out: &'a mut [Tile],
 }
 
 impl SimdOp for PackColumns<'_> {
@@ -339,7 +337,7 @@ impl<'a> RankRhs<'a> {
         };
         let (block_rows, column_tiles) = (split.rows / rows.max(1), column_tiles(cols));
         let steps = steps(6 * rank);
-        let mut tiles = unwritten_tiles(cpu, rows * column_tiles * steps);
+        let mut tiles = cpu.tiles(rows * column_tiles * steps);
         let of_row = tiles.as_mut_slice::<Tile>().par_chunks_mut((column_tiles * steps).max(1));
         of_row.enumerate().for_each(|(row, out)| {
             let matrix = split.matrix().part_rows(row * block_rows..(row + 1) * block_rows);
@@ -399,7 +397,7 @@ impl<'a> RankRhs<'a> {
 }
 
 /// The left operand of a product with a block.
-enum Left<'a> {
+pub(super) enum Left<'a> {
     /// All rows.
     Two([&'a [Tile]; 2]),
     /// Some rows of one tile, and the first row of the sums.
@@ -408,7 +406,7 @@ enum Left<'a> {
 
 /// Adds products with the tiles `right` of the first `cols` columns to a block, or writes them.
 #[inline(always)]
-fn multiply<'a>(
+pub(super) fn multiply<'a>(
     tiles: &mut Tiles,
     left: Left<'_>,
     right: impl Fn(usize) -> &'a [Tile],
@@ -492,7 +490,7 @@ impl<T: ElementMut<Item = T>> Task<'_, T> {
         let n_kept = if chunks.len() == 1 { 1 } else { n_blocks };
         let mut sums = cpu.pool.take(n_rectangles * n_kept * size_of::<Block>());
         let sums = sums.as_mut_slice::<Block>();
-        let mut right = unwritten_tiles(cpu, n_rectangles * n_tiles * most_steps);
+        let mut right = cpu.tiles(n_rectangles * n_tiles * most_steps);
         let mut outs: Vec<(Range<usize>, vec::IntoIter<&mut [T]>)> =
             rectangles.into_iter().map(|r| (r.cols, r.out.into_iter())).collect();
 

@@ -176,6 +176,11 @@ impl Cpu {
     fn scratch(&self, n: usize) -> Buffer {
         self.pool.take(4 * n)
     }
+
+    /// Unwritten tiles.
+    fn tiles(&self, n: usize) -> Buffer {
+        self.pool.take(n * size_of::<isa::Tile>())
+    }
 }
 
 /// Elements of a task of pointwise work: what starting another one is surely worth.

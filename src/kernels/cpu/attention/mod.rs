@@ -1,0 +1,375 @@
+//! Attention, flash style, forward and backward.
+//!
+//! ```text
+//! s_ij = scale q_i·k_j + bias[j - i]     p_ij = e^(s_ij - lse_i)     m_ij = dropout's 0 or scale
+//! o_i  = Σ_j m_ij p_ij v_j               lse_i = ln Σ_j e^s_ij
+//!
+//! D_i  = d_o_i·o_i     d_p_ij = m_ij d_o_i·v_j     d_s_ij = p_ij (d_p_ij - D_i)
+//! d_q_i = scale Σ_j d_s_ij k_j     d_k_j = scale Σ_i d_s_ij q_i     d_v_j = Σ_i m_ij p_ij d_o_i
+//! ```
+//!
+//! A task is a sequence and a key-value head: it packs K and V once into f32 panels and goes
+//! through the query heads that share them. All products run on one register tile of `MR` rows by
+//! `NV` vectors. The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at
+//! a time, in the cache; the backward computes the probabilities again from `lse`.
+//!
+//! A single query (decoding) reads K and V where they lie. With AMX, the products of several are on tiles
+//! (`tiles`).
+//!
+//! Keys that no query of a tile sees (later ones, or earlier ones than a window) are not touched, but
+//! for whole blocks' sake; those that only some of them see have the probability 0 in the others.
+
+mod backward;
+mod decode;
+mod forward;
+mod panels;
+mod scores;
+#[cfg(test)]
+mod tests;
+mod tiles;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use self::{backward::Backward, decode::Decode, forward::Forward};
+use super::{
+    super::{Precision, ops::*},
+    Cpu,
+    elementwise::factors,
+    isa::{Amx, Element, ElementMut, Isa, LANES},
+    with_element,
+};
+use crate::{dtype::Dtype, tensor::Tensor};
+
+/// Keys of a block, and queries of one in the backward: a multiple of every tile's rows and columns.
+const BLOCK: usize = 96;
+/// The largest register tile of all instruction sets, to size buffers by.
+const MAX_MR: usize = 12;
+const MAX_WIDTH: usize = 2 * LANES;
+/// Products that are surely worth a task.
+const GRAIN: usize = 128 * 1024;
+
+pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
+    check(args);
+    let mut o = cpu.alloc(args.q.rows, args.q.cols, Precision::Activation);
+    let mut lse = cpu.alloc(args.q.rows, args.n_heads, Precision::Full);
+    if o.is_empty() {
+        return Attended { o, lse };
+    }
+    if let Some(amx) = on_tiles(cpu, args) {
+        attend(args, &mut o, &mut lse, |pair: Pair<'_, bf16>, o, lse| {
+            if pair.n_queries == 1 || pair.n_keys == 0 {
+                return on_vectors(cpu, pair, o, lse);
+            }
+            let mut scratch = cpu.tiles(pair.forward_tiles().next_power_of_two());
+            let scratch = scratch.as_mut_slice();
+            amx.with_tiles(|tiles| amx.run(tiles::Forward { pair, o, lse, scratch, tiles }));
+        });
+    } else {
+        with_element!(args.q.dtype, T => {
+            attend::<T>(args, &mut o, &mut lse, |pair, o, lse| on_vectors(cpu, pair, o, lse));
+        });
+    }
+    Attended { o, lse }
+}
+
+/// Runs a task for each sequence and key-value head, with its pieces of the results.
+fn attend<'a, T: ElementMut>(
+    args: &'a Attention<'a, Cpu>,
+    o: &'a mut Tensor<Cpu>,
+    lse: &'a mut Tensor<Cpu>,
+    run: impl Fn(Pair<'a, T>, Vec<&'a mut [T::Item]>, Vec<&'a mut [f32]>) + Sync,
+) {
+    let (n_heads, n_kv_heads) = (args.n_heads, args.n_kv_heads);
+    let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, n_heads, n_kv_heads);
+    let lse = deal(lse.f32s_mut(), n_heads, args.queries, n_heads, n_kv_heads);
+    let tasks = o.into_par_iter().zip(lse).enumerate().with_max_len(1);
+    tasks
+        .with_min_len(tasks_in_a_grain(args))
+        .for_each(|(task, (o, lse))| run(Pair::new(args, task), o, lse));
+}
+
+fn on_vectors<T: ElementMut>(
+    cpu: &Cpu,
+    pair: Pair<'_, T>,
+    o: Vec<&mut [T::Item]>,
+    lse: Vec<&mut [f32]>,
+) {
+    let mut scratch = cpu.scratch(pair.forward_scratch().next_power_of_two());
+    let scratch = scratch.as_mut_slice();
+    if pair.n_queries == 1 {
+        cpu.isa.run(Decode { pair, o, lse, scratch });
+    } else {
+        cpu.isa.run(Forward { pair, o, lse, scratch });
+    }
+}
+
+/// The tiles, where they multiply what attention multiplies.
+fn on_tiles(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Option<Amx> {
+    match cpu.isa {
+        Isa::Amx(amx) if args.q.dtype == Dtype::Bf16 => Some(amx),
+        _ => None,
+    }
+}
+
+pub(super) fn attention_backward(cpu: &Cpu, args: AttentionBackward<'_, Cpu>) -> [Tensor<Cpu>; 3] {
+    let AttentionBackward { forward, o, lse, d_o } = args;
+    check(forward);
+    let like_q = (forward.q.rows, forward.q.cols);
+    assert_eq!((o.rows, o.cols), like_q);
+    assert_eq!((d_o.rows, d_o.cols), like_q);
+    assert_eq!((lse.rows, lse.cols), (like_q.0, forward.n_heads));
+    let mut d = [forward.q, forward.k, forward.v]
+        .map(|like| cpu.alloc(like.rows, like.cols, Precision::Activation));
+    if let Some(amx) = on_tiles(cpu, forward) {
+        differentiate(forward, &mut d, |pair: Pair<'_, bf16>, d| {
+            if pair.n_queries == 0 || pair.n_keys == 0 {
+                return differentiate_on_vectors(cpu, &args, pair, d);
+            }
+            let mut scratch = cpu.tiles(pair.backward_tiles().next_power_of_two());
+            let (scratch, lse) = (scratch.as_mut_slice(), lse.f32s());
+            amx.with_tiles(|tiles| {
+                amx.run(tiles::Backward { pair, o, lse, d_o, d, scratch, tiles });
+            });
+        });
+    } else {
+        with_element!(o.dtype, T => {
+            differentiate::<T>(forward, &mut d, |pair, d| {
+                differentiate_on_vectors(cpu, &args, pair, d);
+            });
+        });
+    }
+    d
+}
+
+/// A task's pieces of the gradients: of the queries, query by query those of the group's heads, then of the
+/// keys and the values, key by key.
+type Gradients<'a, T> = [Vec<&'a mut [T]>; 3];
+
+/// Runs a task for each sequence and key-value head, with its pieces of the gradients.
+fn differentiate<'a, T: ElementMut>(
+    args: &'a Attention<'a, Cpu>,
+    d: &'a mut [Tensor<Cpu>; 3],
+    run: impl Fn(Pair<'a, T>, Gradients<'a, T::Item>) + Sync,
+) {
+    let (n_heads, n_kv_heads) = (args.n_heads, args.n_kv_heads);
+    let [d_q, d_k, d_v] = d;
+    let d_q = deal(d_q.items_mut::<T>(), args.q.cols, args.queries, n_heads, n_kv_heads);
+    let d_k = deal(d_k.items_mut::<T>(), args.k.cols, args.keys, n_kv_heads, n_kv_heads);
+    let d_v = deal(d_v.items_mut::<T>(), args.v.cols, args.keys, n_kv_heads, n_kv_heads);
+    let tasks = (d_q, d_k, d_v).into_par_iter().enumerate().with_max_len(1);
+    tasks
+        .with_min_len(tasks_in_a_grain(args))
+        .for_each(|(task, (d_q, d_k, d_v))| run(Pair::new(args, task), [d_q, d_k, d_v]));
+}
+
+fn differentiate_on_vectors<'a, T: ElementMut>(
+    cpu: &Cpu,
+    args: &'a AttentionBackward<'a, Cpu>,
+    pair: Pair<'a, T>,
+    d: Gradients<'a, T::Item>,
+) {
+    let mut scratch = cpu.scratch(pair.backward_scratch().next_power_of_two());
+    let scratch = scratch.as_mut_slice();
+    let (o, d_o) = (args.o.items::<T>(), args.d_o.items::<T>());
+    cpu.isa.run(Backward { pair, o, lse: args.lse.f32s(), d_o, d, scratch });
+}
+
+fn check(args: &Attention<'_, Cpu>) {
+    let Attention { q, k, v, queries, keys, n_heads, n_kv_heads, head_dim, .. } = *args;
+    assert!(n_kv_heads > 0 && n_heads % n_kv_heads == 0 && head_dim > 0);
+    assert_eq!(q.cols, n_heads * head_dim);
+    assert_eq!((k.cols, v.cols), (n_kv_heads * head_dim, n_kv_heads * head_dim));
+    assert_eq!((k.rows, k.dtype, v.dtype), (v.rows, q.dtype, q.dtype));
+    assert_eq!(queries.n(), keys.n());
+    assert_eq!(*queries, Spans::packed(&queries.lens), "queries are packed in order");
+    assert_eq!(queries.end(), q.rows);
+    assert!(keys.end() <= k.rows);
+    if let Some(window) = args.window {
+        assert!(args.causal && window > 0, "a window ends at the query and has it");
+    }
+    if let Some(bias) = args.bias {
+        assert_eq!(bias.table.rows, n_heads);
+    }
+    if let Some(dropout) = args.dropout {
+        assert_eq!(dropout.tokens.len(), q.rows, "a key for each query token");
+    }
+}
+
+/// How many tasks of average size are worth starting one.
+fn tasks_in_a_grain(args: &Attention<'_, Cpu>) -> usize {
+    let lens = args.queries.lens.iter().zip(&args.keys.lens);
+    let products = lens.map(|(q, k)| q * k).sum::<usize>() * args.n_heads * args.head_dim;
+    let n_tasks = args.queries.n() * args.n_kv_heads;
+    (GRAIN * n_tasks / products.max(1)).max(1)
+}
+
+/// Deals the rows of a matrix `width` wide, each cut into `n_heads` pieces, out to the tasks: sequence by sequence,
+/// and within one to `n_groups` groups of neighbouring heads. A task gets its pieces row by row.
+/// Rows of no sequence are set to zero.
+///
+/// # Panics
+/// If two sequences share a row.
+fn deal<'a, T: bytemuck::Zeroable + Copy>(
+    matrix: &'a mut [T],
+    width: usize,
+    spans: &Spans,
+    n_heads: usize,
+    n_groups: usize,
+) -> Vec<Vec<&'a mut [T]>> {
+    let mut tasks: Vec<Vec<&'a mut [T]>> = Vec::new();
+    for &len in &spans.lens {
+        tasks.extend((0..n_groups).map(|_| Vec::with_capacity(len * (n_heads / n_groups))));
+    }
+    let mut in_order: Vec<usize> = (0..spans.n()).filter(|&i| spans.lens[i] > 0).collect();
+    in_order.sort_unstable_by_key(|&i| spans.starts[i]);
+    let (mut rest, mut at) = (matrix, 0);
+    for sequence in in_order {
+        let gap = spans.starts[sequence].checked_sub(at).expect("sequences share no row");
+        let (before, after) = rest.split_at_mut(gap * width);
+        before.fill(T::zeroed());
+        let (own, after) = after.split_at_mut(spans.lens[sequence] * width);
+        let group = n_heads / n_groups;
+        for (piece, cell) in own.chunks_exact_mut(width / n_heads).enumerate() {
+            tasks[sequence * n_groups + piece % n_heads / group].push(cell);
+        }
+        rest = after;
+        at = spans.starts[sequence] + spans.lens[sequence];
+    }
+    rest.fill(T::zeroed());
+    tasks
+}
+
+/// A task's view of the arguments: one sequence and one key-value head.
+struct Pair<'a, T: Element> {
+    args: &'a Attention<'a, Cpu>,
+    q: &'a [T::Item],
+    k: &'a [T::Item],
+    v: &'a [T::Item],
+    first_query: usize,
+    n_queries: usize,
+    first_key: usize,
+    n_keys: usize,
+    /// The key-value head.
+    kv_head: usize,
+    /// Query heads that share it.
+    group: usize,
+    head_dim: usize,
+}
+
+impl<T: Element> Clone for Pair<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T: Element> Copy for Pair<'_, T> {}
+
+impl<'a, T: Element> Pair<'a, T> {
+    fn new(args: &'a Attention<'a, Cpu>, task: usize) -> Self {
+        let sequence = task / args.n_kv_heads;
+        Self {
+            args,
+            q: args.q.items::<T>(),
+            k: args.k.items::<T>(),
+            v: args.v.items::<T>(),
+            first_query: args.queries.starts[sequence],
+            n_queries: args.queries.lens[sequence],
+            first_key: args.keys.starts[sequence],
+            n_keys: args.keys.lens[sequence],
+            kv_head: task % args.n_kv_heads,
+            group: args.n_heads / args.n_kv_heads,
+            head_dim: args.head_dim,
+        }
+    }
+
+    /// The query head number `g` of the group.
+    fn head(&self, g: usize) -> usize {
+        self.kv_head * self.group + g
+    }
+
+    /// A head's piece of query `i`'s row of a matrix shaped as `q`.
+    #[inline(always)]
+    fn of_query(&self, matrix: &'a [T::Item], head: usize, i: usize) -> &'a [T::Item] {
+        let start = ((self.first_query + i) * self.args.n_heads + head) * self.head_dim;
+        &matrix[start..][..self.head_dim]
+    }
+
+    /// The head's piece of key `j`'s row of `k` or `v`.
+    #[inline(always)]
+    fn of_key(&self, matrix: &'a [T::Item], j: usize) -> &'a [T::Item] {
+        let row = self.first_key + j;
+        &matrix[(row * self.args.n_kv_heads + self.kv_head) * self.head_dim..][..self.head_dim]
+    }
+
+    /// One past the last key that query `i` sees.
+    #[inline(always)]
+    fn limit(&self, i: usize) -> usize {
+        match self.args.causal {
+            true => (i + 1 + self.n_keys).saturating_sub(self.n_queries),
+            false => self.n_keys,
+        }
+    }
+
+    /// The first key that query `i` sees. It never moves back from one query to the next.
+    #[inline(always)]
+    fn first(&self, i: usize) -> usize {
+        self.args.window.map_or(0, |window| self.limit(i).saturating_sub(window))
+    }
+
+    /// The score biases of the keys up to the last that query `i` sees.
+    #[inline(always)]
+    fn bias(&self, head: usize, i: usize) -> Option<&'a [f32]> {
+        let limit = self.limit(i);
+        self.args.bias.filter(|_| limit > 0).map(|bias| {
+            let start = bias.zero + self.n_queries - (i + self.n_keys);
+            &bias.table.f32s()[head * bias.table.cols..][..bias.table.cols][start..][..limit]
+        })
+    }
+
+    /// The dropout factors of `W` keys from `first_key` on, for query `i`; of the first `n` of them.
+    #[inline(always)]
+    fn factors<const W: usize>(
+        &self,
+        head: usize,
+        i: usize,
+        first_key: usize,
+        n: usize,
+    ) -> [f32; W] {
+        let mut kept = [1.0; W];
+        if let Some(dropout) = self.args.dropout {
+            let start = head * self.n_keys.next_multiple_of(8) + first_key;
+            factors(dropout, self.first_query + i, start..start + n, &mut kept[..n]);
+        }
+        kept
+    }
+
+    /// Room for K and V panels.
+    fn panels(&self) -> usize {
+        let (keys, width) = (self.n_keys, self.head_dim);
+        keys.next_multiple_of(MAX_WIDTH) * width + keys * width.next_multiple_of(MAX_WIDTH)
+    }
+
+    fn forward_scratch(&self) -> usize {
+        if self.n_queries == 1 {
+            return self.n_keys.next_multiple_of(LANES) + self.head_dim.next_multiple_of(LANES);
+        }
+        let strip = self.n_keys.next_multiple_of(BLOCK) * MAX_MR;
+        self.panels() + strip + self.head_dim * MAX_MR
+    }
+
+    fn backward_scratch(&self) -> usize {
+        let width = self.head_dim.next_multiple_of(MAX_WIDTH);
+        let (keys, queries) = (self.n_keys, self.n_queries);
+        let (key_rows, tile_rows) =
+            (keys.next_multiple_of(BLOCK), queries.next_multiple_of(MAX_MR) + MAX_MR);
+        let k_and_v = 2 * keys.next_multiple_of(MAX_WIDTH) * self.head_dim + keys * width;
+        let d_k_and_d_v = 2 * key_rows * width;
+        let q_and_d_o = 2 * (queries * width + tile_rows * self.head_dim);
+        k_and_v + d_k_and_d_v + q_and_d_o + queries + 2 * BLOCK * BLOCK + BLOCK * width
+    }
+}
+
+/// Takes `n` elements off the front of a scratch buffer.
+fn carve<'a, T>(scratch: &mut &'a mut [T], n: usize) -> &'a mut [T] {
+    scratch.split_off_mut(..n).expect("scratch was sized for this")
+}
