@@ -405,7 +405,8 @@ impl Attention {
     fn shape(&self, cpu: &Cpu, model: Shapes, shape: AttentionShape) -> Result<f64> {
         let case = AttentionCase::new(cpu, shape);
         let worst = case.check()?;
-        let peak = cpu.fma_peak();
+        let on_tiles = cpu.compute_dtype() == Dtype::Bf16 && shape.n_queries > 1;
+        let peak = cpu.amx_peak().filter(|_| on_tiles).unwrap_or_else(|| cpu.fma_peak());
         let forward = self.kernels.time(|| case.run());
         let backward = self.kernels.time(|| case.run_backward());
         let flops = [shape.flops() / forward.median_s, 2.5 * shape.flops() / backward.median_s];
@@ -418,7 +419,7 @@ impl Attention {
                 "isa": cpu.isa().name(), "threads": cpu.n_threads(),
                 "forward_s": forward.median_s, "backward_s": backward.median_s,
                 "forward_gflop_per_s": flops[0] / 1e9, "backward_gflop_per_s": flops[1] / 1e9,
-                "fma_gflop_per_s": peak / 1e9, "worst_error_in_bounds": worst,
+                "peak_gflop_per_s": peak / 1e9, "worst_error_in_bounds": worst,
             }))?;
         } else {
             print(&format!(

@@ -198,17 +198,20 @@ impl ModelBench {
                 100.0 * limit / seconds,
             );
         };
-        let limit = |entry: &Entry| (entry.flops / peaks.fma).max(entry.bytes / peaks.read);
+        let limit = |entry: &Entry| {
+            let peak = peaks.amx.filter(|_| entry.on_tiles).unwrap_or(peaks.fma);
+            (entry.flops / peak).max(entry.bytes / peaks.read)
+        };
         let all: Vec<Value> = entries
             .iter()
             .map(|entry| {
-                let Entry { operation, shape, calls, seconds, flops, bytes } = entry;
+                let Entry { operation, shape, calls, seconds, flops, bytes, on_tiles } = entry;
                 let calls = *calls as f64 / steps;
                 line(operation, shape, calls, [*seconds, *flops, *bytes, limit(entry)]);
                 json!({
                     "operation": operation, "shape": shape, "calls": calls,
                     "seconds": seconds / steps, "flops": flops / steps, "bytes": bytes / steps,
-                    "limit_s": limit(entry) / steps,
+                    "limit_s": limit(entry) / steps, "on_tiles": on_tiles,
                 })
             })
             .collect();

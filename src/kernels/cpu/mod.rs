@@ -379,19 +379,25 @@ impl Backend for Cpu {
         self.scope(|| norm::norm_backward(self, args))
     }
     fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
-        let _timed = self.profile.time("linear", || Work::linear(&args));
+        let tiles = || gemm_amx::takes(self, args.projections.iter().map(|p| p.weight));
+        let _timed = self.profile.time("linear", || Work::linear(&args).on(tiles()));
         self.scope(|| linear::linear(self, args))
     }
     fn linear_backward(&self, args: LinearBackward<'_, Self>) -> Tensor<Self> {
-        let _timed = self.profile.time("linear_backward", || Work::linear_backward(&args));
+        let tiles = || gemm_amx::takes(self, args.terms.iter().map(|t| t.weight));
+        let work = || Work::linear_backward(&args).on(tiles());
+        let _timed = self.profile.time("linear_backward", work);
         self.scope(|| linear::linear_backward(self, args))
     }
     fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self> {
-        let _timed = self.profile.time("attention", || Work::attention(args, 2.0));
+        let work = || Work::attention(args, 2.0).on(attention::on_tiles(self, args));
+        let _timed = self.profile.time("attention", work);
         self.scope(|| attention::attention(self, args))
     }
     fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3] {
-        let _timed = self.profile.time("attention_backward", || Work::attention(args.forward, 5.0));
+        let tiles = || attention::on_tiles(self, args.forward);
+        let work = || Work::attention(args.forward, 5.0).on(tiles());
+        let _timed = self.profile.time("attention_backward", work);
         self.scope(|| attention::attention_backward(self, args))
     }
     fn cache_write(&self, args: CacheWrite<'_, Self>) {
@@ -423,7 +429,8 @@ impl Backend for Cpu {
         self.scope(|| elementwise::add(self, a, b))
     }
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self> {
-        let _timed = self.profile.time("head_loss", || Work::head_loss(&args));
+        let tiles = || gemm_amx::takes(self, [args.weight].into_iter());
+        let _timed = self.profile.time("head_loss", || Work::head_loss(&args).on(tiles()));
         self.scope(|| head::head_loss(self, args))
     }
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{super::ops::*, Cpu};
+use super::{super::ops::*, Cpu, isa::Amx};
 use crate::tensor::{Frozen, Tensor};
 
 /// What operations took since [`Profile::start`], by operation and shape.
@@ -38,13 +38,17 @@ pub struct Entry {
     pub flops: f64,
     /// Bytes of all operands and results, each once.
     pub bytes: f64,
+    /// Whether the products are on AMX tiles.
+    pub on_tiles: bool,
 }
 
 /// What a run has to do.
+#[derive(Default)]
 pub(super) struct Work {
     pub(super) shape: String,
     pub(super) flops: f64,
     pub(super) bytes: f64,
+    pub(super) on_tiles: bool,
 }
 
 impl Profile {
@@ -88,6 +92,7 @@ impl Profile {
         entry.seconds += took.as_secs_f64();
         entry.flops += work.flops;
         entry.bytes += work.bytes;
+        entry.on_tiles = work.on_tiles;
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<(&'static str, String), Entry>> {
@@ -124,9 +129,14 @@ fn product(m: usize, n: usize, k: usize) -> f64 {
 }
 
 impl Work {
+    /// The same work, on AMX tiles if there are any for it.
+    pub(super) fn on(self, tiles: Option<Amx>) -> Self {
+        Self { on_tiles: tiles.is_some(), ..self }
+    }
+
     /// Moves these bytes and multiplies no matrices.
     pub(super) fn moves(bytes: f64) -> Self {
-        Self { shape: String::new(), flops: 0.0, bytes }
+        Self { bytes, ..Self::default() }
     }
 
     /// Reads or writes these tensors.
@@ -201,6 +211,7 @@ impl Work {
             ),
             flops: n_products * 2.0 * pairs * (args.n_heads * args.head_dim) as f64,
             bytes: n_products * size(args.q) + (2 * keys * width) as f64,
+            ..Self::default()
         }
     }
 
@@ -211,6 +222,7 @@ impl Work {
             shape: format!("{m} x {k} -> {vocabulary}"),
             flops: n_products * product(m, vocabulary, k),
             bytes: n_products * (weight_size(args.weight) + size(args.x)),
+            ..Self::default()
         }
     }
 
@@ -221,6 +233,7 @@ impl Work {
             shape: format!("{} x {} -> {rank}", args.x.rows, args.x.cols),
             flops: product(args.x.rows, args.x.cols, rank),
             bytes: size(args.x) + a + (4 * args.x.rows * rank) as f64,
+            ..Self::default()
         }
     }
 
@@ -230,6 +243,7 @@ impl Work {
             shape: format!("{} x {} -> {}", args.x.rows, args.x.cols, bank.rank),
             flops: product(args.x.rows, args.x.cols, bank.rank * bank.n_skills),
             bytes: size(args.x) + (4 * bank.a_len()) as f64,
+            ..Self::default()
         }
     }
 
@@ -254,6 +268,7 @@ impl Work {
             shape: format!("{} rows of {} skills", args.n_rows, bank.n_skills),
             flops: product(args.n_rows, elements, bank.n_skills),
             bytes: (4 * elements * (args.n_rows + bank.n_skills)) as f64,
+            ..Self::default()
         }
     }
 
@@ -266,6 +281,7 @@ impl Work {
             shape: format!("{n_rows} rows of {} skills", bank.n_skills),
             flops: 2.0 * product(n_rows, elements, bank.n_skills),
             bytes: pairs + (3 * 4 * elements * bank.n_skills) as f64,
+            ..Self::default()
         }
     }
 }
@@ -295,7 +311,7 @@ mod tests {
         let entries = cpu.profile().finish();
         run();
         assert_eq!(entries.len(), 1, "{entries:?}");
-        let Entry { operation, shape, calls, seconds, flops, bytes } = &entries[0];
+        let Entry { operation, shape, calls, seconds, flops, bytes, .. } = &entries[0];
         assert_eq!((*operation, shape.as_str(), *calls), ("linear", "3 x 5 -> 7", 2));
         assert!(*seconds > 0.0);
         assert_eq!((*flops, *bytes), (2.0 * 210.0, 2.0 * (4 * 15 + 2 * 35 + 4 * 21) as f64));

@@ -105,7 +105,7 @@ fn on_vectors<T: ElementMut>(
 }
 
 /// The tiles, where they multiply what attention multiplies.
-fn on_tiles(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Option<Amx> {
+pub(super) fn on_tiles(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Option<Amx> {
     match cpu.isa {
         Isa::Amx(amx) if args.q.dtype == Dtype::Bf16 => Some(amx),
         _ => None,

@@ -308,6 +308,7 @@ fn wide_heads() {
 
 /// The f64 backward above is the derivative of the f64 forward above.
 #[test]
+#[allow(clippy::needless_range_loop)] // A step in a place of the data, and a look at the same place of `d`.
 fn backward_is_the_difference_quotient() {
     let cpu = Cpu::with_isa(Isa::detect().expect("an instruction set"), Dtype::F32, 1);
     let cpu = cpu.expect("a backend");
