@@ -32,8 +32,8 @@ use super::{
     buffer::Buffer,
     gemm::{Accumulator, Finish, Matrix, Rectangle, run_tasks},
     isa::{
-        Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, ElementMut, Isa, LANES, LeftRows,
-        Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, round_bf16,
+        Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, Isa, LANES,
+        LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
     },
 };
 use crate::{
@@ -100,7 +100,7 @@ impl Lhs {
         first_row: usize,
     ) -> [Self; 3] {
         [0, 1, 2].map(|part| {
-            let split = Split::columns(cpu, matrix, [part]);
+            let split = Split::columns(cpu, amx, matrix, [part]);
             Self::rows(cpu, amx, split.matrix(), first_row)
         })
     }
@@ -230,6 +230,30 @@ fn pack_pairs(matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
     }
 }
 
+/// Packs rows of `matrix`, of bf16, as the left operand of a product with their transpose: `[row tile][step]`,
+/// a row tile 16 of its columns, its rows as k.
+pub(super) struct PackTransposed<'a> {
+    pub(super) matrix: Matrix<'a>,
+    pub(super) out: &'a mut [Tile],
+}
+
+impl SimdOp for PackTransposed<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { matrix, out } = self;
+        pack_pairs(matrix, steps(matrix.rows), out);
+        // A line has two rows of 16 columns: transposed as pairs, a line has a column of 32 rows.
+        for tile in out {
+            let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
+            let pairs = lines.each_ref().map(|line| simd.load(line));
+            for (line, v) in lines.iter_mut().zip(simd.transpose(pairs)) {
+                simd.store(v, line);
+            }
+        }
+    }
+}
+
 /// Items `16 i ..` of a row; zeros past its end.
 #[inline(always)]
 fn sixteen(row: &[[u8; 2]], i: usize) -> [u16; TILE_COLS] {
@@ -248,63 +272,115 @@ const LEFT: [usize; 6] = [0, 3, 1, 3, 1, 2];
 /// [`LEFT`], of the other factor.
 const RIGHT: [usize; 6] = [0, 1, 3, 2, 1, 3];
 
-/// A number as a sum of three bf16, and the first of them again if it is finite.
-#[inline(always)]
-fn split(x: f32) -> [bf16; 4] {
-    let first = round_bf16(x);
-    let wide = |b: bf16| f32::from_bits(u32::from(b.to_bits()) << 16);
-    if !wide(first).is_finite() {
-        return [first, bf16::ZERO, bf16::ZERO, bf16::ZERO];
+/// Numbers split at a time.
+const PIECE: usize = 256;
+
+/// Splits numbers: the first three parts of each add up to it, the fourth is the first again if it is finite.
+/// Of what is not finite the first part has all.
+struct SplitItems<'a> {
+    /// At most [`PIECE`].
+    items: &'a [[u8; 4]],
+    parts: &'a mut [[bf16; PIECE]; 4],
+}
+
+impl SimdOp for SplitItems<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { items, parts } = self;
+        let (zero, infinity) = (simd.splat(0.0), simd.splat(f32::INFINITY));
+        let [first, second, third, again] = parts.each_mut().map(|part| part.as_chunks_mut().0);
+        for (i, items) in items.chunks(LANES).enumerate() {
+            let x = match items.first_chunk::<LANES>() {
+                Some(items) => simd.load_f32_bytes(bytemuck::cast_ref(items)),
+                None => <super::isa::F32Bytes as Element>::load_part(simd, items),
+            };
+            simd.store_bf16(x, &mut first[i]);
+            let high = simd.load_bf16(&first[i]);
+            let size = simd.max(high, simd.sub(zero, high));
+            let of_finite = |v| simd.select_lt(size, infinity, v, zero);
+            simd.store_bf16(of_finite(high), &mut again[i]);
+            let rest = of_finite(simd.sub(x, high)); // Exact, as is the next one.
+            simd.store_bf16(rest, &mut second[i]);
+            let rest = simd.sub(rest, simd.load_bf16(&second[i]));
+            simd.store_bf16(rest, &mut third[i]);
+        }
     }
-    let rest = x - wide(first); // Exact, as is the next one.
-    let second = round_bf16(rest);
-    [first, second, round_bf16(rest - wide(second)), first]
 }
 
 /// A matrix of split numbers: each of its `[rows, cols]` becomes several.
-struct Split {
+pub(super) struct Split {
     items: Buffer,
     rows: usize,
     cols: usize,
 }
 
 impl Split {
-    /// Side by side: `out[row, p * cols + col] = split(matrix[row, col])[order[p]]`.
-    fn columns<const N: usize>(cpu: &Cpu, matrix: Matrix<'_>, order: [usize; N]) -> Self {
-        let (rows, cols) = (matrix.rows, N * matrix.cols);
-        let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
-        let out = items.as_mut_slice::<bf16>().par_chunks_mut(cols.max(1));
+    /// Side by side: `out[row, p * cols + col]` is part `order[p]` of `matrix[row, col]`.
+    pub(super) fn columns<const N: usize>(
+        cpu: &Cpu,
+        amx: Amx,
+        matrix: Matrix<'_>,
+        order: [usize; N],
+    ) -> Self {
+        let cols = matrix.cols;
+        let mut items = cpu.pool.take(matrix.rows * N * cols * size_of::<bf16>());
+        // Short rows are split several at a time.
+        let n_rows = if cols < PIECE { PIECE / cols.max(1) } else { 1 };
+        let out = items.as_mut_slice::<bf16>().par_chunks_mut((n_rows * N * cols).max(1));
         out.enumerate().for_each(|(i, out)| {
-            let row = matrix.row::<super::isa::F32Bytes>(i);
-            for (part, out) in order.into_iter().zip(out.chunks_mut(matrix.cols)) {
-                split_row(row, part, out);
+            let mut parts = [[bf16::ZERO; PIECE]; 4];
+            let mut piece = [[0; 4]; PIECE];
+            for start in (0..cols).step_by(PIECE) {
+                let n = PIECE.min(cols - start);
+                let rows = out.chunks_mut(N * cols);
+                for (j, piece) in piece.chunks_mut(n).enumerate().take(rows.len()) {
+                    let row = matrix.row::<super::isa::F32Bytes>(i * n_rows + j);
+                    piece.copy_from_slice(&row[start..start + n]);
+                }
+                let items = &piece[..rows.len() * n];
+                amx.run(SplitItems { items, parts: &mut parts });
+                for (j, out) in rows.enumerate() {
+                    for (out, &part) in out.chunks_mut(cols).zip(&order) {
+                        out[start..start + n].copy_from_slice(&parts[part][j * n..][..n]);
+                    }
+                }
+            }
+        });
+        Self { items, rows: matrix.rows, cols: N * cols }
+    }
+
+    /// On top of each other, within each `block` of rows:
+    /// `out[(b * N + p) * block + i, col]` is part `order[p]` of `matrix[b * block + i, col]`.
+    pub(super) fn rows<const N: usize>(
+        cpu: &Cpu,
+        amx: Amx,
+        matrix: Matrix<'_>,
+        block: usize,
+        order: [usize; N],
+    ) -> Self {
+        let (rows, cols) = (N * matrix.rows, matrix.cols);
+        let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
+        let out = items.as_mut_slice::<bf16>().par_chunks_mut((N * block * cols).max(1));
+        out.enumerate().for_each(|(b, out)| {
+            let mut parts = [[bf16::ZERO; PIECE]; 4];
+            for i in 0..block {
+                let row = matrix.row::<super::isa::F32Bytes>(b * block + i);
+                for (piece, items) in row.chunks(PIECE).enumerate() {
+                    amx.run(SplitItems { items, parts: &mut parts });
+                    for (p, &part) in order.iter().enumerate() {
+                        let start = (p * block + i) * cols + piece * PIECE;
+                        out[start..start + items.len()]
+                            .copy_from_slice(&parts[part][..items.len()]);
+                    }
+                }
             }
         });
         Self { items, rows, cols }
     }
 
-    /// On top of each other, within each `block` of rows:
-    /// `out[(b * 6 + p) * block + i, col] = split(matrix[b * block + i, col])[order[p]]`.
-    fn rows(cpu: &Cpu, matrix: Matrix<'_>, block: usize, order: [usize; 6]) -> Self {
-        let (rows, cols) = (6 * matrix.rows, matrix.cols);
-        let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
-        let out = items.as_mut_slice::<bf16>().par_chunks_mut(cols.max(1));
-        out.enumerate().for_each(|(at, out)| {
-            let (b, within) = (at / (6 * block), at % (6 * block));
-            let row = matrix.row::<super::isa::F32Bytes>(b * block + within % block);
-            split_row(row, order[within / block], out);
-        });
-        Self { items, rows, cols }
-    }
-
-    fn matrix(&self) -> Matrix<'_> {
+    pub(super) fn matrix(&self) -> Matrix<'_> {
         Matrix::bf16s(self.items.as_slice(), self.rows, self.cols)
-    }
-}
-
-fn split_row(row: &[[u8; 4]], part: usize, out: &mut [bf16]) {
-    for (out, &x) in out.iter_mut().zip(row) {
-        *out = split(f32::from_le_bytes(x))[part];
     }
 }
 
@@ -331,9 +407,9 @@ impl<'a> RankRhs<'a> {
         let rows = segments.n_rows();
         let cols = if transposed { b.rows / rows.max(1) } else { b.cols };
         let split = if transposed {
-            Split::columns(cpu, b, RIGHT)
+            Split::columns(cpu, amx, b, RIGHT)
         } else {
-            Split::rows(cpu, b, rank, RIGHT)
+            Split::rows(cpu, amx, b, rank, RIGHT)
         };
         let (block_rows, column_tiles) = (split.rows / rows.max(1), column_tiles(cols));
         let steps = steps(6 * rank);
@@ -348,7 +424,7 @@ impl<'a> RankRhs<'a> {
 
     /// The left operand, of some rows.
     pub(super) fn left(&self, cpu: &Cpu, amx: Amx, z: Matrix<'_>, first_row: usize) -> Lhs {
-        Lhs::rows(cpu, amx, Split::columns(cpu, z, LEFT).matrix(), first_row)
+        Lhs::rows(cpu, amx, Split::columns(cpu, amx, z, LEFT).matrix(), first_row)
     }
 
     /// All steps of a column tile.
@@ -617,7 +693,7 @@ pub(super) fn in_pairs<'a, T>(
 mod tests {
     use super::super::{
         checks::{Data, Sized, amx, backends, bits, check, with_threads},
-        isa::Isa,
+        isa::{Isa, round_bf16},
     };
     use crate::{
         dtype::Dtype,
@@ -691,18 +767,27 @@ mod tests {
 
     #[test]
     fn three_parts_are_the_number() {
-        for i in 0..1_000_000_u32 {
-            let x = f32::from_bits(i.wrapping_mul(2_654_435_761));
-            let [first, second, third, again] = super::split(x);
-            if x.is_finite() && first.to_f32().is_finite() {
-                let sum = first.to_f64() + second.to_f64() + third.to_f64();
-                // The last part of a tiny number may be denormal, with fewer digits.
-                let lost = (sum - f64::from(x)).abs();
-                assert!(lost <= f64::powi(2.0, -134), "{x:e}: {sum:e}");
-                assert_eq!(again.to_bits(), first.to_bits());
-            } else {
-                assert!(!first.to_f32().is_finite() && first.is_nan() == x.is_nan(), "{x:e}");
-                assert_eq!([second, third, again].map(half::bf16::to_f32), [0.0; 3]);
+        for isa in Isa::testable() {
+            let n = if matches!(isa, Isa::Scalar(_) | Isa::Avx2(_)) { 1_000_000 } else { 3000 };
+            let spread = |i: u32| f32::from_bits(i.wrapping_mul(2_654_435_761));
+            for start in (0..n).step_by(250) {
+                let x: Vec<f32> = (start..start + 250).map(spread).collect();
+                let items: Vec<[u8; 4]> = x.iter().map(|x| x.to_le_bytes()).collect();
+                let mut parts = [[half::bf16::NAN; super::PIECE]; 4];
+                isa.run(super::SplitItems { items: &items, parts: &mut parts });
+                for (i, x) in x.into_iter().enumerate() {
+                    let [first, second, third, again] = parts.map(|part| part[i]);
+                    assert_eq!(first.to_bits(), round_bf16(x).to_bits());
+                    if first.to_f32().is_finite() {
+                        let sum = first.to_f64() + second.to_f64() + third.to_f64();
+                        // The last part of a tiny number may be denormal, with fewer digits.
+                        let lost = (sum - f64::from(x)).abs();
+                        assert!(lost <= f64::powi(2.0, -134), "{x:e}: {sum:e}");
+                        assert_eq!(again.to_bits(), first.to_bits());
+                    } else {
+                        assert_eq!([second, third, again].map(half::bf16::to_f32), [0.0; 3]);
+                    }
+                }
             }
         }
     }

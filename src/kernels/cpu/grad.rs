@@ -6,11 +6,15 @@
 //! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
 //! features; it adds up the row's segments in order, in blocks of 256 tokens.
 
+use std::ops::Range;
+
 use super::{
     super::{Precision, ops::*},
     Cpu,
     gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut, run_tasks, task_cols},
-    shrink::{Side, into_rank_space},
+    isa::Amx,
+    lora_amx::{self, OverTokens},
+    shrink::{Layout, Side, into_rank_space},
 };
 use crate::tensor::Tensor;
 
@@ -21,9 +25,8 @@ pub(super) fn lora_backward(cpu: &Cpu, args: LoraBackward<'_, Cpu>) -> Vec<LoraG
         assert_eq!((z.rows(), z.cols(), d_y.rows()), (x.rows(), rank, x.rows()));
         assert_eq!((mixed_b.rows(), mixed_b.cols()), (segments.n_rows() * rank, d_y.cols()));
     }
-    let sides = terms.iter().map(|t| Side { lhs: t.d_y, rhs: t.mixed_b.f32s() });
-    let sides: Vec<_> = sides.collect();
-    let d_zs = into_rank_space(cpu, &sides, rank, segments, scale);
+    let sides: Vec<_> = terms.iter().map(|t| Side { lhs: t.d_y, rhs: t.mixed_b }).collect();
+    let d_zs = into_rank_space(cpu, &sides, Layout::ByRank, rank, segments, scale);
     let d_as = d_a(cpu, x, &d_zs, segments);
     let gradients = terms.iter().zip(d_zs).zip(d_as).map(|((term, d_z), d_a)| {
         let d_b = d_b(cpu, term, segments);
@@ -46,7 +49,7 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
         let rows = all.chunks_mut(d_zs.len() * rank).zip(d_z.f32s().chunks(rank));
         rows.for_each(|(all, d_z)| all[i * rank..(i + 1) * rank].copy_from_slice(d_z));
     }
-    let lhs = Packed::columns(cpu, Matrix::f32s(all, x.rows(), d_zs.len() * rank));
+    let narrow = Narrow::new(cpu, Matrix::f32s(all, x.rows(), d_zs.len() * rank), x, segments);
 
     // Tasks: for each routing row and [`COLS`] features, the features' rows of every sibling.
     let mut tasks: Vec<_> = (0..segments.n_rows())
@@ -57,15 +60,12 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
         let pieces = rows.flat_map(|row| row.chunks_mut(COLS * rank));
         tasks.iter_mut().zip(pieces).for_each(|((.., outs), piece)| outs.push(piece));
     }
-    let n_ranks = rank * d_zs.len();
     run_tasks(tasks, |(row, start, mut outs)| {
         let cols = start..d_in.min(start + COLS);
-        let sums = over_tokens(cpu, &lhs, x, segments, row, 0..n_ranks, cols.clone());
-        for column in 0..n_ranks {
-            let values = sums.row(column);
+        narrow.multiply(cpu, row, cols, |column, values| {
             let out = outs[column / rank].chunks_mut(rank);
-            out.zip(values).for_each(|(out, value)| out[column % rank] = value);
-        }
+            out.zip(values).for_each(|(out, value)| out[column % rank] = *value);
+        });
     });
     d_as
 }
@@ -74,43 +74,84 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
 fn d_b(cpu: &Cpu, term: &LoraTerm<'_, Cpu>, segments: &Segments) -> Tensor<Cpu> {
     let (rank, d_out) = (term.z.cols(), term.d_y.cols());
     let mut d_b = cpu.alloc(segments.n_rows() * rank, d_out, Precision::Full);
-    let lhs = Packed::columns(cpu, Matrix::tensor(term.z));
+    let narrow = Narrow::new(cpu, Matrix::tensor(term.z), term.d_y, segments);
     // A rectangle is one routing row's ranks.
     let tasks = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), task_cols(cpu.isa)));
-    run_tasks(tasks, |Rectangle { rows, cols, out }| {
-        let row = rows.start / rank;
-        let sums = over_tokens(cpu, &lhs, term.d_y, segments, row, 0..rank, cols);
-        for (j, out) in out.into_iter().enumerate() {
-            out.copy_from_slice(&sums.row(j)[..out.len()]);
-        }
+    run_tasks(tasks, |Rectangle { rows, cols, mut out }| {
+        narrow.multiply(cpu, rows.start / rank, cols, |j, values| {
+            let n = out[j].len();
+            out[j].copy_from_slice(&values[..n]);
+        });
     });
     d_b
 }
 
-/// `lhs·wide` over the tokens of one routing row.
-fn over_tokens(
-    cpu: &Cpu,
-    lhs: &Packed,
-    wide: &Tensor<Cpu>,
-    segments: &Segments,
-    row: usize,
-    ranks: std::ops::Range<usize>,
-    cols: std::ops::Range<usize>,
-) -> Accumulator {
-    let mut sums = Accumulator::new(cpu, ranks.clone(), cols);
-    for (run, _) in segments.iter().filter(|&(_, of)| of == row) {
-        sums.add(&Product {
-            lhs,
-            first_k: run.start,
-            rows: ranks.clone(),
-            rhs: Rhs {
-                matrix: Matrix::tensor(wide).part_rows(run),
-                transposed: false,
-                first_col: 0,
-            },
-        });
+/// A product over the tokens of a routing row: `narrowᵀ·wide`.
+struct Narrow<'a> {
+    /// f32, `[tokens, n]`.
+    matrix: Matrix<'a>,
+    packed: NarrowPacked,
+    wide: &'a Tensor<Cpu>,
+    segments: &'a Segments,
+}
+
+enum NarrowPacked {
+    OnVectors(Packed),
+    OnTiles(Amx, OverTokens),
+}
+
+impl<'a> Narrow<'a> {
+    fn new(cpu: &Cpu, matrix: Matrix<'a>, wide: &'a Tensor<Cpu>, segments: &'a Segments) -> Self {
+        let packed = match lora_amx::takes(cpu, wide) {
+            Some(amx) => NarrowPacked::OnTiles(amx, OverTokens::new(cpu, amx, matrix, segments)),
+            None => NarrowPacked::OnVectors(Packed::columns(cpu, matrix)),
+        };
+        Self { matrix, packed, wide, segments }
     }
-    sums
+
+    /// Gives each of the `n` rows of the product, some columns of it.
+    fn multiply(
+        &self,
+        cpu: &Cpu,
+        row: usize,
+        cols: Range<usize>,
+        mut give: impl FnMut(usize, &[f32; COLS]),
+    ) {
+        let mut on_vectors = |lhs: &Packed| {
+            let sums = self.on_vectors(cpu, lhs, row, cols.clone());
+            (0..self.matrix.cols).for_each(|j| give(j, &sums.row(j)));
+        };
+        match &self.packed {
+            NarrowPacked::OnVectors(lhs) => on_vectors(lhs),
+            NarrowPacked::OnTiles(amx, lhs) => {
+                match lhs.multiply(cpu, *amx, self.wide, self.segments, row, cols.clone()) {
+                    Some(values) => {
+                        let (rows, _) = values.as_slice().as_chunks();
+                        rows.iter().enumerate().for_each(|(j, values)| give(j, values));
+                    }
+                    None => on_vectors(&Packed::columns(cpu, self.matrix)),
+                }
+            }
+        }
+    }
+
+    fn on_vectors(&self, cpu: &Cpu, lhs: &Packed, row: usize, cols: Range<usize>) -> Accumulator {
+        let ranks = 0..self.matrix.cols;
+        let mut sums = Accumulator::new(cpu, ranks.clone(), cols);
+        for (run, _) in self.segments.iter().filter(|&(_, of)| of == row) {
+            sums.add(&Product {
+                lhs,
+                first_k: run.start,
+                rows: ranks.clone(),
+                rhs: Rhs {
+                    matrix: Matrix::tensor(self.wide).part_rows(run),
+                    transposed: false,
+                    first_col: 0,
+                },
+            });
+        }
+        sums
+    }
 }
 
 #[cfg(test)]

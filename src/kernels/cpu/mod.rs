@@ -19,6 +19,7 @@ mod grad;
 mod head;
 pub mod isa;
 mod linear;
+mod lora_amx;
 mod math;
 mod mix;
 mod norm;

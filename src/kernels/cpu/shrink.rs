@@ -15,8 +15,9 @@ use super::{
     buffer::Buffer,
     dot::Dots,
     gemm::{Matrix, run_tasks, with_element},
-    isa::{Element, LANES, Simd, SimdOp},
+    isa::{Amx, Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
+    lora_amx::{self, IntoRank},
 };
 use crate::tensor::Tensor;
 
@@ -31,10 +32,8 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
     }
     match order {
         Order::Panel => {
-            let transposed: Vec<_> =
-                mixed_a.iter().map(|a| transposed(cpu, a.f32s(), x.cols(), rank)).collect();
-            let sides = transposed.iter().map(|a| Side { lhs: x, rhs: a.as_slice() });
-            into_rank_space(cpu, &sides.collect::<Vec<_>>(), rank, segments, scale)
+            let sides: Vec<_> = mixed_a.iter().map(|rhs| Side { lhs: x, rhs }).collect();
+            into_rank_space(cpu, &sides, Layout::ByFeature, rank, segments, scale)
         }
         Order::Dot => mixed_a.iter().map(|a| shrink_dot(cpu, x, a, segments, scale)).collect(),
     }
@@ -57,18 +56,28 @@ fn transposed(cpu: &Cpu, a: &[f32], k: usize, rank: usize) -> Buffer {
     out
 }
 
+/// How a routing row's right operand lies in memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    /// `[k, rank]`, as `Â`.
+    ByFeature,
+    /// `[rank, k]`, as `B̂`.
+    ByRank,
+}
+
 /// One sibling of [`into_rank_space`].
 pub(super) struct Side<'a> {
     /// `[tokens, k]`.
     pub(super) lhs: &'a Tensor<Cpu>,
-    /// `[rank, k]` for each routing row.
-    pub(super) rhs: &'a [f32],
+    /// f32, a block for each routing row.
+    pub(super) rhs: &'a Tensor<Cpu>,
 }
 
-/// `scale * lhs·rhs[row]ᵀ` of each side.
+/// `scale * lhs·rhs[row]` of each side.
 pub(super) fn into_rank_space(
     cpu: &Cpu,
     sides: &[Side<'_>],
+    layout: Layout,
     rank: usize,
     segments: &Segments,
     scale: f32,
@@ -78,9 +87,9 @@ pub(super) fn into_rank_space(
     if rank == 0 {
         return zs;
     }
-    for side in sides {
-        assert_eq!(side.lhs.rows(), n_tokens, "a routing row for every token");
-        assert_eq!(side.rhs.len(), segments.n_rows() * rank * side.lhs.cols());
+    for Side { lhs, rhs } in sides {
+        assert_eq!(lhs.rows(), n_tokens, "a routing row for every token");
+        assert_eq!(rhs.len(), segments.n_rows() * rank * lhs.cols());
     }
     let mut tasks: Vec<_> = pieces(segments).map(|(run, row)| (run, row, Vec::new())).collect();
     for z in &mut zs {
@@ -91,22 +100,90 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
+    let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank, segments));
+    let operands: Vec<_> = operands.collect();
     run_tasks(tasks, |(run, row, outs)| {
-        let n = run.len();
-        let mut by_rank = cpu.scratch(rank * n);
-        for (side, out) in sides.iter().zip(outs) {
-            let block = rank * side.lhs.cols();
-            let x = &side.rhs[row * block..(row + 1) * block];
-            let weight = Matrix::tensor(side.lhs).part_rows(run.clone());
-            let y = by_rank.as_mut_slice::<f32>();
-            cpu.isa.run(Dots { x, weight, y: &mut *y, stride: n });
-            for (t, out) in out.chunks_mut(rank).enumerate() {
-                let values = y[t..].iter().step_by(n);
-                out.iter_mut().zip(values).for_each(|(out, value)| *out = scale * value);
-            }
+        for ((side, operand), out) in sides.iter().zip(&operands).zip(outs) {
+            operand.multiply(cpu, side, (run.clone(), row), rank, scale, out);
         }
     });
     zs
+}
+
+/// The right operands of a side, ready to be multiplied with.
+enum Operand<'a> {
+    /// `[rank, k]` for each routing row, where it lies.
+    InPlace(&'a [f32]),
+    /// The same.
+    Transposed(Buffer),
+    OnTiles(Amx, IntoRank, Layout),
+}
+
+impl<'a> Operand<'a> {
+    fn new(cpu: &Cpu, side: &Side<'a>, layout: Layout, rank: usize, segments: &Segments) -> Self {
+        let (n_rows, k) = (segments.n_rows(), side.lhs.cols());
+        if let Some(amx) = lora_amx::takes(cpu, side.lhs).filter(|_| k > 0) {
+            let by_rank = layout == Layout::ByRank;
+            return Self::OnTiles(
+                amx,
+                IntoRank::new(cpu, amx, side.rhs, n_rows, rank, by_rank),
+                layout,
+            );
+        }
+        match layout {
+            Layout::ByRank => Self::InPlace(side.rhs.f32s()),
+            Layout::ByFeature => Self::Transposed(transposed(cpu, side.rhs.f32s(), k, rank)),
+        }
+    }
+
+    /// `out = scale * lhs·rhs[row]`, of tokens `run`.
+    fn multiply(
+        &self,
+        cpu: &Cpu,
+        side: &Side<'_>,
+        (run, row): (Range<usize>, usize),
+        rank: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
+        let of_row = row * rank * side.lhs.cols()..(row + 1) * rank * side.lhs.cols();
+        match self {
+            Self::InPlace(rhs) => dots(cpu, side.lhs, run, &rhs[of_row], scale, out),
+            Self::Transposed(rhs) => {
+                dots(cpu, side.lhs, run, &rhs.as_slice()[of_row], scale, out);
+            }
+            Self::OnTiles(amx, rhs, layout) => {
+                rhs.multiply(cpu, *amx, side.lhs, (run.clone(), row), scale, out);
+                for (token, out) in run.zip(out.chunks_mut(rank)) {
+                    if out.iter().all(|z| z.is_finite()) {
+                        continue;
+                    }
+                    let rhs = &side.rhs.f32s()[of_row.clone()];
+                    match layout {
+                        Layout::ByRank => dots(cpu, side.lhs, token..token + 1, rhs, scale, out),
+                        Layout::ByFeature => {
+                            let x = Matrix::tensor(side.lhs).part_rows(token..token + 1);
+                            cpu.isa.run(Lanes { x, a: rhs, out: &mut *out });
+                            out.iter_mut().for_each(|z| *z *= scale);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `out = scale * lhs·rhsᵀ`, of some tokens.
+fn dots(cpu: &Cpu, lhs: &Tensor<Cpu>, run: Range<usize>, rhs: &[f32], scale: f32, out: &mut [f32]) {
+    let (n, rank) = (run.len(), out.len() / run.len());
+    let mut by_rank = cpu.scratch(rank * n);
+    let y = by_rank.as_mut_slice::<f32>();
+    let weight = Matrix::tensor(lhs).part_rows(run);
+    cpu.isa.run(Dots { x: rhs, weight, y: &mut *y, stride: n });
+    for (t, out) in out.chunks_mut(rank).enumerate() {
+        let values = y[t..].iter().step_by(n);
+        out.iter_mut().zip(values).for_each(|(out, value)| *out = scale * value);
+    }
 }
 
 /// The segments, cut into pieces of at most [`TOKENS`].

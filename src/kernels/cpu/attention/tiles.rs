@@ -24,7 +24,7 @@ use super::{
         Cpu,
         elementwise::store,
         gemm::Matrix,
-        gemm_amx::{Left, PackColumns, PackRows, column_tiles, multiply, steps},
+        gemm_amx::{Left, PackColumns, PackRows, PackTransposed, column_tiles, multiply, steps},
         isa::{
             BLOCK_COLS, BLOCK_ROWS, Block, LANES, LeftRows, Simd, SimdOp, TILE_COLS, TILE_K,
             TILE_ROWS, Tile, Tiles,
@@ -161,22 +161,6 @@ fn round_to_right<S: Simd>(s: S, rows: &Rows, packed: &mut [Tile], step: usize) 
                 *both =
                     u32::from(rounded[0][i].to_bits()) | u32::from(rounded[1][i].to_bits()) << 16;
             }
-        }
-    }
-}
-
-/// Packs rows of `matrix` as the left operand of a product with their transpose: `[16 columns][step
-/// of rows]`.
-#[inline(always)]
-fn pack_transposed<S: Simd>(s: S, matrix: Matrix<'_>, out: &mut [Tile]) {
-    let (steps, cols) = (0..steps(matrix.rows), 0..matrix.cols);
-    PackColumns { matrix, transposed: false, steps, cols, out: &mut *out }.eval(s);
-    // A line has two rows of 16 columns: transposed as pairs, each line has a column of 32 rows.
-    for tile in out {
-        let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
-        let lines_of_pairs = lines.map(|line| s.load(&line));
-        for (line, v) in lines.iter_mut().zip(s.transpose(lines_of_pairs)) {
-            s.store(v, line);
         }
     }
 }
@@ -320,7 +304,7 @@ impl SimdOp for Backward<'_, '_> {
                     PackRows { matrix, first_row: first + block * QUERIES, out }.eval(s);
                 }
                 let out = &mut transposed[..head_tiles * n_blocks];
-                pack_transposed(s, matrix.part_rows(first..first + n), out);
+                PackTransposed { matrix: matrix.part_rows(first..first + n), out }.eval(s);
             }
             for (i, dot) in dots.iter_mut().enumerate().take(n) {
                 let (d_o, o) = (self.d_o.items::<bf16>(), self.o.items::<bf16>());
