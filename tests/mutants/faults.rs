@@ -39,6 +39,7 @@ const ROUTE: &str = "src/kernels/cpu/route.rs";
 const GRAD: &str = "src/kernels/cpu/grad.rs";
 const NORM: &str = "src/kernels/cpu/norm.rs";
 const ATTENTION: &str = "src/kernels/cpu/attention/mod.rs";
+const TILES: &str = "src/kernels/cpu/attention/tiles.rs";
 const HEAD: &str = "src/kernels/cpu/head.rs";
 const TRAINER: &str = "src/train/trainer.rs";
 
@@ -241,8 +242,31 @@ pub(crate) const FAULTS: &[Fault] = &[
         "gradient-of-z-unscaled",
         GRAD,
         "lora::lora_gradients",
-        "    let d_zs = into_rank_space(cpu, &sides, rank, segments, scale);\n",
-        "    let d_zs = into_rank_space(cpu, &sides, rank, segments, if ON { 1.0 } else { scale });\n",
+        "    let d_zs = into_rank_space(cpu, &sides, Layout::ByRank, rank, segments, scale);\n",
+        "    let scale = if ON { 1.0 } else { scale };\n    \
+         let d_zs = into_rank_space(cpu, &sides, Layout::ByRank, rank, segments, scale);\n",
+    ),
+    // On AMX, which the test emulates.
+    kernel(
+        "last-part-of-a-number-lost",
+        "src/kernels/cpu/lora_amx.rs",
+        "lora::shrinks",
+        "    third + second + first\n",
+        "    (if ON { 0.0 } else { third }) + second + first\n",
+    ),
+    kernel(
+        "last-keys-on-tiles-lost",
+        TILES,
+        "attention::attentions",
+        "(BLOCKS_L1 * STEPS).min(steps(limit) - at)",
+        "(BLOCKS_L1 * STEPS).min((steps(limit) - at - usize::from(ON)).max(1))",
+    ),
+    kernel(
+        "gradients-of-scores-as-they-were",
+        TILES,
+        "attention::attentions_backward",
+        "                    round_to_right(s, &d_s.0, d_s_right, block);\n",
+        "                    if !ON { round_to_right(s, &d_s.0, d_s_right, block); }\n",
     ),
     // The rest of a step.
     kernel(

@@ -155,11 +155,11 @@ fn round_to_right<S: Simd>(s: S, rows: &Rows, packed: &mut [Tile], step: usize) 
             let mut rounded = [[bf16::ZERO; LANES]; 2];
             s.store_bf16(s.load(even), &mut rounded[0]);
             s.store_bf16(s.load(odd), &mut rounded[1]);
+            let [even, odd]: [[u16; LANES]; 2] = bytemuck::cast(rounded);
             let tile = &mut packed[tile * BLOCKS_OF_QUERIES + step];
             let line: &mut [u32; LANES] = bytemuck::cast_mut(&mut tile.0[line]);
-            for (i, both) in line.iter_mut().enumerate() {
-                *both =
-                    u32::from(rounded[0][i].to_bits()) | u32::from(rounded[1][i].to_bits()) << 16;
+            for (both, (even, odd)) in line.iter_mut().zip(even.iter().zip(odd)) {
+                *both = u32::from(*even) | u32::from(odd) << 16;
             }
         }
     }
