@@ -91,7 +91,7 @@ impl Spans {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// In blocks of 256 along the input features, in sequence within a block: outer products over
-    /// packed panels. For many rows.
+    /// packed panels; on AMX in steps of 32. For many rows.
     Panel,
     /// In 16 lanes along the input features: dot products that stream each weight row once. For up
     /// to about 16 rows.

@@ -682,12 +682,15 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// For left operands of `k` columns in all and outputs of `n` columns in all. The packed copy
-    /// of a long batch stays below 32 MiB, and few columns are made up for by more tasks along the
-    /// rows. All numbers are multiples of every `MR`.
-    pub(super) fn new(k: usize, n: usize) -> Self {
-        let packed = ((8 << 20) / k.max(1) / 96 * 96).clamp(96, 1152);
-        let task = if n >= 8 * COLS { packed } else { packed.min(576) };
+    /// For `rows` rows in tiles of `mr`, left operands of `k` columns in all and outputs of `n` columns in
+    /// all. The packed copy of a long batch stays below 32 MiB, and few columns are made up for by more
+    /// tasks along the rows. The parts are about equal, so that no thread waits for another.
+    pub(super) fn new(rows: usize, mr: usize, k: usize, n: usize) -> Self {
+        let parts_of = |rows: usize, most: usize| {
+            rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(mr).max(mr)
+        };
+        let packed = parts_of(rows, ((8 << 20) / k.max(1)).clamp(96, 1152));
+        let task = if n >= 8 * COLS { packed } else { parts_of(packed.min(rows), 576) };
         Self { packed, task }
     }
 }

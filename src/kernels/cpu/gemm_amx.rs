@@ -32,7 +32,7 @@ use super::{
     buffer::Buffer,
     gemm::{Accumulator, Finish, Matrix, Rectangle, run_tasks},
     isa::{
-        Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, Isa, LANES,
+        Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
     },
 };
@@ -52,10 +52,7 @@ const TILES_AT_ONCE: usize = 4;
 /// The tiles, where products with all of these weights go through them: bf16 times bf16.
 pub(super) fn takes<'a>(cpu: &Cpu, mut weights: impl Iterator<Item = &'a Frozen>) -> Option<Amx> {
     let fits = |w: &Frozen| w.dtype() == Dtype::Bf16 && w.rows() > 0 && w.cols() > 0;
-    match cpu.isa {
-        Isa::Amx(amx) if cpu.compute == Dtype::Bf16 && weights.all(fits) => Some(amx),
-        _ => None,
-    }
+    cpu.amx().filter(|_| weights.all(fits))
 }
 
 /// Tiles along `k`.
@@ -69,7 +66,7 @@ pub(super) fn column_tiles(cols: usize) -> usize {
 }
 
 /// A left operand in tiles of 16 rows, `[row tile][step]`, an even number of row tiles, zeros past
-/// the last row and the last k.
+/// the last k. Past the last row there is anything: rows do not meet.
 pub(super) struct Lhs {
     tiles: Buffer,
     /// The output row that row tile 0 starts with.
@@ -92,17 +89,16 @@ impl Lhs {
         Self { tiles, first_row, k: matrix.cols }
     }
 
-    /// `lhs = matrix`, which is f32, as the sum of three bf16 operands ([`split`]).
+    /// `lhs = matrix`, which is f32, as the sum of three bf16 operands ([`Split`]).
     pub(super) fn split_rows(
         cpu: &Cpu,
         amx: Amx,
         matrix: Matrix<'_>,
         first_row: usize,
     ) -> [Self; 3] {
-        [0, 1, 2].map(|part| {
-            let split = Split::columns(cpu, amx, matrix, [part]);
-            Self::rows(cpu, amx, split.matrix(), first_row)
-        })
+        let split = Split::columns(cpu, amx, matrix, [0, 1, 2]);
+        let part = |i| split.matrix().part(0..matrix.rows, i * matrix.cols..(i + 1) * matrix.cols);
+        [0, 1, 2].map(|i| Self::rows(cpu, amx, part(i), first_row))
     }
 
     /// Some steps of a row tile.
@@ -119,7 +115,7 @@ impl Lhs {
     }
 }
 
-/// Packs the rows of two row tiles, of bf16.
+/// Packs the rows of two row tiles, of bf16, as many as there are.
 pub(super) struct PackRows<'a> {
     pub(super) matrix: Matrix<'a>,
     pub(super) first_row: usize,
@@ -133,12 +129,9 @@ impl SimdOp for PackRows<'_> {
     fn eval<S: Simd>(self, _: S) {
         let Self { matrix, first_row, out } = self;
         let steps = steps(matrix.cols);
-        for (i, row) in (first_row..first_row + BLOCK_ROWS).enumerate() {
+        let rows = first_row..matrix.rows.min(first_row + BLOCK_ROWS);
+        for (i, row) in rows.enumerate() {
             let (tiles, within) = (&mut out[i / TILE_ROWS * steps..][..steps], i % TILE_ROWS);
-            if row >= matrix.rows {
-                tiles.iter_mut().for_each(|tile| tile.0[within] = [0; TILE_K]);
-                continue;
-            }
             let (whole, rest) = matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>();
             for (tile, items) in tiles.iter_mut().zip(whole) {
                 tile.0[within] = bytemuck::cast(*items);
@@ -230,8 +223,8 @@ fn pack_pairs(matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
     }
 }
 
-/// Packs rows of `matrix`, of bf16, as the left operand of a product with their transpose: `[row tile][step]`,
-/// a row tile 16 of its columns, its rows as k.
+/// Packs `matrixᵀ`, of bf16, as a left operand: `[row tile][step]`, a row tile 16 columns of the matrix, its rows
+/// as k.
 pub(super) struct PackTransposed<'a> {
     pub(super) matrix: Matrix<'a>,
     pub(super) out: &'a mut [Tile],
@@ -350,32 +343,27 @@ impl Split {
         Self { items, rows: matrix.rows, cols: N * cols }
     }
 
-    /// On top of each other, within each `block` of rows:
-    /// `out[(b * N + p) * block + i, col]` is part `order[p]` of `matrix[b * block + i, col]`.
+    /// On top of each other: `out[p * rows + row, col]` is part `order[p]` of `matrix[row, col]`.
     pub(super) fn rows<const N: usize>(
         cpu: &Cpu,
         amx: Amx,
         matrix: Matrix<'_>,
-        block: usize,
         order: [usize; N],
     ) -> Self {
         let (rows, cols) = (N * matrix.rows, matrix.cols);
         let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
-        let out = items.as_mut_slice::<bf16>().par_chunks_mut((N * block * cols).max(1));
-        out.enumerate().for_each(|(b, out)| {
-            let mut parts = [[bf16::ZERO; PIECE]; 4];
-            for i in 0..block {
-                let row = matrix.row::<super::isa::F32Bytes>(b * block + i);
-                for (piece, items) in row.chunks(PIECE).enumerate() {
-                    amx.run(SplitItems { items, parts: &mut parts });
-                    for (p, &part) in order.iter().enumerate() {
-                        let start = (p * block + i) * cols + piece * PIECE;
-                        out[start..start + items.len()]
-                            .copy_from_slice(&parts[part][..items.len()]);
-                    }
+        let out = items.as_mut_slice::<bf16>();
+        let mut parts = [[bf16::ZERO; PIECE]; 4];
+        for i in 0..matrix.rows {
+            let row = matrix.row::<super::isa::F32Bytes>(i);
+            for (piece, items) in row.chunks(PIECE).enumerate() {
+                amx.run(SplitItems { items, parts: &mut parts });
+                for (p, &part) in order.iter().enumerate() {
+                    let start = (p * matrix.rows + i) * cols + piece * PIECE;
+                    out[start..start + items.len()].copy_from_slice(&parts[part][..items.len()]);
                 }
             }
-        });
+        }
         Self { items, rows, cols }
     }
 
@@ -406,18 +394,28 @@ impl<'a> RankRhs<'a> {
         let b = Matrix::tensor(b);
         let rows = segments.n_rows();
         let cols = if transposed { b.rows / rows.max(1) } else { b.cols };
-        let split = if transposed {
-            Split::columns(cpu, amx, b, RIGHT)
-        } else {
-            Split::rows(cpu, amx, b, rank, RIGHT)
-        };
-        let (block_rows, column_tiles) = (split.rows / rows.max(1), column_tiles(cols));
-        let steps = steps(6 * rank);
+        let (column_tiles, steps) = (column_tiles(cols), steps(6 * rank));
+        let mut used = vec![false; rows];
+        segments.iter().for_each(|(_, row)| used[row] = true);
         let mut tiles = cpu.tiles(rows * column_tiles * steps);
-        let of_row = tiles.as_mut_slice::<Tile>().par_chunks_mut((column_tiles * steps).max(1));
-        of_row.enumerate().for_each(|(row, out)| {
-            let matrix = split.matrix().part_rows(row * block_rows..(row + 1) * block_rows);
-            amx.run(PackColumns { matrix, transposed, steps: 0..steps, cols: 0..cols, out });
+        // A task is 128 columns of a routing row that a segment has.
+        let mut tasks = Vec::new();
+        let of_rows = tiles.as_mut_slice::<Tile>().chunks_mut((column_tiles * steps).max(1));
+        for (row, out) in of_rows.enumerate().filter(|(row, _)| used[*row]) {
+            let of_columns = out.chunks_mut(BLOCK_COLS / TILE_COLS * steps).enumerate();
+            tasks.extend(of_columns.map(|(i, out)| (row, i * BLOCK_COLS, out)));
+        }
+        tasks.into_par_iter().for_each(|(row, start, out)| {
+            let some = start..cols.min(start + BLOCK_COLS);
+            let n = some.len();
+            let split = if transposed {
+                let rows = row * cols + some.start..row * cols + some.end;
+                Split::columns(cpu, amx, b.part_rows(rows), RIGHT)
+            } else {
+                Split::rows(cpu, amx, b.part(row * rank..(row + 1) * rank, some), RIGHT)
+            };
+            let (matrix, cols) = (split.matrix(), 0..n);
+            amx.run(PackColumns { matrix, transposed, steps: 0..steps, cols, out });
         });
         Self { tiles, column_tiles, rank, segments }
     }
@@ -478,6 +476,17 @@ pub(super) enum Left<'a> {
     Two([&'a [Tile]; 2]),
     /// Some rows of one tile, and the first row of the sums.
     One(LeftRows<'a>, usize),
+}
+
+impl<'a> Left<'a> {
+    /// The first `n` rows of a pair of row tiles.
+    #[inline(always)]
+    pub(super) fn of(upper: &'a [Tile], lower: &'a [Tile], n: usize) -> Self {
+        match n > TILE_ROWS {
+            true => Self::Two([upper, lower]),
+            false => Self::One(LeftRows { tiles: upper, first: 0, n }, 0),
+        }
+    }
 }
 
 /// Adds products with the tiles `right` of the first `cols` columns to a block, or writes them.
@@ -636,12 +645,9 @@ fn add_chunk(
             let of_tile = |i: usize| &now[i * steps.len()..][some.clone()];
             for lhs in parts[*part].lhs {
                 let row_tile = lhs.row_tile(rows.start);
-                let left = if rows.len() > TILE_ROWS {
-                    Left::Two([row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone())))
-                } else {
-                    let tiles = lhs.tiles(row_tile, of_left.clone());
-                    Left::One(LeftRows { tiles, first: 0, n: rows.len() }, 0)
-                };
+                let [upper, lower] =
+                    [row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone()));
+                let left = Left::of(upper, lower, rows.len());
                 multiply(tiles, left, of_tile, cols.len(), sums, overwrite);
                 overwrite = false;
             }
@@ -665,12 +671,14 @@ pub(super) fn write<T: ElementMut<Item = T> + Send>(
 }
 
 /// Puts neighbouring rectangles of one width and the same rows in pairs, so that their left operand
-/// is read once; leaves them alone where that would leave threads without work.
+/// is read once; leaves them alone where that would leave a thread without work for long.
 pub(super) fn in_pairs<'a, T>(
     cpu: &Cpu,
     tasks: Vec<(usize, Rectangle<'a, T>)>,
 ) -> Vec<(usize, Vec<Rectangle<'a, T>>)> {
-    let pairs = tasks.len() >= 8 * cpu.n_threads();
+    let per_thread = tasks.len() / cpu.n_threads();
+    let even = tasks.len().is_multiple_of(2 * cpu.n_threads());
+    let pairs = per_thread >= 32 || (per_thread >= 8 && even);
     let mut all: Vec<(usize, Vec<Rectangle<'a, T>>)> = Vec::new();
     for (i, rectangle) in tasks {
         match all.last_mut() {
@@ -716,7 +724,7 @@ mod tests {
         for cpu in others.chain(amx()) {
             for exact in [true, false] {
                 let mut data = Data::new(21, exact);
-                for (m, k, n) in [(37, 4200, 20), (20, 40, 2100), (9, 2090, 2050)] {
+                for (m, k, n) in [(37, 4200, 20), (20, 40, 2040), (9, 2090, 140)] {
                     let rank = 8;
                     let x = data.tensor(&cpu, m, k, Precision::Activation);
                     let w = weight(&mut data, n, k);

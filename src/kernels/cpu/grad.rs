@@ -4,16 +4,16 @@
 //! `d_z` is a shrink with another right operand. The other two are one kind of product, with the
 //! tokens as K: `small[tokens, rank]ᵀ · wide[tokens, features]`, for `d_a` with the siblings' ranks
 //! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
-//! features; it adds up the row's segments in order, in blocks of 256 tokens.
+//! features; it adds up the row's segments in order.
 
-use std::ops::Range;
+use std::{ops::Range, sync::OnceLock};
 
 use super::{
     super::{Precision, ops::*},
     Cpu,
     gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut, run_tasks, task_cols},
     isa::Amx,
-    lora_amx::{self, OverTokens},
+    lora_amx::OverTokens,
     shrink::{Layout, Side, into_rank_space},
 };
 use crate::tensor::Tensor;
@@ -97,13 +97,16 @@ struct Narrow<'a> {
 
 enum NarrowPacked {
     OnVectors(Packed),
-    OnTiles(Amx, OverTokens),
+    OnTiles(Amx, OverTokens, OnceLock<Packed>),
 }
 
 impl<'a> Narrow<'a> {
     fn new(cpu: &Cpu, matrix: Matrix<'a>, wide: &'a Tensor<Cpu>, segments: &'a Segments) -> Self {
-        let packed = match lora_amx::takes(cpu, wide) {
-            Some(amx) => NarrowPacked::OnTiles(amx, OverTokens::new(cpu, amx, matrix, segments)),
+        let packed = match cpu.amx() {
+            Some(amx) => {
+                let lhs = OverTokens::new(cpu, amx, matrix, segments);
+                NarrowPacked::OnTiles(amx, lhs, OnceLock::new())
+            }
             None => NarrowPacked::OnVectors(Packed::columns(cpu, matrix)),
         };
         Self { matrix, packed, wide, segments }
@@ -117,20 +120,25 @@ impl<'a> Narrow<'a> {
         cols: Range<usize>,
         mut give: impl FnMut(usize, &[f32; COLS]),
     ) {
-        let mut on_vectors = |lhs: &Packed| {
-            let sums = self.on_vectors(cpu, lhs, row, cols.clone());
-            (0..self.matrix.cols).for_each(|j| give(j, &sums.row(j)));
-        };
+        let n = self.matrix.cols;
         match &self.packed {
-            NarrowPacked::OnVectors(lhs) => on_vectors(lhs),
-            NarrowPacked::OnTiles(amx, lhs) => {
-                match lhs.multiply(cpu, *amx, self.wide, self.segments, row, cols.clone()) {
-                    Some(values) => {
-                        let (rows, _) = values.as_slice().as_chunks();
-                        rows.iter().enumerate().for_each(|(j, values)| give(j, values));
+            NarrowPacked::OnVectors(lhs) => {
+                let sums = self.on_vectors(cpu, lhs, row, cols);
+                (0..n).for_each(|j| give(j, &sums.row(j)));
+            }
+            NarrowPacked::OnTiles(amx, lhs, on_vectors) => {
+                let some = cols.clone();
+                let mut values = lhs.multiply(cpu, *amx, self.wide, self.segments, row, some);
+                let values = values.as_mut_slice::<f32>().as_chunks_mut::<COLS>().0;
+                if values.iter().any(|row| row.iter().any(|value| !value.is_finite())) {
+                    let lhs = on_vectors.get_or_init(|| Packed::columns(cpu, self.matrix));
+                    let sums = self.on_vectors(cpu, lhs, row, cols);
+                    for (j, row) in values.iter_mut().enumerate() {
+                        let broken = row.iter_mut().zip(sums.row(j));
+                        broken.filter(|(value, _)| !value.is_finite()).for_each(|(v, s)| *v = s);
                     }
-                    None => on_vectors(&Packed::columns(cpu, self.matrix)),
                 }
+                values.iter().enumerate().for_each(|(j, values)| give(j, values));
             }
         }
     }

@@ -14,10 +14,10 @@ use super::{
     dot::{self, Dots},
     gemm::{
         Accumulator, COLS, Cut, Finish, Matrix, Packed, Product, Rectangle, Residual, Rhs, cut,
-        run_tasks, task_cols,
+        run_tasks, task_cols, tile_shape,
     },
     gemm_amx::{self, Lhs, Part, RankRhs},
-    isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
+    isa::{Amx, BLOCK_ROWS, ElementMut, Isa, LANES, Simd, SimdOp},
 };
 use crate::{dtype::Dtype, tensor::Tensor};
 
@@ -96,7 +96,8 @@ fn write<T: ElementMut<Item = T> + Send>(
     if let Some(amx) = gemm_amx::takes(cpu, projections.iter().map(|p| p.weight)) {
         return write_tiles(cpu, amx, x, projections, outs, finish);
     }
-    let by = Cut::new(x.cols, projections.iter().map(|p| p.weight.rows()).sum());
+    let n = projections.iter().map(|p| p.weight.rows()).sum();
+    let by = Cut::new(x.rows, tile_shape(cpu.isa).0, x.cols, n);
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
         let lhs = Packed::rows(cpu, x.part_rows(rows.clone()), start);
@@ -142,7 +143,8 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
             Expand { rhs: ExpandRhs::Stacked(_), .. } => None,
         })
         .collect();
-    let by = Cut::new(x.cols, projections.iter().map(|p| p.weight.rows()).sum());
+    let n = projections.iter().map(|p| p.weight.rows()).sum();
+    let by = Cut::new(x.rows, BLOCK_ROWS, x.cols, n);
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
         let lhs = [Lhs::rows(cpu, amx, x.part_rows(rows.clone()), start)];
@@ -429,7 +431,8 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
     if let Some(amx) = gemm_amx::takes(cpu, terms.iter().map(|t| t.weight)) {
         return write_backward_tiles(cpu, amx, terms, finish, cols, d_x);
     }
-    let by = Cut::new(terms.iter().map(|t| t.weight.rows()).sum(), cols);
+    let k = terms.iter().map(|t| t.weight.rows()).sum();
+    let by = Cut::new(n_rows, tile_shape(cpu.isa).0, k, cols);
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let pack =
@@ -483,7 +486,8 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
             (RankRhs::new(cpu, amx, a, d_z.cols(), true, segments), Matrix::tensor(d_z))
         })
         .collect();
-    let by = Cut::new(terms.iter().map(|t| t.weight.rows()).sum(), cols);
+    let k = terms.iter().map(|t| t.weight.rows()).sum();
+    let by = Cut::new(n_rows, BLOCK_ROWS, k, cols);
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let pack = |t: &LinearBackwardTerm<'_, Cpu>| {

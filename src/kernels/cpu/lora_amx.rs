@@ -1,9 +1,9 @@
 //! The routed LoRA's products with a bf16 operand and an f32 one, on AMX tiles.
 //!
 //! The f32 operand is split into three bf16 that add up to it ([`Split`]), side by side: three columns (or rows)
-//! for one. Their sums are added at the end, the smallest first. So nothing of f32 is lost; what an infinity
-//! would meet is a zero, though, where it should meet a number. Therefore a result that is not finite is
-//! computed again on vectors.
+//! for one. Their sums are added at the end, the smallest first. So nothing of f32 is lost (of numbers above
+//! 2^-102: tiles take denormals for zero); what an infinity would meet is a zero, though, where it should meet a
+//! number. Therefore a result that is not finite is computed again on vectors.
 
 use std::ops::Range;
 
@@ -14,134 +14,164 @@ use super::{
     buffer::Buffer,
     gemm::{COLS, Matrix},
     gemm_amx::{Left, PackColumns, PackRows, PackTransposed, Split, multiply, steps},
-    isa::{
-        Amx, BLOCK_COLS, BLOCK_ROWS, Block, LeftRows, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
-    },
+    isa::{Amx, BLOCK_COLS, BLOCK_ROWS, Block, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles},
 };
-use crate::{dtype::Dtype, kernels::ops::Segments, tensor::Tensor};
+use crate::{kernels::ops::Segments, tensor::Tensor};
 
-/// Parts of a number.
-const PARTS: usize = 3;
-/// Steps of k between a load and a store of the sums: the left operand's stay in the L1 cache.
-const STEPS_L1: usize = 8;
+/// Parts of a number, in order.
+const PARTS: [usize; 3] = [0, 1, 2];
+/// Ranks whose parts fit beside each other in a block of sums.
+const RANKS: usize = BLOCK_COLS / PARTS.len();
+/// Steps of k between a load and a store of the sums: as few columns as there are let nothing be read twice.
+const STEPS: usize = 32;
 
-/// The tiles, where there are any for the products of an operand.
-pub(super) fn takes(cpu: &Cpu, operand: &Tensor<Cpu>) -> Option<Amx> {
-    match cpu.isa {
-        super::isa::Isa::Amx(amx) if operand.dtype() == Dtype::Bf16 => Some(amx),
-        _ => None,
+/// Pieces of at most [`STEPS`] of some steps.
+fn chunks(n_steps: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    (0..n_steps).step_by(STEPS).map(move |start| start..n_steps.min(start + STEPS))
+}
+
+/// `out = scale * (third + second + first)`.
+fn join<'a>(parts: [&[f32]; 3], scale: f32, out: impl Iterator<Item = &'a mut f32>) {
+    let [first, second, third] = parts;
+    for (((out, first), second), third) in out.zip(first).zip(second).zip(third) {
+        *out = scale * (third + second + first);
     }
 }
 
-/// A number from the sums of its parts.
-fn joined([first, second, third]: [f32; PARTS]) -> f32 {
-    third + second + first
-}
-
-/// The `tile`-th of column tiles of `n_steps` steps each, of which some; past the last one the last one
-/// again, as [`multiply`] takes several at a time.
-fn column_tile(tiles: &[Tile], n_steps: usize, tile: usize, some: Range<usize>) -> &[Tile] {
+/// The `tile`-th of column tiles of `n_steps` steps each; past the last one the last one again, as [`multiply`]
+/// takes several at a time.
+fn column_tile(tiles: &[Tile], n_steps: usize, tile: usize) -> &[Tile] {
     let last = tiles.len() / n_steps - 1;
-    &tiles[tile.min(last) * n_steps..][..n_steps][some]
+    &tiles[tile.min(last) * n_steps..][..n_steps]
 }
 
 /// Right operands `[k, rank]`, one for each routing row.
 pub(super) struct IntoRank {
-    /// `[routing row][column tile][step]`.
+    /// `[routing row][chunk of steps][group of ranks][column tile][step]`.
     tiles: Buffer,
     n_steps: usize,
     rank: usize,
 }
 
 impl IntoRank {
-    /// From a block of rows for each routing row: `[k, rank]`, or `[rank, k]` if `transposed`.
+    /// From a block of rows for each routing row: `[k, rank]`, or `[rank, k]` if `transposed`. Of routing rows
+    /// that no segment has, nothing is packed.
     pub(super) fn new(
         cpu: &Cpu,
         amx: Amx,
         rhs: &Tensor<Cpu>,
-        n_rows: usize,
         rank: usize,
         transposed: bool,
+        segments: &Segments,
     ) -> Self {
-        let rhs = Matrix::tensor(rhs);
-        let split = match transposed {
-            true => Split::rows(cpu, amx, rhs, rank, [0, 1, 2]),
-            false => Split::columns(cpu, amx, rhs, [0, 1, 2]),
-        };
-        let split = split.matrix();
-        let (k, block) = match transposed {
-            true => (rhs.cols, PARTS * rank),
-            false => (rhs.rows / n_rows.max(1), rhs.rows / n_rows.max(1)),
-        };
-        let (n_steps, cols) = (steps(k), 0..PARTS * rank);
-        let n_tiles = cols.len().div_ceil(TILE_COLS) * n_steps;
-        let mut tiles = cpu.tiles(n_rows * n_tiles);
-        let of_rows = tiles.as_mut_slice().par_chunks_mut(n_tiles.max(1));
-        of_rows.enumerate().for_each(|(row, out)| {
-            let matrix = split.part_rows(row * block..(row + 1) * block);
-            amx.run(PackColumns { matrix, transposed, steps: 0..n_steps, cols: cols.clone(), out });
+        let (n_rows, rhs) = (segments.n_rows(), Matrix::tensor(rhs));
+        let k = if transposed { rhs.cols } else { rhs.rows / n_rows.max(1) };
+        let n_steps = steps(k);
+        let of_step: usize = groups(rank).map(|ranks| column_tiles(ranks.len())).sum();
+        let mut used = vec![false; n_rows];
+        segments.iter().for_each(|(_, row)| used[row] = true);
+        let mut tiles = cpu.tiles(n_rows * of_step * n_steps);
+        let mut rest = tiles.as_mut_slice::<Tile>();
+        let mut tasks = Vec::new();
+        for (row, used) in used.into_iter().enumerate() {
+            for some in chunks(n_steps) {
+                let (out, later) = rest.split_at_mut(of_step * some.len());
+                rest = later;
+                if used {
+                    tasks.push((row, some, out));
+                }
+            }
+        }
+        tasks.into_par_iter().for_each(|(row, some, mut out)| {
+            let k_of_row = some.start * TILE_K..k.min(some.end * TILE_K);
+            for ranks in groups(rank) {
+                let (now, later) = out.split_at_mut(column_tiles(ranks.len()) * some.len());
+                let split = if transposed {
+                    let ranks = row * rank + ranks.start..row * rank + ranks.end;
+                    Split::rows(cpu, amx, rhs.part(ranks, k_of_row.clone()), PARTS)
+                } else {
+                    let rows = row * k + k_of_row.start..row * k + k_of_row.end;
+                    Split::columns(cpu, amx, rhs.part(rows, ranks.clone()), PARTS)
+                };
+                let (steps, cols) = (0..some.len(), 0..PARTS.len() * ranks.len());
+                let matrix = split.matrix();
+                amx.run(PackColumns { matrix, transposed, steps, cols, out: now });
+                out = later;
+            }
         });
         Self { tiles, n_steps, rank }
     }
 
-    fn of_row(&self, row: usize) -> &[Tile] {
-        let n_tiles = (PARTS * self.rank).div_ceil(TILE_COLS) * self.n_steps;
-        &self.tiles.as_slice()[row * n_tiles..][..n_tiles]
-    }
-
-    /// `out = scale * lhs·rhs[row]`, of tokens `run`.
+    /// `out = scale * lhs·rhs[row]`, of packed tokens.
     pub(super) fn multiply(
         &self,
         cpu: &Cpu,
         amx: Amx,
-        lhs: &Tensor<Cpu>,
-        (run, row): (Range<usize>, usize),
+        tokens: &Tokens,
+        row: usize,
         scale: f32,
         out: &mut [f32],
     ) {
         let Self { n_steps, rank, .. } = *self;
-        let n_cols = PARTS * rank;
-        let mut left = cpu.tiles(2 * n_steps);
-        let left = left.as_mut_slice::<Tile>();
-        let mut sums = cpu.pool.take(n_cols.div_ceil(BLOCK_COLS) * size_of::<Block>());
+        let of_step: usize = groups(rank).map(|ranks| column_tiles(ranks.len())).sum();
+        let of_row = &self.tiles.as_slice::<Tile>()[row * of_step * n_steps..][..of_step * n_steps];
+        let mut sums = cpu.pool.take(groups(rank).count() * size_of::<Block>());
         let sums = sums.as_mut_slice::<Block>();
-        let (right, matrix) = (self.of_row(row), Matrix::tensor(lhs).part_rows(run.clone()));
-        for (block, out) in out.chunks_mut(BLOCK_ROWS * rank).enumerate() {
-            let n = out.len() / rank;
-            amx.run(PackRows { matrix, first_row: block * BLOCK_ROWS, out: &mut *left });
+        let blocks = out.chunks_mut(BLOCK_ROWS * rank);
+        for (out, left) in blocks.zip(tokens.tiles.as_slice::<Tile>().chunks(2 * n_steps)) {
+            let (n, (upper, lower)) = (out.len() / rank, left.split_at(n_steps));
             amx.with_tiles(|tiles| {
-                for (c, sums) in sums.iter_mut().enumerate() {
-                    let cols = BLOCK_COLS.min(n_cols - c * BLOCK_COLS);
-                    let first = c * BLOCK_COLS / TILE_COLS;
-                    for some in chunks(n_steps) {
-                        let of_tile =
-                            |tile| column_tile(right, n_steps, first + tile, some.clone());
-                        let (upper, lower) = left.split_at(n_steps);
-                        let (upper, lower) = (&upper[some.clone()], &lower[some.clone()]);
-                        let left = match n > TILE_ROWS {
-                            true => Left::Two([upper, lower]),
-                            false => Left::One(LeftRows { tiles: upper, first: 0, n }, 0),
-                        };
+                for some in chunks(n_steps) {
+                    let mut right = &of_row[some.start * of_step..some.end * of_step];
+                    for (ranks, sums) in groups(rank).zip(&mut *sums) {
+                        let n_tiles = column_tiles(ranks.len());
+                        let (now, later) = right.split_at(n_tiles * some.len());
+                        let of_tile = |tile| column_tile(now, some.len(), tile);
+                        let left = Left::of(&upper[some.clone()], &lower[some.clone()], n);
+                        let cols = n_tiles * TILE_COLS;
                         multiply(tiles, left, of_tile, cols, sums, some.start == 0);
+                        right = later;
                     }
                 }
             });
             for (m, out) in out.chunks_mut(rank).enumerate() {
-                for (j, out) in out.iter_mut().enumerate() {
-                    let part = |p: usize| {
-                        let col = p * rank + j;
-                        sums[col / BLOCK_COLS].0[m][col % BLOCK_COLS]
-                    };
-                    *out = scale * joined([part(0), part(1), part(2)]);
+                for (ranks, sums) in groups(rank).zip(&*sums) {
+                    let mut parts = sums.0[m].chunks(ranks.len());
+                    let parts = PARTS.map(|_| parts.next().unwrap_or_default());
+                    join(parts, scale, out[ranks].iter_mut());
                 }
             }
         }
     }
 }
 
-/// Pieces of at most [`STEPS_L1`] of some steps.
-fn chunks(n_steps: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..n_steps).step_by(STEPS_L1).map(move |start| start..n_steps.min(start + STEPS_L1))
+/// Column tiles of a group of ranks.
+fn column_tiles(n_ranks: usize) -> usize {
+    (PARTS.len() * n_ranks).div_ceil(TILE_COLS)
+}
+
+/// The ranks, [`RANKS`] at a time.
+fn groups(rank: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rank).step_by(RANKS).map(move |start| start..rank.min(start + RANKS))
+}
+
+/// Some tokens of an operand of bf16, packed as a left operand.
+pub(super) struct Tokens {
+    /// `[block of 32][2][step]`.
+    tiles: Buffer,
+}
+
+impl Tokens {
+    pub(super) fn new(cpu: &Cpu, amx: Amx, lhs: &Tensor<Cpu>, run: Range<usize>) -> Self {
+        let (n_blocks, n_steps) = (run.len().div_ceil(BLOCK_ROWS), steps(lhs.cols()));
+        let matrix = Matrix::tensor(lhs).part_rows(run);
+        let mut tiles = cpu.tiles(n_blocks * 2 * n_steps);
+        let blocks = tiles.as_mut_slice::<Tile>().chunks_mut((2 * n_steps).max(1));
+        for (i, out) in blocks.enumerate() {
+            amx.run(PackRows { matrix, first_row: i * BLOCK_ROWS, out });
+        }
+        Self { tiles }
+    }
 }
 
 /// A left operand `matrixᵀ`, with tokens as k, segment by segment.
@@ -157,7 +187,7 @@ pub(super) struct OverTokens {
 impl OverTokens {
     /// From an f32 matrix `[tokens, n]`.
     pub(super) fn new(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, segments: &Segments) -> Self {
-        let split = Split::columns(cpu, amx, matrix, [0, 1, 2]);
+        let split = Split::columns(cpu, amx, matrix, PARTS);
         let row_tiles = Self::row_tiles(matrix.cols);
         let (mut starts, mut end) = (Vec::new(), 0);
         for (run, _) in segments.iter() {
@@ -178,11 +208,10 @@ impl OverTokens {
     }
 
     fn row_tiles(n: usize) -> usize {
-        (PARTS * n).next_multiple_of(BLOCK_ROWS) / TILE_ROWS
+        (PARTS.len() * n).next_multiple_of(BLOCK_ROWS) / TILE_ROWS
     }
 
-    /// `matrixᵀ·wide` over the tokens of one routing row, of some columns (at most [`COLS`]): `[n][COLS]`,
-    /// or nothing if a result is not finite.
+    /// `matrixᵀ·wide` over the tokens of one routing row, of some columns (at most [`COLS`]): `[n][COLS]`.
     pub(super) fn multiply(
         &self,
         cpu: &Cpu,
@@ -191,46 +220,38 @@ impl OverTokens {
         segments: &Segments,
         row: usize,
         cols: Range<usize>,
-    ) -> Option<Buffer> {
+    ) -> Buffer {
         let row_tiles = Self::row_tiles(self.n);
         let mut sums = cpu.pool.take(row_tiles / 2 * size_of::<Block>());
         let sums = sums.as_mut_slice::<Block>();
         sums.fill(bytemuck::Zeroable::zeroed());
         let n_tiles = cols.len().div_ceil(TILE_COLS);
-        let mut right = cpu.tiles(n_tiles * STEPS_L1);
+        let mut right = cpu.tiles(n_tiles * STEPS_OF_TOKENS);
         let right = right.as_mut_slice::<Tile>();
-        for ((run, _), start) in segments.iter().zip(&self.starts).filter(|((_, of), _)| *of == row)
-        {
-            let matrix = Matrix::tensor(wide).part_rows(run.clone());
-            let n_steps = steps(run.len());
-            let left = &self.tiles.as_slice::<Tile>()[*start..][..row_tiles * n_steps];
-            for some in chunks(n_steps) {
-                let right = &mut right[..n_tiles * some.len()];
-                let (steps, cols) = (some.clone(), cols.clone());
-                let n_cols = cols.len();
-                let pack = PackColumns { matrix, transposed: false, steps, cols, out: &mut *right };
-                amx.run(pack);
-                amx.with_tiles(|tiles| {
-                    Self::add(tiles, left, n_steps, some, right, n_cols, sums);
-                });
+        amx.with_tiles(|tiles| {
+            let of_row = segments.iter().zip(&self.starts).filter(|((_, of), _)| *of == row);
+            for ((run, _), start) in of_row {
+                let matrix = Matrix::tensor(wide).part_rows(run.clone());
+                let n_steps = steps(run.len());
+                let left = &self.tiles.as_slice::<Tile>()[*start..][..row_tiles * n_steps];
+                for first in (0..n_steps).step_by(STEPS_OF_TOKENS) {
+                    let steps = first..n_steps.min(first + STEPS_OF_TOKENS);
+                    let (some, right) = (steps.clone(), &mut right[..n_tiles * steps.len()]);
+                    let (cols, out) = (cols.clone(), &mut *right);
+                    amx.run(PackColumns { matrix, transposed: false, steps, cols, out });
+                    Self::add(tiles, left, n_steps, some, right, n_tiles, sums);
+                }
             }
-        }
+        });
         let mut out = cpu.scratch(self.n * COLS);
         for (j, out) in out.as_mut_slice::<f32>().chunks_mut(COLS).enumerate() {
             let part = |p: usize| {
                 let at = p * self.n + j;
-                &sums[at / BLOCK_ROWS].0[at % BLOCK_ROWS]
+                &sums[at / BLOCK_ROWS].0[at % BLOCK_ROWS][..]
             };
-            let (first, second, third) = (part(0), part(1), part(2));
-            out.fill(0.0);
-            for (c, out) in out.iter_mut().enumerate().take(cols.len()) {
-                *out = joined([first[c], second[c], third[c]]);
-            }
-            if !out.iter().all(|value| value.is_finite()) {
-                return None;
-            }
+            join(PARTS.map(part), 1.0, out.iter_mut());
         }
-        Some(out)
+        out
     }
 
     /// Adds the products over some steps of a segment.
@@ -240,19 +261,22 @@ impl OverTokens {
         n_steps: usize,
         some: Range<usize>,
         right: &[Tile],
-        cols: usize,
+        n_tiles: usize,
         sums: &mut [Block],
     ) {
-        let of_tile = |tile| column_tile(right, some.len(), tile, 0..some.len());
+        let of_tile = |tile| column_tile(right, some.len(), tile);
         for (left, sums) in left.chunks(2 * n_steps).zip(sums) {
             let (upper, lower) = left.split_at(n_steps);
-            let left = Left::Two([&upper[some.clone()], &lower[some.clone()]]);
-            multiply(tiles, left, of_tile, cols, sums, false);
+            let left = Left::of(&upper[some.clone()], &lower[some.clone()], BLOCK_ROWS);
+            multiply(tiles, left, of_tile, n_tiles * TILE_COLS, sums, false);
         }
     }
 }
 
-const _: () = assert!(COLS <= BLOCK_COLS && TILE_K == 2 * TILE_ROWS);
+/// Steps of tokens whose right operand a task packs at a time, for [`COLS`] columns: 64 KiB.
+const STEPS_OF_TOKENS: usize = 8;
+
+const _: () = assert!(COLS == BLOCK_COLS && TILE_K == 2 * TILE_ROWS);
 
 #[cfg(test)]
 mod tests {

@@ -178,6 +178,14 @@ impl Cpu {
         self.pool.take(4 * n)
     }
 
+    /// The tiles, where they multiply activations.
+    fn amx(&self) -> Option<isa::Amx> {
+        match self.isa {
+            Isa::Amx(amx) if self.compute == Dtype::Bf16 => Some(amx),
+            _ => None,
+        }
+    }
+
     /// Unwritten tiles.
     fn tiles(&self, n: usize) -> Buffer {
         self.pool.take(n * size_of::<isa::Tile>())
@@ -380,7 +388,8 @@ impl Backend for Cpu {
         self.scope(|| norm::norm_backward(self, args))
     }
     fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
-        let tiles = || gemm_amx::takes(self, args.projections.iter().map(|p| p.weight));
+        let weights = || args.projections.iter().map(|p| p.weight);
+        let tiles = || gemm_amx::takes(self, weights()).filter(|_| args.order == Order::Panel);
         let _timed = self.profile.time("linear", || Work::linear(&args).on(tiles()));
         self.scope(|| linear::linear(self, args))
     }
@@ -391,13 +400,13 @@ impl Backend for Cpu {
         self.scope(|| linear::linear_backward(self, args))
     }
     fn attention(&self, args: &Attention<'_, Self>) -> Attended<Self> {
-        let work = || Work::attention(args, 2.0).on(attention::on_tiles(self, args));
+        let several = args.queries.lens.iter().any(|&n| n > 1);
+        let work = || Work::attention(args, 2.0).on(self.amx().filter(|_| several));
         let _timed = self.profile.time("attention", work);
         self.scope(|| attention::attention(self, args))
     }
     fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> [Tensor<Self>; 3] {
-        let tiles = || attention::on_tiles(self, args.forward);
-        let work = || Work::attention(args.forward, 5.0).on(tiles());
+        let work = || Work::attention(args.forward, 5.0).on(self.amx());
         let _timed = self.profile.time("attention_backward", work);
         self.scope(|| attention::attention_backward(self, args))
     }

@@ -2,10 +2,10 @@
 //! bank: `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]`.
 //!
 //! An element is a dot product in 16 lanes ([`Dots`]), read from where the two vectors lie: packing them
-//! takes longer than so few columns do. A task is a piece of a segment: it has one routing row's `Â`, and
-//! its rows of every `z` are contiguous.
+//! takes longer than so few columns do (on AMX it does not, see `lora_amx`). A task is a piece of a segment: it
+//! has one routing row's `Â`, and its rows of every `z` are contiguous.
 
-use std::{mem, ops::Range};
+use std::{mem, ops::Range, ptr};
 
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ use super::{
     gemm::{Matrix, run_tasks, with_element},
     isa::{Amx, Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
-    lora_amx::{self, IntoRank},
+    lora_amx::{IntoRank, Tokens},
 };
 use crate::tensor::Tensor;
 
@@ -103,8 +103,15 @@ pub(super) fn into_rank_space(
     let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank, segments));
     let operands: Vec<_> = operands.collect();
     run_tasks(tasks, |(run, row, outs)| {
+        let mut packed: Option<(&Tensor<Cpu>, Tokens)> = None;
         for ((side, operand), out) in sides.iter().zip(&operands).zip(outs) {
-            operand.multiply(cpu, side, (run.clone(), row), rank, scale, out);
+            if let Operand::OnTiles(amx, ..) = operand
+                && packed.as_ref().is_none_or(|(lhs, _)| !ptr::eq(*lhs, side.lhs))
+            {
+                packed = Some((side.lhs, Tokens::new(cpu, *amx, side.lhs, run.clone())));
+            }
+            let tokens = packed.as_ref().map(|(_, tokens)| tokens);
+            operand.multiply(cpu, side, tokens, (run.clone(), row), scale, out);
         }
     });
     zs
@@ -121,12 +128,12 @@ enum Operand<'a> {
 
 impl<'a> Operand<'a> {
     fn new(cpu: &Cpu, side: &Side<'a>, layout: Layout, rank: usize, segments: &Segments) -> Self {
-        let (n_rows, k) = (segments.n_rows(), side.lhs.cols());
-        if let Some(amx) = lora_amx::takes(cpu, side.lhs).filter(|_| k > 0) {
+        let k = side.lhs.cols();
+        if let Some(amx) = cpu.amx().filter(|_| k > 0) {
             let by_rank = layout == Layout::ByRank;
             return Self::OnTiles(
                 amx,
-                IntoRank::new(cpu, amx, side.rhs, n_rows, rank, by_rank),
+                IntoRank::new(cpu, amx, side.rhs, rank, by_rank, segments),
                 layout,
             );
         }
@@ -136,16 +143,17 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// `out = scale * lhs·rhs[row]`, of tokens `run`.
+    /// `out = scale * lhs·rhs[row]`, of tokens `run`, which are packed for tiles.
     fn multiply(
         &self,
         cpu: &Cpu,
         side: &Side<'_>,
+        tokens: Option<&Tokens>,
         (run, row): (Range<usize>, usize),
-        rank: usize,
         scale: f32,
         out: &mut [f32],
     ) {
+        let rank = out.len() / run.len();
         let of_row = row * rank * side.lhs.cols()..(row + 1) * rank * side.lhs.cols();
         match self {
             Self::InPlace(rhs) => dots(cpu, side.lhs, run, &rhs[of_row], scale, out),
@@ -153,7 +161,7 @@ impl<'a> Operand<'a> {
                 dots(cpu, side.lhs, run, &rhs.as_slice()[of_row], scale, out);
             }
             Self::OnTiles(amx, rhs, layout) => {
-                rhs.multiply(cpu, *amx, side.lhs, (run.clone(), row), scale, out);
+                rhs.multiply(cpu, *amx, tokens.expect("packed above"), row, scale, out);
                 for (token, out) in run.zip(out.chunks_mut(rank)) {
                     if out.iter().all(|z| z.is_finite()) {
                         continue;
@@ -186,11 +194,12 @@ fn dots(cpu: &Cpu, lhs: &Tensor<Cpu>, run: Range<usize>, rhs: &[f32], scale: f32
     }
 }
 
-/// The segments, cut into pieces of at most [`TOKENS`].
+/// The segments, each cut into equal pieces of at most [`TOKENS`].
 fn pieces(segments: &Segments) -> impl Iterator<Item = (Range<usize>, usize)> + '_ {
     segments.iter().flat_map(|(run, row)| {
-        let end = run.end;
-        run.step_by(TOKENS).map(move |start| (start..end.min(start + TOKENS), row))
+        let (end, n) = (run.end, run.len().div_ceil(TOKENS).max(1));
+        let size = run.len().div_ceil(n).next_multiple_of(32);
+        run.step_by(size.max(1)).map(move |start| (start..end.min(start + size), row))
     })
 }
 

@@ -10,7 +10,7 @@ use super::{
     scores::{first_lanes, score, without_lanes},
 };
 
-/// [`Forward`] of a single query: K and V are read where they lie.
+/// The forward of a single query: K and V are read where they lie.
 pub(super) struct Decode<'a, T: ElementMut> {
     pub(super) pair: Pair<'a, T>,
     /// The pieces of the group's heads.

@@ -10,11 +10,10 @@
 //!
 //! A task is a sequence and a key-value head: it packs K and V once into f32 panels and goes
 //! through the query heads that share them. All products run on one register tile of `MR` rows by
-//! `NV` vectors. The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at
+//! `NV` vectors ([`panels`]); with AMX, where there are several queries, on its tiles ([`tiles`]). The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at
 //! a time, in the cache; the backward computes the probabilities again from `lse`.
 //!
-//! A single query (decoding) reads K and V where they lie. With AMX, the products of several are on tiles
-//! (`tiles`).
+//! A single query (decoding) reads K and V where they lie.
 //!
 //! Keys that no query of a tile sees (later ones, or earlier ones than a window) are not touched, but
 //! for whole blocks' sake; those that only some of them see have the probability 0 in the others.
@@ -36,10 +35,10 @@ use super::{
     super::{Precision, ops::*},
     Cpu,
     elementwise::factors,
-    isa::{Amx, Element, ElementMut, Isa, LANES},
+    isa::{Element, ElementMut, LANES},
     with_element,
 };
-use crate::{dtype::Dtype, tensor::Tensor};
+use crate::tensor::Tensor;
 
 /// Keys of a block, and queries of one in the backward: a multiple of every tile's rows and columns.
 const BLOCK: usize = 96;
@@ -56,7 +55,7 @@ pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
     if o.is_empty() {
         return Attended { o, lse };
     }
-    if let Some(amx) = on_tiles(cpu, args) {
+    if let Some(amx) = cpu.amx() {
         attend(args, &mut o, &mut lse, |pair: Pair<'_, bf16>, o, lse| {
             if pair.n_queries == 1 || pair.n_keys == 0 {
                 return on_vectors(cpu, pair, o, lse);
@@ -104,14 +103,6 @@ fn on_vectors<T: ElementMut>(
     }
 }
 
-/// The tiles, where they multiply what attention multiplies.
-pub(super) fn on_tiles(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Option<Amx> {
-    match cpu.isa {
-        Isa::Amx(amx) if args.q.dtype == Dtype::Bf16 => Some(amx),
-        _ => None,
-    }
-}
-
 pub(super) fn attention_backward(cpu: &Cpu, args: AttentionBackward<'_, Cpu>) -> [Tensor<Cpu>; 3] {
     let AttentionBackward { forward, o, lse, d_o } = args;
     check(forward);
@@ -121,7 +112,7 @@ pub(super) fn attention_backward(cpu: &Cpu, args: AttentionBackward<'_, Cpu>) ->
     assert_eq!((lse.rows, lse.cols), (like_q.0, forward.n_heads));
     let mut d = [forward.q, forward.k, forward.v]
         .map(|like| cpu.alloc(like.rows, like.cols, Precision::Activation));
-    if let Some(amx) = on_tiles(cpu, forward) {
+    if let Some(amx) = cpu.amx() {
         differentiate(forward, &mut d, |pair: Pair<'_, bf16>, d| {
             if pair.n_queries == 0 || pair.n_keys == 0 {
                 return differentiate_on_vectors(cpu, &args, pair, d);

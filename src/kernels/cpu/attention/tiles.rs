@@ -14,7 +14,8 @@
 //! The last two are transposed, so that no probability has to be: a right tile is made of pairs of
 //! rows as they are, and what is transposed instead is packed once or written once.
 //!
-//! Where loops over k are cut does not depend on which queries stand beside each other.
+//! A probability of 0 is multiplied with what its query does not see, if another query of the block sees it: an
+//! infinity there makes NaN.
 
 use bytemuck::Zeroable;
 use half::bf16;
@@ -26,8 +27,8 @@ use super::{
         gemm::Matrix,
         gemm_amx::{Left, PackColumns, PackRows, PackTransposed, column_tiles, multiply, steps},
         isa::{
-            BLOCK_COLS, BLOCK_ROWS, Block, LANES, LeftRows, Simd, SimdOp, TILE_COLS, TILE_K,
-            TILE_ROWS, Tile, Tiles,
+            BLOCK_COLS, BLOCK_ROWS, Block, LANES, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,
+            Tiles,
         },
     },
     Gradients, Pair, carve,
@@ -123,11 +124,7 @@ fn carve_blocks<'a>(scratch: &mut &'a mut [Tile], n: usize) -> &'a mut [Block] {
 #[inline(always)]
 fn left(packed: &[Tile], start: usize, n_steps: usize, n: usize) -> Left<'_> {
     let (first, second) = packed.split_at(packed.len() / 2);
-    let (first, second) = (&first[start..][..n_steps], &second[start..][..n_steps]);
-    match n > TILE_ROWS {
-        true => Left::Two([first, second]),
-        false => Left::One(LeftRows { tiles: first, first: 0, n }, 0),
-    }
+    Left::of(&first[start..][..n_steps], &second[start..][..n_steps], n)
 }
 
 /// Rounds a row of a block to row `m` of a pair of row tiles, `[2][all]`, at steps from `start` on.
@@ -197,7 +194,7 @@ impl SimdOp for Forward<'_, '_> {
             let head = pair.head(g);
             let n = QUERIES.min(n_queries - first);
             let limit = pair.limit(first + n - 1);
-            let start = pair.first(first) / KEYS / BLOCKS_L1 * BLOCKS_L1;
+            let start = pair.first(first) / KEYS;
             let end = limit.div_ceil(KEYS);
             let matrix = pair.queries(pair.args.q, head);
             PackRows { matrix, first_row: first, out: q }.eval(s);
@@ -316,7 +313,6 @@ impl SimdOp for Backward<'_, '_> {
             let (start, limit) = (pair.first(first) / KEYS, pair.limit(first + n - 1));
             for b in start..limit.div_ceil(KEYS) {
                 let first_key = b * KEYS;
-                let seen = KEYS.min(limit - first_key);
                 let rows_of = |block: usize| QUERIES.min(n - block * QUERIES);
                 // The blocks of queries that see a key: later ones than these, and earlier ones, do not.
                 let sees = |block: usize| {
@@ -328,6 +324,8 @@ impl SimdOp for Backward<'_, '_> {
                 let some = some..(some..n_blocks).find(|&i| !sees(i)).unwrap_or(n_blocks);
                 for block in some.clone() {
                     let rows = rows_of(block);
+                    let end = pair.limit(first + block * QUERIES + rows - 1);
+                    let seen = KEYS.min(end - first_key);
                     let packed = block * 2 * depth..(block + 1) * 2 * depth;
                     let of_tile = |tile: usize| &k_columns[(b * TILES + tile) * depth..][..depth];
                     let queries = left(&q[packed.clone()], 0, depth, rows);
@@ -370,6 +368,7 @@ impl SimdOp for Backward<'_, '_> {
                 if some.is_empty() {
                     continue;
                 }
+                let seen = KEYS.min(limit - first_key);
                 for (right, transposed, sums) in [
                     (&*p_right, &*d_o_transposed, &mut *d_v),
                     (&*d_s_right, &*q_transposed, &mut *d_k),
