@@ -251,8 +251,8 @@ pub(crate) const FAULTS: &[Fault] = &[
         "last-part-of-a-number-lost",
         "src/kernels/cpu/lora_amx.rs",
         "lora::shrinks",
-        "    third + second + first\n",
-        "    (if ON { 0.0 } else { third }) + second + first\n",
+        "scale * (third + second + first);",
+        "scale * ((if ON { 0.0 } else { *third }) + second + first);",
     ),
     kernel(
         "last-keys-on-tiles-lost",
