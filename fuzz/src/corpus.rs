@@ -26,7 +26,7 @@ const WORDS: [&[u8]; 14] = [
 ];
 
 /// Runs `check` on every file of `fuzz/corpus/<target>`, as the fuzzer would, and then for
-/// `POLYTAPE_FUZZ_SECONDS` (10) on damaged ones. The damage is new in each run unless
+/// `POLYTAPE_FUZZ_SECONDS` (4) on damaged ones. The damage is new in each run unless
 /// `POLYTAPE_FUZZ_SEED` repeats one; what fails is kept in a file that the failure names.
 pub fn replay(target: &str, check: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
@@ -49,7 +49,7 @@ pub fn replay(target: &str, check: fn(&[u8])) {
 
 fn damage(target: &str, corpus: &[Vec<u8>], check: fn(&[u8])) {
     let number = |name| env::var(name).ok().map(|n| n.parse::<u64>().expect("a number"));
-    let seconds = number("POLYTAPE_FUZZ_SECONDS").unwrap_or(10);
+    let seconds = number("POLYTAPE_FUZZ_SECONDS").unwrap_or(4);
     let seed = number("POLYTAPE_FUZZ_SEED").unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64)
     });

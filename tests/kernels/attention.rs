@@ -78,6 +78,7 @@ impl Attention {
                         n_seen,
                         dropout_col,
                         bias_col,
+                        is_alone: n == 1,
                     });
                 }
                 token += 1;
@@ -99,6 +100,8 @@ struct Query {
     dropout_col: usize,
     /// The bias table's column for key 0.
     bias_col: Option<usize>,
+    /// Whether it is its sequence's only query, whose forward is not on tiles.
+    is_alone: bool,
 }
 
 /// Per key up to the last that a query sees: its score and the score's error.
@@ -175,7 +178,8 @@ impl Attention {
                     .sum();
                 let at = query.token * self.n_heads * self.head_dim + query.q_col + c;
                 bounds[0][at] = ((2.0 * error).exp_m1() + 16.0 * U) * size;
-                rounding[0][at] = Dtype::Bf16.unit_roundoff() * size;
+                let unit = if query.is_alone { 0.0 } else { Dtype::Bf16.unit_roundoff() };
+                rounding[0][at] = unit * size;
             }
         });
         [bounds, rounding]
