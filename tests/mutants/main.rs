@@ -141,12 +141,13 @@ fn build() -> (PathBuf, BTreeMap<String, PathBuf>) {
 }
 
 /// Runs a test of the copy; whether it passed, and what it said.
-fn passes(tree: &Path, program: &Path, test: &str, fault: &str) -> (bool, String) {
+fn passes(tree: &Path, program: &Path, fault: &Fault, switch: &str) -> (bool, String) {
+    let test = fault.test;
     let output = Command::new(program)
         .current_dir(tree)
         .args(["--exact", test])
-        .env("POLYTAPE_FAULT", fault)
-        .env("POLYTAPE_BACKENDS", "cpu")
+        .env("POLYTAPE_FAULT", switch)
+        .env("POLYTAPE_BACKENDS", fault.backends())
         .env("CARGO_MANIFEST_DIR", tree)
         .output()
         .unwrap();
@@ -169,11 +170,11 @@ fn every_fault_is_caught() {
     let mut n = 0;
     for fault in FAULTS.iter().filter(is_asked_for) {
         let program = &programs[fault.suite];
-        if sound.insert((fault.suite, fault.test), ()).is_none() {
-            let (passed, said) = passes(&tree, program, fault.test, "");
+        if sound.insert((fault.suite, fault.test, fault.backends()), ()).is_none() {
+            let (passed, said) = passes(&tree, program, fault, "");
             assert!(passed, "{} fails without a fault:\n{said}", fault.test);
         }
-        let (passed, said) = passes(&tree, program, fault.test, fault.name);
+        let (passed, said) = passes(&tree, program, fault, fault.name);
         let how = said.lines().find(|line| line.contains(" is ") || line.contains("panicked"));
         let how = if passed { "NOT CAUGHT" } else { how.unwrap_or_default().trim() };
         println!("{} ({}): {}::{}: {how:.100}", fault.name, fault.file, fault.suite, fault.test);
