@@ -62,6 +62,13 @@ impl Segments {
         self.offsets[self.rows.len()]
     }
 
+    /// Which routing rows any segment has.
+    pub(crate) fn used_rows(&self) -> Vec<bool> {
+        let mut used = vec![false; self.n_rows()];
+        self.iter().for_each(|(_, row)| used[row] = true);
+        used
+    }
+
     /// The number of routing rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows

@@ -395,8 +395,7 @@ impl<'a> RankRhs<'a> {
         let rows = segments.n_rows();
         let cols = if transposed { b.rows / rows.max(1) } else { b.cols };
         let (column_tiles, steps) = (column_tiles(cols), steps(6 * rank));
-        let mut used = vec![false; rows];
-        segments.iter().for_each(|(_, row)| used[row] = true);
+        let used = segments.used_rows();
         let mut tiles = cpu.tiles(rows * column_tiles * steps);
         // A task is 128 columns of a routing row that a segment has.
         let mut tasks = Vec::new();

@@ -67,13 +67,11 @@ impl IntoRank {
         let (n_rows, rhs) = (segments.n_rows(), Matrix::tensor(rhs));
         let k = if transposed { rhs.cols } else { rhs.rows / n_rows.max(1) };
         let n_steps = steps(k);
-        let of_step: usize = groups(rank).map(|ranks| column_tiles(ranks.len())).sum();
-        let mut used = vec![false; n_rows];
-        segments.iter().for_each(|(_, row)| used[row] = true);
+        let of_step: usize = groups(rank).map(|ranks| part_tiles(ranks.len())).sum();
         let mut tiles = cpu.tiles(n_rows * of_step * n_steps);
         let mut rest = tiles.as_mut_slice::<Tile>();
         let mut tasks = Vec::new();
-        for (row, used) in used.into_iter().enumerate() {
+        for (row, used) in segments.used_rows().into_iter().enumerate() {
             for some in chunks(n_steps) {
                 let (out, later) = rest.split_at_mut(of_step * some.len());
                 rest = later;
@@ -85,7 +83,7 @@ impl IntoRank {
         tasks.into_par_iter().for_each(|(row, some, mut out)| {
             let k_of_row = some.start * TILE_K..k.min(some.end * TILE_K);
             for ranks in groups(rank) {
-                let (now, later) = out.split_at_mut(column_tiles(ranks.len()) * some.len());
+                let (now, later) = out.split_at_mut(part_tiles(ranks.len()) * some.len());
                 let split = if transposed {
                     let ranks = row * rank + ranks.start..row * rank + ranks.end;
                     Split::rows(cpu, amx, rhs.part(ranks, k_of_row.clone()), PARTS)
@@ -113,7 +111,7 @@ impl IntoRank {
         out: &mut [f32],
     ) {
         let Self { n_steps, rank, .. } = *self;
-        let of_step: usize = groups(rank).map(|ranks| column_tiles(ranks.len())).sum();
+        let of_step: usize = groups(rank).map(|ranks| part_tiles(ranks.len())).sum();
         let of_row = &self.tiles.as_slice::<Tile>()[row * of_step * n_steps..][..of_step * n_steps];
         let mut sums = cpu.pool.take(groups(rank).count() * size_of::<Block>());
         let sums = sums.as_mut_slice::<Block>();
@@ -124,7 +122,7 @@ impl IntoRank {
                 for some in chunks(n_steps) {
                     let mut right = &of_row[some.start * of_step..some.end * of_step];
                     for (ranks, sums) in groups(rank).zip(&mut *sums) {
-                        let n_tiles = column_tiles(ranks.len());
+                        let n_tiles = part_tiles(ranks.len());
                         let (now, later) = right.split_at(n_tiles * some.len());
                         let of_tile = |tile| column_tile(now, some.len(), tile);
                         let left = Left::of(&upper[some.clone()], &lower[some.clone()], n);
@@ -145,8 +143,8 @@ impl IntoRank {
     }
 }
 
-/// Column tiles of a group of ranks.
-fn column_tiles(n_ranks: usize) -> usize {
+/// Column tiles of the parts of a group of ranks.
+fn part_tiles(n_ranks: usize) -> usize {
     (PARTS.len() * n_ranks).div_ceil(TILE_COLS)
 }
 

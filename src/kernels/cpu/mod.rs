@@ -467,7 +467,8 @@ impl Backend for Cpu {
         self.scope(|| mix::mix(self, args))
     }
     fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
-        let _timed = self.profile.time("shrink", || Work::shrink(&args));
+        let work = || Work::shrink(&args).on(self.amx().filter(|_| args.order == Order::Panel));
+        let _timed = self.profile.time("shrink", work);
         self.scope(|| shrink::shrink(self, args))
     }
     fn shrink_stacked(&self, args: ShrinkStacked<'_, Self>) -> Tensor<Self> {
@@ -475,7 +476,8 @@ impl Backend for Cpu {
         self.scope(|| shrink::shrink_stacked(self, args))
     }
     fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>> {
-        let _timed = self.profile.time("lora_backward", || Work::lora_backward(&args));
+        let work = || Work::lora_backward(&args).on(self.amx());
+        let _timed = self.profile.time("lora_backward", work);
         self.scope(|| grad::lora_backward(self, args))
     }
     fn unmix(&self, args: Unmix<'_, Self>) {

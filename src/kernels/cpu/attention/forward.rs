@@ -22,11 +22,7 @@ impl<T: ElementMut> SimdOp for Forward<'_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        match (S::MR, S::NV) {
-            (6, 1) => self.run::<S, 6, 1>(s),
-            (12, 2) => self.run::<S, 12, 2>(s),
-            _ => self.run::<S, 4, 1>(s),
-        }
+        with_register_tile!(S, self.run(s));
     }
 }
 

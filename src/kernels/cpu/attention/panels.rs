@@ -237,3 +237,15 @@ pub(super) fn write_row<S: Simd, T: ElementMut, const NV: usize>(
         store::<S, T>(s, s.mul(v, s.splat(scale)), to, vector);
     }
 }
+
+/// Calls a method that is generic over an instruction set and the rows and vectors of its register tile.
+macro_rules! with_register_tile {
+    ($simd:ident, $op:ident.$run:ident($s:ident)) => {
+        match ($simd::MR, $simd::NV) {
+            (6, 1) => $op.$run::<$simd, 6, 1>($s),
+            (12, 2) => $op.$run::<$simd, 12, 2>($s),
+            _ => $op.$run::<$simd, 4, 1>($s),
+        }
+    };
+}
+pub(super) use with_register_tile;
