@@ -23,6 +23,11 @@
 
 const u32 WGMMA_WARPS = 8;                           // That multiply.
 const u32 WGMMA_THREADS = (WGMMA_WARPS + 4) * WARP;  // A warpgroup more, as registers are given to those.
+// A block starts with 168 registers a thread (65536 / 384, in units of 8) and can only pass these around: whoever asks for one
+// more than others have given up waits for ever.
+const u32 BLOCK_REGISTERS = 65536 / WGMMA_THREADS / 8 * 8;
+const u32 PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * BLOCK_REGISTERS, "more registers than the block has");
 const u32 LINE = 64;                                 // Elements of a line of shared memory: 128 bytes.
 const u32 GROUP_BYTES = 8 * 128;                     // After which the swizzle repeats.
 const u32 PART_COLS = 32;                            // Of a warp's sums, what is worked on at a time;
@@ -252,12 +257,11 @@ __device__ inline void multiply_all(const Problem& problem) {
         barrier_init_fence();
     }
     __syncthreads();
-    // A block starts with 168 registers a thread: 65536 / 384, in units of 8.
     if (threadIdx.x >= WGMMA_WARPS * WARP) {
-        registers_down_to<48>();
+        registers_down_to<PRODUCER_REGISTERS>();
         if (threadIdx.x == WGMMA_WARPS * WARP) produce<TRANSPOSED>(shared, problem);
     } else {
-        registers_up_to<232>();
+        registers_up_to<CONSUMER_REGISTERS>();
         consume<TRANSPOSED>(shared, problem);
     }
 }

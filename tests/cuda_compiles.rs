@@ -116,6 +116,9 @@ fn usage(cubin: &[u8]) -> BTreeMap<String, Usage> {
     kernels
 }
 
+/// `BLOCK_REGISTERS` of `cuda/linear_wgmma.cu`.
+const WGMMA_REGISTERS: u32 = 168;
+
 /// What is wrong with a kernel.
 fn problems(kernel: &str, usage: &Usage) -> Vec<String> {
     let mut problems = Vec::new();
@@ -130,6 +133,10 @@ fn problems(kernel: &str, usage: &Usage) -> Vec<String> {
             let block = registers.next_multiple_of(8) * threads.next_multiple_of(32);
             if block > REGISTERS {
                 problems.push(format!("{kernel} needs {block} registers for {threads} threads"));
+            }
+            // Its warpgroups pass registers around, by numbers that rest on what a block starts with.
+            if kernel.contains("wgmma") && registers != WGMMA_REGISTERS {
+                problems.push(format!("{kernel} starts with {registers} registers a thread"));
             }
         }
         _ => problems.push(format!("{kernel} has no registers or no launch bounds")),

@@ -420,7 +420,10 @@ fn packed_examples_do_not_see_each_other() {
 
 /// The base of a case with every weight rounded to bf16, as PEFT's bf16 runs had it.
 fn bf16_base(case: &Case, name: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("parity-bf16").join(name);
+    // Also where this was not built: under the repository that the battery names.
+    let tmp = std::env::var_os("POLYTAPE_ROOT").map(|root| Path::new(&root).join("target/tmp"));
+    let tmp = tmp.unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
+    let dir = tmp.join("parity-bf16").join(name);
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::copy(case.dir.join("base/config.json"), dir.join("config.json")).unwrap();
     let mut weights: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();

@@ -231,10 +231,16 @@ impl Driver {
         if launch.shared_bytes > 0 {
             // All that the device has, as a later launch may want more than this one.
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            let bytes = self.max_shared_bytes as i32;
+            // Less what the kernel has of its own, as the sum may not exceed it.
+            let own = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             // SAFETY: The function was just found.
-            unsafe { result::function::set_function_attribute(function, most, bytes) }
-                .map_err(fault(format_args!("kernel {}", launch.kernel)))?;
+            unsafe {
+                result::function::get_function_attribute(function, own).and_then(|own| {
+                    let bytes = self.max_shared_bytes as i32 - own;
+                    result::function::set_function_attribute(function, most, bytes)
+                })
+            }
+            .map_err(fault(format_args!("kernel {}", launch.kernel)))?;
         }
         state.functions.insert(key, function);
         Ok(function)
