@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # All that is to be known from a GPU, in one command of at most ten minutes: every kernel against the oracle,
-# PEFT parity, repeated runs, times against the frozen floor, compute-sanitizer.
+# PEFT parity, repeated runs, times against the frozen floor, PEFT and cuBLASLt (where Python has torch, transformers
+# and peft), compute-sanitizer.
 #
 #     scripts/gpu-pack.sh                       # where Rust and NVRTC are
 #     scripts/gpu-battery.sh [RESULTS_DIR]      # where the GPU is, from the repository's root
 #
-# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json and gpu.md as it goes, so that
+# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json, gpu.md and gpu-peft.jsonl as it goes, so that
 # what was learned is there if it is stopped. A part that fails, takes too long or does not exist on this
 # machine says so and the others go on; the exit status is that of the checks. POLYTAPE_BATTERY_SECONDS (580)
 # is the time for all of it.
@@ -75,6 +76,8 @@ check() {
     status=$?
     if [ $status = 124 ] || [ $status = 137 ]; then
         outcome="out of time: $(grep -c 'ok$' "$work/log") tests had passed"
+        # A kernel that waits for ever looks like this; in the sanitizer it is only slow.
+        case $name in compute-sanitizer*) ;; *) failed=1 && grep -v '\.\.\. ok$' "$work/log" | tail -20 ;; esac
     elif [ $status != 0 ]; then
         outcome=FAILED
         failed=1
@@ -100,13 +103,6 @@ operations=(--nocapture --skip faults --skip fuzzed)
 if ! check "every operation against the oracle" 150 "$bin/kernels" "${operations[@]}" --test-threads 4; then
     each_alone "$bin/kernels" 30 --skip faults --skip fuzzed
 fi
-# What else multiplies by frozen weights, where this GPU has it.
-gemms=(mma)
-if grep -q "sm_90" <<<"$device"; then gemms+=(wgmma); fi
-for gemm in "${gemms[@]:1}"; do
-    check "every operation against the oracle, $gemm" 100 env POLYTAPE_CUDA_GEMM="$gemm" POLYTAPE_CASES=20 \
-        "$bin/kernels" "${operations[@]}" --test-threads 4
-done
 if ! check "PEFT parity and 20 equal runs" 90 "$bin/parity" --nocapture --test-threads 1 cuda:: --skip graphs_; then
     each_alone "$bin/parity" 30 cuda:: --skip graphs_
 fi
@@ -114,6 +110,17 @@ fi
 check "graphs give the bits of plain launches" 40 "$bin/parity" --nocapture --test-threads 1 cuda::graphs_
 check "every launch waited for" 45 env POLYTAPE_CUDA_SYNC=1 POLYTAPE_CASES=2 \
     "$bin/kernels" "${operations[@]}" --test-threads 1
+# What else multiplies by frozen weights, where this GPU has it: last, and one operation first, as a kernel that waits for
+# ever would take the time of everything else. Only what passes is timed.
+gemms=(mma)
+if grep -q "sm_90" <<<"$device"; then
+    if check "linears against the oracle, wgmma" 20 env POLYTAPE_CUDA_GEMM=wgmma POLYTAPE_CASES=5 \
+        "$bin/kernels" --nocapture --test-threads 1 --exact dense::linears &&
+        check "every operation against the oracle, wgmma" 100 env POLYTAPE_CUDA_GEMM=wgmma POLYTAPE_CASES=20 \
+            "$bin/kernels" "${operations[@]}" --test-threads 4; then
+        gemms+=(wgmma)
+    fi
+fi
 
 # Frozen products by each of them in turns, so that a GPU that slows down slows all: the least median of two.
 for round in 1 2; do
@@ -209,6 +216,40 @@ if [ -d "$work/flan-t5-base" ]; then
     graphs generate --batch 1 --src 128 --new 32 --steps 3
 fi
 
+# Peers, in turns with polytape by the scripts of benches/peft/; what is printed goes into the results.
+python=${POLYTAPE_PYTHON:-python3}
+timeout 60 "$python" -c 'import peft, torch, transformers; assert torch.cuda.is_available()' 2>"$work/log" || python=
+# peer NAME SECONDS TABLE SCRIPT FLAGS...: TABLE is the file with the Markdown.
+peer() {
+    local name=$1 seconds begun=$SECONDS table=$3 outcome=passed
+    seconds=$(limit "$2")
+    shift 3
+    if [ -z "$python" ]; then
+        outcome="not run: no Python with torch on this GPU, transformers and peft ($(tail -1 "$work/log" | cut -c1-80))"
+    elif [ "$seconds" -le 0 ]; then
+        outcome="not run: out of time"
+    elif ! timeout -k 5 "$seconds" "$python" "$@" --bin "$bin/polytape" --device cuda >"$work/out" 2>"$work/peer.log"; then
+        outcome="FAILED or out of time: $(tail -1 "$work/peer.log" | tr '|"' '/ ' | cut -c1-160)"
+    fi
+    {
+        echo
+        echo "Against $name: $outcome, $((SECONDS - begun)) s."
+        echo
+        grep -h '^[|g]' "$table" 2>/dev/null
+    } >>"$md"
+    echo "{\"check\":\"against $name\",\"outcome\":\"${outcome//\"/}\",\"seconds\":$((SECONDS - begun))}" >>"$json"
+}
+for gemm in "${gemms[@]}"; do
+    rm -f "$work/out"
+    POLYTAPE_CUDA_GEMM=$gemm peer "cuBLASLt, frozen products by $gemm" 60 "$work/out" benches/peft/gemm.py --dtype bf16 --weights bf16 \
+        --rows 512,2048,4096 --shapes flan-t5-xl,llama-1b --seconds 0.02 --rounds 2
+done
+peer "PEFT at the shape of flan-t5-base" 100 "$work/peft-base/table.md" benches/peft/compare.py --model "$work/flan-t5-base" \
+    --out "$work/peft-base" --modes train,generate --adapters poly --batch 16 --steps 5 --rounds 1
+peer "PEFT at the shape of T5-XL" 120 "$work/peft-xl/table.md" benches/peft/compare.py --model "$work/flan-t5-xl" \
+    --out "$work/peft-xl" --modes train --adapters poly --batch 16 --steps 3 --rounds 1
+cat "$work"/peft-*/runs.jsonl >"$results/gpu-peft.jsonl" 2>/dev/null
+
 {
     echo
     echo "| compute-sanitizer | outcome | seconds |"
@@ -216,13 +257,15 @@ fi
 } >>"$md"
 # Last, as it takes what is left: each kernel is ten to a hundred times slower in it.
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1 || true)
-if [ -n "$sanitizer" ]; then
+if [ -z "$sanitizer" ]; then
+    note "compute-sanitizer" "not on this machine" 0
+elif ! timeout -k 5 30 "$sanitizer" --error-exitcode 9 "$bin/polytape" doctor --device cuda >"$work/log" 2>&1; then
+    note "compute-sanitizer" "does not run here: $(grep -m1 -iE 'not supported|error' "$work/log" | tr '|"' '/ ' | cut -c1-100)" 0
+else
     for tool in memcheck racecheck initcheck; do
         POLYTAPE_CASES=2 check "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 \
             "$bin/kernels" "${operations[@]}" --test-threads 1
     done
-else
-    note "compute-sanitizer" "not on this machine" 0
 fi
 {
     echo

@@ -15,6 +15,8 @@ For every preset, dtype, adapter and mode:
 The adapter `poly` samples its router in training. `lora` is PEFT's LoRA against a polytape Poly adapter with one skill, one split and
 one task, which has LoRA's parameters. `none` is the frozen base; its training step is the forward and the backward to both embeddings.
 
+With --device cuda both sides run on the GPU, and the memory compared is what each has taken of it (PyTorch: max_memory_allocated).
+
 The output folder receives runs.jsonl (a line a run), summary.jsonl (a line a combination), table.md and chart.svg. Exit status 1 if a
 check or a run failed. `--sides peft` runs without a polytape binary, on a folder given by --model.
 """
@@ -38,7 +40,7 @@ from pathlib import Path
 N_WARM_UP = 2
 # Largest relative difference of a row's nll. bf16 rounds every activation to 8 bits, on each side in its own places.
 NLL_TOLERANCE = {"f32": 1e-4, "bf16": 1e-2}
-SHAPE = ["batch", "src", "tgt", "new", "r", "n_skills", "n_splits", "n_tasks", "target_modules", "steps", "threads"]
+SHAPE = ["batch", "src", "tgt", "new", "r", "n_skills", "n_splits", "n_tasks", "target_modules", "steps", "threads", "device"]
 CHECK_LENGTHS = [(9, 5), (1, 3), (33, 16), (70, 1), (20, 8)]  # Source and label tokens.
 
 # ---- the PEFT side: one process a run ---------------------------------------------------------------------------------
@@ -57,12 +59,13 @@ def peft_model(spec, check=False):
     else:
         model = AutoModelForSeq2SeqLM.from_pretrained(spec["model"], dtype=dtype, dropout_rate=0.0)
         task_type = TaskType.SEQ_2_SEQ_LM
+    model = model.to(spec["device"])
     common = dict(task_type=task_type, r=spec["r"], target_modules=spec["target_modules"].split(","))
     if spec["adapter"] == "none":
         return model.requires_grad_(False)
     if spec["adapter"] == "lora" and not check:
-        return get_peft_model(model, LoraConfig(**common))
-    model = get_peft_model(model, PolyConfig(**common, **routing(spec), init_weights=not check))
+        return get_peft_model(model, LoraConfig(**common)).to(spec["device"])
+    model = get_peft_model(model, PolyConfig(**common, **routing(spec), init_weights=not check)).to(spec["device"])
     if check:
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -86,8 +89,9 @@ def peft_check(spec):
     result = []
     with torch.no_grad():
         for row in spec["rows"]:
-            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["label_ids"])
-            routed = {} if spec["adapter"] == "none" else {"task_ids": torch.tensor([row["task_id"]])}
+            ids, labels = (torch.tensor(row[key], device=spec["device"]) for key in ("input_ids", "label_ids"))
+            ids = ids[None]
+            routed = {} if spec["adapter"] == "none" else {"task_ids": torch.tensor([row["task_id"]], device=spec["device"])}
             if is_causal(spec["model"]):
                 ids = torch.cat([ids, labels[None, :-1]], 1)
                 logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **routed).logits[0, -len(labels):]
@@ -107,16 +111,16 @@ def peft_bench(spec):
     model = peft_model(spec)
     vocab = model.config.vocab_size
     random_ids = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, vocab, (spec["batch"], spec["src"]), generator=random_ids)
-    labels = torch.randint(3, vocab, (spec["batch"], spec["tgt"]), generator=random_ids)
+    ids = torch.randint(3, vocab, (spec["batch"], spec["src"]), generator=random_ids).to(spec["device"])
+    labels = torch.randint(3, vocab, (spec["batch"], spec["tgt"]), generator=random_ids).to(spec["device"])
     prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     causal = is_causal(spec["model"])
     if causal:
         labels = ids  # As `polytape bench`: trained on all of the source, and --tgt does not matter.
     inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if spec["adapter"] == "poly":
-        prompt["task_ids"] = torch.arange(spec["batch"]) % spec["n_tasks"]
-        inputs["task_ids"] = torch.arange(spec["batch"]) % spec["n_tasks"]
+        prompt["task_ids"] = torch.arange(spec["batch"], device=spec["device"]) % spec["n_tasks"]
+        inputs["task_ids"] = torch.arange(spec["batch"], device=spec["device"]) % spec["n_tasks"]
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
 
@@ -151,6 +155,7 @@ def peft_bench(spec):
 
     step = {"train": train if trainable else train_frozen, "eval": evaluate, "generate": generate}[spec["mode"]]
     model.train(spec["mode"] == "train")
+    on_gpu = spec["device"] == "cuda"
     with AnonPeak() as memory:
         for _ in range(N_WARM_UP):
             step()
@@ -158,12 +163,16 @@ def peft_bench(spec):
     for _ in range(spec["steps"]):
         start = time.perf_counter()
         loss = step()
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         memory.sample()
     n_tokens = spec["batch"] * (spec["new"] if spec["mode"] == "generate" else spec["src"] + (0 if causal else spec["tgt"]))
     median = statistics.median(times)
     return dict(median_s=median, min_s=min(times), tok_per_s=n_tokens / median, rss_mib=proc_status_mib("VmHWM"),
-                anon_mib=memory.peak_mib, import_anon_mib=import_anon_mib, isa=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), loss=loss,
+                anon_mib=memory.peak_mib, import_anon_mib=import_anon_mib,
+                device_mib=torch.cuda.max_memory_allocated() >> 20 if on_gpu else None,
+                isa=torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), loss=loss,
                 torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__)
 
 
@@ -241,7 +250,7 @@ def routing(spec):
 
 def run_polytape(binary, spec, timeout):
     command = [binary, "bench", spec["mode"], "--json", "--adapter", "none" if spec["adapter"] == "none" else "poly"]
-    for key in ("model", "batch", "src", "tgt", "new", "r", "target_modules", "steps", "dtype", "threads"):
+    for key in ("model", "batch", "src", "tgt", "new", "r", "target_modules", "steps", "dtype", "threads", "device"):
         command += ["--" + key.replace("_", "-"), spec[key]]
     for key, value in routing(spec).items():
         command += ["--" + key.replace("_", "-"), value]
@@ -261,7 +270,7 @@ def check(binary, spec, timeout):
             return None
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         command = [binary, "eval", "--model", spec["model"], "--data", folder / "rows.jsonl", "--dtype", spec["dtype"],
-                   "--threads", spec["threads"], "--per-example", folder / "nll.jsonl", "--json"]
+                   "--threads", spec["threads"], "--device", spec["device"], "--per-example", folder / "nll.jsonl", "--json"]
         if spec["adapter"] != "none":
             command += ["--adapter", folder / "adapter"]
         run(command, timeout)
@@ -282,8 +291,9 @@ def summarize(label, runs, nll_gap):
     row = {**label, "nll_gap": nll_gap}
     by_side = {side: [r for r in runs if r["side"] == side] for side in ("polytape", "peft")}
     for side, own in by_side.items():
-        for key in ("median_s", "min_s", "tok_per_s", "rss_mib", "anon_mib") if own else ():
-            row[f"{side}_{key}"] = statistics.median(r[key] for r in own)
+        for key in ("median_s", "min_s", "tok_per_s", "rss_mib", "anon_mib", "device_mib") if own else ():
+            if own[0].get(key) is not None:
+                row[f"{side}_{key}"] = statistics.median(r[key] for r in own)
     if all(by_side.values()):
         ratios = [b["median_s"] / a["median_s"] for a, b in zip(by_side["polytape"], by_side["peft"])]
         row.update(speedup=row["peft_median_s"] / row["polytape_median_s"], speedup_min=min(ratios), speedup_max=max(ratios),
@@ -294,7 +304,7 @@ def summarize(label, runs, nll_gap):
 def table(rows, heading):
     lines = ["# polytape and PEFT", "", *heading, "",
              "| model | dtype | mode | adapter | polytape s | PEFT s | times faster | polytape tok/s | PEFT tok/s "
-             "| polytape anon / rss MiB | PEFT anon / rss MiB | nll gap |",
+             "| polytape anon / rss / GPU MiB | PEFT anon / rss / GPU MiB | nll gap |",
              "|" + "---|" * 4 + "---:|" * 8]
     for row in rows:
         head = [row["model"], row["dtype"], row["mode"], row["adapter"]]
@@ -308,7 +318,7 @@ def table(rows, heading):
         faster = f"{row['speedup']:.2f} ({row['speedup_min']:.2f}-{row['speedup_max']:.2f})" if "speedup" in row else "-"
         lines.append("| " + " | ".join([
             *head, cell("polytape_median_s", ".4g"), cell("peft_median_s", ".4g"), faster, cell("polytape_tok_per_s", ".0f"),
-            cell("peft_tok_per_s", ".0f"), *[f"{cell(s + '_anon_mib', '.0f')} / {cell(s + '_rss_mib', '.0f')}" for s in ("polytape", "peft")],
+            cell("peft_tok_per_s", ".0f"), *[" / ".join(cell(f"{s}_{kind}_mib", ".0f") for kind in ("anon", "rss", "device")) for s in ("polytape", "peft")],
             cell("nll_gap", ".0e")]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -362,6 +372,7 @@ def parse_args():
                               threads=os.cpu_count(), timeout=1800).items():
         parser.add_argument("--" + flag.replace("_", "-"), type=int, default=default, help=f"default {default}")
     parser.add_argument("--target-modules", default="q,v")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sides", choices=["both", "peft"], default="both")
     args = parser.parse_args()
     for flag, known in dict(modes=["train", "eval", "generate"], adapters=["poly", "lora", "none"], dtypes=["f32", "bf16"]).items():

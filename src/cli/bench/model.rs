@@ -142,6 +142,7 @@ impl ModelBench {
             "tok_per_s": f64::from(self.batch * row_tokens) / median,
             "rss_mib": Memory::now().peak_rss_mib,
             "anon_mib": timer.anon_mib,
+            "device_mib": backend.cpu().is_none().then(|| backend.peak_bytes() >> 20),
             "isa": backend.hardware(),
             "threads": backend.host_threads(),
             "loss": loss,
