@@ -221,15 +221,22 @@ python=${POLYTAPE_PYTHON:-python3}
 timeout 60 "$python" -c 'import peft, torch, transformers; assert torch.cuda.is_available()' 2>"$work/log" || python=
 # peer NAME SECONDS TABLE SCRIPT FLAGS...: TABLE is the file with the Markdown.
 peer() {
-    local name=$1 seconds begun=$SECONDS table=$3 outcome=passed
+    local name=$1 seconds begun=$SECONDS table=$3 outcome=passed status
     seconds=$(limit "$2")
     shift 3
     if [ -z "$python" ]; then
         outcome="not run: no Python with torch on this GPU, transformers and peft ($(tail -1 "$work/log" | cut -c1-80))"
     elif [ "$seconds" -le 0 ]; then
         outcome="not run: out of time"
-    elif ! timeout -k 5 "$seconds" "$python" "$@" --bin "$bin/polytape" --device cuda >"$work/out" 2>"$work/peer.log"; then
-        outcome="FAILED or out of time: $(tail -1 "$work/peer.log" | tr '|"' '/ ' | cut -c1-160)"
+    else
+        timeout -k 5 "$seconds" "$python" "$@" --bin "$bin/polytape" --device cuda >"$work/out" 2>"$work/peer.log"
+        status=$?
+        if [ $status = 124 ] || [ $status = 137 ]; then
+            outcome="out of time"
+        elif [ $status != 0 ]; then # Among other things where the two do not compute the same.
+            outcome="FAILED: $(tail -1 "$work/peer.log" | tr '|"' '/ ' | cut -c1-160)"
+            failed=1
+        fi
     fi
     {
         echo

@@ -204,6 +204,7 @@ fn what_does_not_fit_is_seen() {
         assert_eq!(kernels.len(), 3);
         assert_eq!(problems("fine", &kernels["fine"]), [""; 0]);
         assert!(kernels["fine"].shared_bytes >= 40);
+        assert!(problems("wgmma", &kernels["fine"])[0].contains("registers a thread"));
         assert!(problems("local", &kernels["local"])[0].contains("256 bytes in local memory"));
         assert!(problems("unbounded", &kernels["unbounded"])[0].contains("launch bounds"));
     }

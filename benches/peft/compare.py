@@ -15,7 +15,7 @@ For every preset, dtype, adapter and mode:
 The adapter `poly` samples its router in training. `lora` is PEFT's LoRA against a polytape Poly adapter with one skill, one split and
 one task, which has LoRA's parameters. `none` is the frozen base; its training step is the forward and the backward to both embeddings.
 
-With --device cuda both sides run on the GPU, and the memory compared is what each has taken of it (PyTorch: max_memory_allocated).
+With --device cuda both sides run on the GPU, and the memory compared is what each has taken of it, in use or kept for reuse.
 
 The output folder receives runs.jsonl (a line a run), summary.jsonl (a line a combination), table.md and chart.svg. Exit status 1 if a
 check or a run failed. `--sides peft` runs without a polytape binary, on a folder given by --model.
@@ -59,13 +59,12 @@ def peft_model(spec, check=False):
     else:
         model = AutoModelForSeq2SeqLM.from_pretrained(spec["model"], dtype=dtype, dropout_rate=0.0)
         task_type = TaskType.SEQ_2_SEQ_LM
-    model = model.to(spec["device"])
     common = dict(task_type=task_type, r=spec["r"], target_modules=spec["target_modules"].split(","))
     if spec["adapter"] == "none":
         return model.requires_grad_(False)
     if spec["adapter"] == "lora" and not check:
-        return get_peft_model(model, LoraConfig(**common)).to(spec["device"])
-    model = get_peft_model(model, PolyConfig(**common, **routing(spec), init_weights=not check)).to(spec["device"])
+        return get_peft_model(model, LoraConfig(**common))
+    model = get_peft_model(model, PolyConfig(**common, **routing(spec), init_weights=not check))
     if check:
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -83,7 +82,7 @@ def peft_check(spec):
     """Writes the adapter for the other side, and gives the nll of every row of `spec["rows"]`, each run alone."""
     import torch
 
-    model = peft_model(spec, check=True).eval()
+    model = peft_model(spec, check=True).to(spec["device"]).eval()
     if spec["adapter"] != "none":
         model.save_pretrained(spec["adapter_dir"])
     result = []
@@ -108,7 +107,7 @@ def peft_bench(spec):
     import transformers
 
     import_anon_mib = proc_status_mib("RssAnon")
-    model = peft_model(spec)
+    model = peft_model(spec).to(spec["device"])
     vocab = model.config.vocab_size
     random_ids = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (spec["batch"], spec["src"]), generator=random_ids).to(spec["device"])
@@ -171,7 +170,7 @@ def peft_bench(spec):
     median = statistics.median(times)
     return dict(median_s=median, min_s=min(times), tok_per_s=n_tokens / median, rss_mib=proc_status_mib("VmHWM"),
                 anon_mib=memory.peak_mib, import_anon_mib=import_anon_mib,
-                device_mib=torch.cuda.max_memory_allocated() >> 20 if on_gpu else None,
+                device_mib=torch.cuda.max_memory_reserved() >> 20 if on_gpu else None,
                 isa=torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), loss=loss,
                 torch=torch.__version__, transformers=transformers.__version__, peft=peft.__version__)
 
