@@ -6,8 +6,8 @@
 #     scripts/gpu-pack.sh                       # where Rust and NVRTC are
 #     scripts/gpu-battery.sh [RESULTS_DIR]      # where the GPU is, from the repository's root
 #
-# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json, gpu.md and gpu-peft.jsonl as it goes, so that
-# what was learned is there if it is stopped. A part that fails, takes too long or does not exist on this
+# Needs target/gpu-battery/ and this repository, nothing else. Writes gpu.json, gpu.md, gpu-peft.jsonl and gpu.log (what checks
+# that failed said) as it goes, so that what was learned is there if it is stopped. A part that fails, takes too long or does not exist on this
 # machine says so and the others go on; the exit status is that of the checks. POLYTAPE_BATTERY_SECONDS (580)
 # is the time for all of it.
 set -uo pipefail
@@ -86,6 +86,7 @@ check() {
         outcome="skipped: $(grep -m1 "^skipped" "$work/log" | cut -c1-120)"
         failed=1
     fi
+    [ "$outcome" = passed ] || { echo "== $name" && tail -c 200000 "$work/log"; } >>"$results/gpu.log"
     note "$name" "$outcome" $((SECONDS - begun))
     [ "$outcome" = passed ]
 }
