@@ -331,8 +331,6 @@ __device__ inline void bring_rows(Bf16* to, const Bf16* from, size_t row_size, u
     }
 }
 
-__device__ inline u32 pair(Bf16 first, Bf16 second) { return first.bits | u32(second.bits) << 16; }
-
 // Sums and maxima of a row of a fragment: over the four lanes that have it.
 __device__ inline float row_sum(float value) {
     value += __shfl_xor_sync(ALL_LANES, value, 1);
@@ -372,8 +370,8 @@ __device__ inline void add_weighted(float (&out)[DEPTH / 8][4], const float (&fa
         for (u32 i = 0; i < 4; ++i) {
             const float a = factors[2 * j + i / 2][i % 2 * 2], b = factors[2 * j + i / 2][i % 2 * 2 + 1];
             const Bf16 a_high = to_bf16(a), b_high = to_bf16(b);
-            high[i] = pair(a_high, b_high);
-            low[i] = pair(low_half(a, a_high), low_half(b, b_high));
+            high[i] = pack(a_high, b_high);
+            low[i] = pack(low_half(a, a_high), low_half(b, b_high));
         }
 #pragma unroll
         for (u32 c = 0; c < DEPTH; c += 16) {

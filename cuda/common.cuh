@@ -16,6 +16,10 @@ typedef unsigned long long u64;
 #define INFINITY __int_as_float(0x7f800000)
 // 16 bytes at an address that is a multiple of 16, in one instruction.
 __device__ inline uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
+__device__ inline void store_16_bytes(void* to, uint4 bits) { *static_cast<uint4*>(to) = bits; }
+// The same of four.
+__device__ inline u32 load_4_bytes(const void* from) { return *static_cast<const u32*>(from); }
+__device__ inline void store_4_bytes(void* to, u32 bits) { *static_cast<u32*>(to) = bits; }
 // Shared memory of a block: `count` elements, 16-byte aligned. The emulator hands out poisoned
 // memory with guards in its place.
 #define SHARED(type, name, count) __shared__ __align__(16) type name[count]
@@ -46,6 +50,60 @@ __device__ inline Bf16 to_bf16(float value) {
 
 __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(Bf16* to, float value) { *to = to_bf16(value); }
+
+// Two values as the halves of a word, the first one lower.
+__device__ inline u32 pack(Bf16 first, Bf16 second) { return first.bits | u32(second.bits) << 16; }
+__device__ inline float low_value(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ inline float high_value(u32 bits) { return __uint_as_float(bits & 0xffff0000); }
+
+// RUN consecutive elements of a row, 1 or 8: 8 at a multiple of 16 bytes, by 16 bytes an instruction.
+template <u32 RUN>
+__device__ inline void load_run(float (&to)[RUN], const Bf16* from) {
+    if (RUN == 1) {
+        to[0] = widen(*from);
+        return;
+    }
+    const uint4 bits = load_16_bytes(from);
+    const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (u32 i = 0; i < RUN; ++i) to[i] = i % 2 == 0 ? low_value(words[i / 2]) : high_value(words[i / 2]);
+}
+template <u32 RUN>
+__device__ inline void load_run(float (&to)[RUN], const float* from) {
+    if (RUN == 1) {
+        to[0] = *from;
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < RUN; i += 4) {
+        const uint4 bits = load_16_bytes(from + i);
+        const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (u32 j = 0; j < 4 && i + j < RUN; ++j) to[i + j] = __uint_as_float(words[j]);
+    }
+}
+template <u32 RUN>
+__device__ inline void store_run(Bf16* to, const float (&values)[RUN]) {
+    if (RUN == 1) {
+        *to = to_bf16(values[0]);
+        return;
+    }
+    u32 words[4];
+#pragma unroll
+    for (u32 i = 0; i < 4 && 2 * i + 1 < RUN; ++i) words[i] = pack(to_bf16(values[2 * i]), to_bf16(values[2 * i + 1]));
+    store_16_bytes(to, uint4{words[0], words[1], words[2], words[3]});
+}
+template <u32 RUN>
+__device__ inline void store_run(float* to, const float (&values)[RUN]) {
+    if (RUN == 1) {
+        *to = values[0];
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i + 3 < RUN; i += 4)
+        store_16_bytes(to + i, uint4{__float_as_uint(values[i]), __float_as_uint(values[i + 1]),
+                                     __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])});
+}
 
 const u32 WARP = 32;
 const u32 ALL_LANES = 0xffffffff;

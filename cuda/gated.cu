@@ -35,20 +35,45 @@ __device__ inline float activation_slope(u32 f, float x) {
     return sigmoid(x) + x * (sigmoid(x) * sigmoid(-x));
 }
 
+// RUN: 8 where rows are whole runs of 8, else 1 a time.
+template <u32 RUN>
+__device__ inline void gate_run(Item* h, const Item* gate, const Item* up, const float* factors, u32 f, size_t at) {
+    float gates[RUN], ups[RUN], products[RUN];
+    load_run<RUN>(gates, gate + at);
+    if (up) load_run<RUN>(ups, up + at);
+#pragma unroll
+    for (u32 i = 0; i < RUN; ++i) products[i] = factors[i] * (activation(f, gates[i]) * (up ? ups[i] : 1.0f));
+    store_run<RUN>(h + at, products);
+}
+
 extern "C" __global__ void __launch_bounds__(128)
 gated(Item* h, const Item* gate, const Item* up, Dropout dropout, u32 f, u32 d) {
     const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
     if (group * 8 >= d) return;
     float factors[8];
     dropout_factors(dropout, token, group, factors);
+    const size_t at = size_t(token) * d + group * 8;
+    if (d % 8 == 0) return gate_run<8>(h, gate, up, factors, f, at);
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) {
-        const u32 col = group * 8 + i;
-        const size_t at = size_t(token) * d + col;
-        if (col >= d) continue;
-        const float product = activation(f, widen(gate[at])) * (up ? widen(up[at]) : 1.0f);
-        store(&h[at], factors[i] * product);
+    for (u32 i = 0; i < 8; ++i)
+        if (group * 8 + i < d) gate_run<1>(h, gate, up, factors + i, f, at + i);
+}
+
+template <u32 RUN>
+__device__ inline void gate_run_backward(Item* d_gate, Item* d_up, const Item* d_h, const Item* gate, const Item* up,
+                                         const float* factors, u32 f, size_t at) {
+    float gates[RUN], ups[RUN], gradients[RUN], d_gates[RUN], d_ups[RUN];
+    load_run<RUN>(gates, gate + at);
+    load_run<RUN>(gradients, d_h + at);
+    if (up) load_run<RUN>(ups, up + at);
+#pragma unroll
+    for (u32 i = 0; i < RUN; ++i) {
+        const float g = factors[i] * gradients[i];
+        d_gates[i] = g * (up ? ups[i] : 1.0f) * activation_slope(f, gates[i]);
+        d_ups[i] = g * activation(f, gates[i]);
     }
+    store_run<RUN>(d_gate + at, d_gates);
+    if (up) store_run<RUN>(d_up + at, d_ups);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -58,13 +83,9 @@ gated_backward(Item* d_gate, Item* d_up, const Item* d_h, const Item* gate, cons
     if (group * 8 >= d) return;
     float factors[8];
     dropout_factors(dropout, token, group, factors);
+    const size_t at = size_t(token) * d + group * 8;
+    if (d % 8 == 0) return gate_run_backward<8>(d_gate, d_up, d_h, gate, up, factors, f, at);
 #pragma unroll
-    for (u32 i = 0; i < 8; ++i) {
-        const u32 col = group * 8 + i;
-        const size_t at = size_t(token) * d + col;
-        if (col >= d) continue;
-        const float g = factors[i] * widen(d_h[at]), x = widen(gate[at]);
-        store(&d_gate[at], g * (up ? widen(up[at]) : 1.0f) * activation_slope(f, x));
-        if (up) store(&d_up[at], g * activation(f, x));
-    }
+    for (u32 i = 0; i < 8; ++i)
+        if (group * 8 + i < d) gate_run_backward<1>(d_gate, d_up, d_h, gate, up, factors + i, f, at + i);
 }

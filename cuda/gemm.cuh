@@ -248,6 +248,31 @@ __device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared
         finish(at / N, at % N, staged[at / N * PITCH + at % N]);
 }
 
+// Calls results.finish(row, col, first, second, fetched) for each two neighbours in a row of a tile, straight from the
+// registers that hold them; `fetched` is what results.fetch(row, col) gave. All of a part is fetched before any of it is
+// finished, or each load would wait for the store before it. A part of the registers at a time, which have no index, so
+// that the text of `finish` is there once.
+template <class Results>
+__device__ inline void for_each_pair(const MmaTile& tile, const Results& results, u32 row0, u32 col0) {
+    const u32 row = row0 + warp_row() + lane() / 4, col = col0 + warp_col() + lane() % 4 * 2;
+#pragma unroll 1
+    for (u32 part = 0; part < 4; ++part) {
+        u32 fetched[8];
+        float values[8][2];
+#pragma unroll
+        for (u32 at = 0; at < 8; ++at) fetched[at] = results.fetch(row + part * 16 + at % 2 * 8, col + at / 2 * 8);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            if (i != part) continue;
+#pragma unroll
+            for (u32 at = 0; at < 16; ++at) values[at / 2][at % 2] = tile.values[i][at / 4][at % 4];
+        }
+#pragma unroll
+        for (u32 at = 0; at < 8; ++at)
+            results.finish(row + part * 16 + at % 2 * 8, col + at / 2 * 8, values[at][0], values[at][1], fetched[at]);
+    }
+}
+
 typedef MmaTile ItemTile;  // What frozen weights are multiplied in.
 #else
 typedef ScalarTile ItemTile;

@@ -35,6 +35,10 @@ __device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, co
     const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N;
     multiply<true>(tile, x, weight, n_tokens, d_out, d_in, row0, col0, shared);
     const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
+#if POLYTAPE_BF16
+    const ForwardPairs<Out> pairs = {y, epilogue, n_tokens, d_out};
+    if (pairs.are_possible(expanded)) return for_each_pair(tile, pairs, row0, col0);
+#endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_out)
             finish(y, epilogue, expanded, value, row0 + row, col0 + col, d_out);
@@ -152,6 +156,10 @@ linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u3
         multiply<false>(tile, term.d_y, term.weight, n_tokens, d_in, term.d_out, row0, col0, shared);
         if (term.d_z) expanded = expand_tile(tile, term, n_tokens, d_in, row0, col0, shared);
     }
+#if POLYTAPE_BF16
+    const BackwardPairs pairs = {d_x, d_residual, n_tokens, d_in};
+    if (pairs.are_possible()) return for_each_pair(tile, pairs, row0, col0);
+#endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_in)
             finish(d_x, d_residual, terms, expanded, value, row0 + row, col0 + col, d_in);

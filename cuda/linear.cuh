@@ -52,6 +52,70 @@ __device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, f
     store(&y[at], value);
 }
 
+#if POLYTAPE_BF16
+
+__device__ inline void store_pair(Bf16* to, float first, float second) {
+    store_4_bytes(to, pack(to_bf16(first), to_bf16(second)));
+}
+__device__ inline void store_pair(float* to, float first, float second) {
+    store(to, first);
+    store(to + 1, second);
+}
+
+// The results of `linear` by twos, for `for_each_pair`: where pairs lie at multiples of their size, and the sums have the
+// low-rank part.
+template <class Out>
+struct ForwardPairs {
+    Out* y;
+    const Epilogue& epilogue;
+    u32 m, n;
+    __device__ bool are_possible(bool expanded) const { return n % 2 == 0 && (expanded || !epilogue.expand.z); }
+    __device__ u32 fetch(u32 row, u32 col) const {
+        const bool there = epilogue.residual && row < m && col < n;
+        return there ? load_4_bytes(epilogue.residual + size_t(row) * n + col) : 0;
+    }
+    __device__ void finish(u32 row, u32 col, float first, float second, u32 residual) const {
+        if (row >= m || col >= n) return;
+        if (epilogue.bias) {
+            first += epilogue.bias[col];
+            second += epilogue.bias[col + 1];
+        }
+        if (epilogue.dropout.tokens) {
+            float factors[2];
+            dropout_factors(epilogue.dropout, row, col, factors);
+            first = factors[0] == 0.0f ? 0.0f : factors[0] * first;
+            second = factors[1] == 0.0f ? 0.0f : factors[1] * second;
+        }
+        if (epilogue.residual) {
+            first += low_value(residual);
+            second += high_value(residual);
+        }
+        store_pair(y + size_t(row) * n + col, first, second);
+    }
+};
+
+// The same of `linear_backward`.
+struct BackwardPairs {
+    Item* d_x;
+    const Item* d_residual;
+    u32 m, n;
+    __device__ bool are_possible() const { return n % 2 == 0; }
+    __device__ u32 fetch(u32 row, u32 col) const {
+        const bool there = d_residual && row < m && col < n;
+        return there ? load_4_bytes(d_residual + size_t(row) * n + col) : 0;
+    }
+    __device__ void finish(u32 row, u32 col, float first, float second, u32 residual) const {
+        if (row >= m || col >= n) return;
+        if (d_residual) {
+            first += low_value(residual);
+            second += high_value(residual);
+        }
+        store_pair(d_x + size_t(row) * n + col, first, second);
+    }
+};
+
+#endif
+
 const u32 MAX_TERMS = 4;
 
 struct Term {

@@ -4,7 +4,8 @@
 // linear.cu. An element's bits depend neither on its place in a tile nor on the other rows.
 //
 //   warps 0..8, two warpgroups    a tile's upper and lower 64 rows: wait for a stage, multiply, give it back;
-//                                 then the LoRA, and `finish` by way of 16 x 32 sums a warp in shared memory
+//                                 then the LoRA, and `finish` from registers by twos, or where it must be one by one by
+//                                 way of 16 x 32 sums a warp in shared memory
 //   warp 8, its first thread      copies boxes into the stages, up to four ahead, also of the next tile
 //
 // Stage s has two barriers: `full` ends a phase when both boxes have come, `empty` when each of the eight
@@ -93,9 +94,6 @@ __device__ inline void multiply_stage(WgmmaTile<N>& tile, const char* stage) {
     }
     wgmma_commit();
 }
-
-// Two values as the bf16 of their high or low halves.
-__device__ inline u32 pack(Bf16 first, Bf16 second) { return first.bits | u32(second.bits) << 16; }
 
 // `multiply_tail` of gemm.cuh, a warp by itself: its 16 rows start at row0, and both operands are read into
 // registers where `mma` wants them. Sums are registers as well, which have no index: a part of them is what one of
@@ -188,6 +186,30 @@ __device__ inline void for_each(const WgmmaTile<N>& tile, Finish finish, float* 
     }
 }
 
+// `for_each_pair` of gemm.cuh, of a warp's 16 rows.
+template <u32 N, class Results>
+__device__ inline void for_each_pair(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0) {
+    const u32 row = row0 + lane() / 4, col = col0 + lane() % 4 * 2;
+#pragma unroll 1
+    for (u32 part = 0; part < N / PART_COLS; ++part) {
+        u32 fetched[8];
+        float values[8][2];
+#pragma unroll
+        for (u32 at = 0; at < 8; ++at)
+            fetched[at] = results.fetch(row + at % 2 * 8, col + part * PART_COLS + at / 2 * 8);
+#pragma unroll
+        for (u32 i = 0; i < N / PART_COLS; ++i) {
+            if (i != part) continue;
+#pragma unroll
+            for (u32 at = 0; at < 16; ++at) values[at / 2][at % 2] = tile.values[i * PART_COLS / 2 + at];
+        }
+#pragma unroll
+        for (u32 at = 0; at < 8; ++at)
+            results.finish(row + at % 2 * 8, col + part * PART_COLS + at / 2 * 8, values[at][0], values[at][1],
+                           fetched[at]);
+    }
+}
+
 // Brings all stages of this block's tiles, in order. One thread.
 template <bool TRANSPOSED, u32 N, class Problem>
 __device__ inline void produce(const Stages<N>& shared, const Problem& problem) {
@@ -238,10 +260,7 @@ __device__ inline void consume(const Stages<N>& shared, const Problem& problem) 
             if (lane() == 0) barrier_arrive(shared.empty_of(count - 1));
             problem.expand(sums, term, row0, col0);
         }
-        const auto finish_one = [&](u32 row, u32 col, float value) {
-            if (row0 + row < problem.m && col0 + col < problem.n) problem.finish(value, row0 + row, col0 + col);
-        };
-        for_each(sums, finish_one, staged);
+        problem.finish(sums, row0, col0, staged);
     }
 }
 
@@ -285,8 +304,15 @@ struct Forward {
             multiply_tail(tile, expand.z, expand.mixed_b, expand.token_rows, m, n, rank, row0, col0,
                           size_t(rank) * n, n, 1);
     }
-    __device__ void finish(float value, u32 row, u32 col) const {
-        ::finish(y, epilogue, is_expanded(), value, row, col, n);
+    template <u32 N>
+    __device__ void finish(const WgmmaTile<N>& tile, u32 row0, u32 col0, float* staged) const {
+        const ForwardPairs<Out> pairs = {y, epilogue, m, n};
+        if (pairs.are_possible(is_expanded())) return for_each_pair(tile, pairs, row0, col0);
+        const auto finish_one = [&](u32 row, u32 col, float value) {
+            if (row0 + row < m && col0 + col < n)
+                ::finish(y, epilogue, is_expanded(), value, row0 + row, col0 + col, n);
+        };
+        for_each(tile, finish_one, staged);
     }
 };
 
@@ -312,8 +338,9 @@ struct Backward {
             multiply_tail(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, row0, col0,
                           size_t(n) * term.rank, 1, term.rank);
     }
-    __device__ void finish(float value, u32 row, u32 col) const {
-        ::finish(d_x, d_residual, terms, true, value, row, col, n);
+    template <u32 N>
+    __device__ void finish(const WgmmaTile<N>& tile, u32 row0, u32 col0, float*) const {
+        for_each_pair(tile, BackwardPairs{d_x, d_residual, m, n}, row0, col0);  // Rows are whole chunks: `copy_box`.
     }
 };
 

@@ -46,7 +46,7 @@ struct Dropout {
 };
 
 // The eight factors of columns 8 * group ... 8 * group + 7 of a token.
-__device__ inline void dropout_factors(const Dropout& dropout, u32 token, u32 group, float* factors) {
+__device__ inline void dropout_factors(const Dropout& dropout, u32 token, u32 group, float (&factors)[8]) {
     if (!dropout.tokens) {
         for (u32 i = 0; i < 8; ++i) factors[i] = 1.0f;
         return;
@@ -60,14 +60,22 @@ __device__ inline void dropout_factors(const Dropout& dropout, u32 token, u32 gr
     }
 }
 
-// The factor of one element.
-__device__ inline float dropout_factor(const Dropout& dropout, u32 token, u32 col) {
-    if (!dropout.tokens) return 1.0f;
+// The factors of columns col and col + 1 of a token; col is even.
+__device__ inline void dropout_factors(const Dropout& dropout, u32 token, u32 col, float (&factors)[2]) {
     const TokenKey at = dropout.tokens[token];
     const Block block = philox(dropout.key, col / 8, at.position, at.example, dropout.site);
     const u32 pair = col % 8 / 2;
     // Not an index: a run-time one would put the words into local memory.
     const u32 word = pair == 0 ? block.words[0] : pair == 1 ? block.words[1]
                    : pair == 2 ? block.words[2] : block.words[3];
-    return (word >> (16 * (col % 2)) & 0xffff) < dropout.threshold ? 0.0f : dropout.scale;
+    factors[0] = (word & 0xffff) < dropout.threshold ? 0.0f : dropout.scale;
+    factors[1] = word >> 16 < dropout.threshold ? 0.0f : dropout.scale;
+}
+
+// The factor of one element.
+__device__ inline float dropout_factor(const Dropout& dropout, u32 token, u32 col) {
+    if (!dropout.tokens) return 1.0f;
+    float factors[2];
+    dropout_factors(dropout, token, col / 2 * 2, factors);
+    return col % 2 == 0 ? factors[0] : factors[1];
 }

@@ -408,12 +408,26 @@ void copy_async_wait() {
     }
 }
 
-// The twin of cuda/common.cuh.
+// The twins of cuda/common.cuh.
 inline uint4 load_16_bytes(const void* from) {
-    if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("a vector load that is not aligned");
-    uint4 loaded;
+    uint4 loaded = {};
+    if (reinterpret_cast<uintptr_t>(from) % 16) return emulator::fail("a vector load that is not aligned"), loaded;
     memcpy(&loaded, from, sizeof loaded);
     return loaded;
+}
+inline void store_16_bytes(void* to, uint4 bits) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) return emulator::fail("a vector store that is not aligned");
+    memcpy(to, &bits, sizeof bits);
+}
+inline unsigned load_4_bytes(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 4) return emulator::fail("a load that is not aligned"), 0;
+    unsigned loaded;
+    memcpy(&loaded, from, sizeof loaded);
+    return loaded;
+}
+inline void store_4_bytes(void* to, unsigned bits) {
+    if (reinterpret_cast<uintptr_t>(to) % 4) return emulator::fail("a store that is not aligned");
+    memcpy(to, &bits, sizeof bits);
 }
 
 namespace emulator {

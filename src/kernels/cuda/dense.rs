@@ -87,7 +87,10 @@ pub(super) fn gather(cuda: &Cuda, args: Gather<'_, Cuda>) -> Tensor<Cuda> {
     y
 }
 
-const NORM_THREADS: u32 = 256;
+/// Threads of a norm's block: whole warps for 8 columns each, `NORM_THREADS` of `cuda/norm.cu` at most.
+fn norm_threads(d: usize) -> u32 {
+    narrow(d.div_ceil(8)).next_multiple_of(32).clamp(32, 256)
+}
 
 pub(super) fn norm(cuda: &Cuda, args: Norm<'_, Cuda>) -> Normed<Cuda> {
     let Norm { x, weight, bias, centered, eps } = args;
@@ -99,7 +102,7 @@ pub(super) fn norm(cuda: &Cuda, args: Norm<'_, Cuda>) -> Normed<Cuda> {
     let kernel = kernel.arg(mean.as_mut().map_or(0, Tensor::address_mut));
     let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
     let kernel = kernel.arg(bias.map_or(0, |bias| bias.vector(d)));
-    kernel.arg(eps).count(d).launch([rows, 1, 1], NORM_THREADS);
+    kernel.arg(eps).count(d).launch([rows, 1, 1], norm_threads(d));
     Normed { y, stats: NormStats { mean, rstd } }
 }
 
@@ -116,7 +119,7 @@ pub(super) fn norm_again(cuda: &Cuda, args: NormAgain<'_, Cuda>) -> Tensor<Cuda>
     let kernel = kernel.arg(stats.rstd.full(rows, 1)).arg(means(stats, rows));
     let kernel = kernel.arg(x.activation(cuda, rows, d)).arg(weight.vector(d));
     let kernel = kernel.arg(bias.map_or(0, |bias| bias.vector(d)));
-    kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
+    kernel.count(d).launch([rows, 1, 1], norm_threads(d));
     y
 }
 
@@ -134,7 +137,7 @@ pub(super) fn norm_backward(cuda: &Cuda, args: NormBackward<'_, Cuda>) -> Tensor
     let kernel = kernel.arg(d_y.activation(cuda, rows, d)).arg(x.activation(cuda, rows, d));
     let kernel = kernel.arg(weight.vector(d)).arg(stats.rstd.full(rows, 1));
     let kernel = kernel.arg(means(stats, rows));
-    kernel.count(d).launch([rows, 1, 1], NORM_THREADS);
+    kernel.count(d).launch([rows, 1, 1], norm_threads(d));
     d_x
 }
 
