@@ -16,6 +16,14 @@ typedef unsigned long long u64;
 #define INFINITY __int_as_float(0x7f800000)
 // 16 bytes at an address that is a multiple of 16, in one instruction.
 __device__ inline uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
+// The same, of what is read once.
+__device__ inline uint4 stream_16_bytes(const void* from) {
+    uint4 bits;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(from));
+    return bits;
+}
 __device__ inline void store_16_bytes(void* to, uint4 bits) { *static_cast<uint4*>(to) = bits; }
 // The same of four.
 __device__ inline u32 load_4_bytes(const void* from) { return *static_cast<const u32*>(from); }

@@ -83,6 +83,21 @@ __device__ inline void for_each(const ScalarTile& tile, Finish finish, void* sha
 
 #if POLYTAPE_BF16
 
+// Eight neighbours along the depth as four words, zeros behind the first n. ALIGNED: all or none, at a multiple of 16 bytes.
+// STREAMED: once.
+template <bool ALIGNED, bool STREAMED = false>
+__device__ inline void load_words(u32 (&to)[4], const Bf16* from, u32 n) {
+    if (ALIGNED) {
+        uint4 bits = {0, 0, 0, 0};
+        if (n > 0) bits = STREAMED ? stream_16_bytes(from) : load_16_bytes(from);
+        to[0] = bits.x, to[1] = bits.y, to[2] = bits.z, to[3] = bits.w;
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            to[i] = pack(2 * i < n ? from[2 * i] : Bf16{0}, 2 * i + 1 < n ? from[2 * i + 1] : Bf16{0});
+    }
+}
+
 // On tensor cores, for bf16: 128 x 128, a warp owns 64 x 32 as 4 x 4 fragments of 16 x 8. Steps of 32
 // along the depth, three of them in shared memory, two on their way.
 struct MmaTile {

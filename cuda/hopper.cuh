@@ -107,6 +107,18 @@ __device__ inline void registers_down_to() {
         "+f"(d[i + 7])
 
 template <bool TRANSPOSED>
+__device__ inline void wgmma(float (&d)[32], u64 left, u64 right) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, 1, 1, 1, 0, %34;"
+        : D8(0), D8(8), D8(16), D8(24)
+        : "l"(left), "l"(right), "n"(TRANSPOSED ? 0 : 1)
+        : "memory");
+}
+
+template <bool TRANSPOSED>
 __device__ inline void wgmma(float (&d)[64], u64 left, u64 right) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "

@@ -7,9 +7,11 @@
 // Grid: x = tiles of columns, y = tiles of tokens. Block: GEMM_THREADS. The order of the sums is that
 // of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
 // may be d_residual (null: none).
-// `linear_dot` is the same forward for few tokens: a warp owns a column and streams its weights once
-// for 8 tokens; a lane adds every 32nd run of 16 bytes' features in order, then a tree over the lanes.
-// Grid: x = columns / 8, y = tokens / 8.
+// `linear_dot` is the same forward for few tokens: it streams the weights once for all of a block's tokens. In f32 a warp
+// owns a column for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes. Grid: x =
+// columns / 8, y = tokens / 8. In bf16 a block has 16 columns for 8 * TILES tokens, on tensor cores whose rows are the
+// columns; a warp adds every 8th 32 features in order, then the warps in order. Grid: x = columns / 16, y = tokens / (8 *
+// TILES), which changes no bits.
 #include "gemm.cuh"
 #include "linear.cuh"
 
@@ -57,29 +59,95 @@ linear_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 
     linear_tile(y, x, weight, epilogue, n_tokens, d_in, d_out);
 }
 
+#if POLYTAPE_BF16
+
+const u32 DOT_COLUMNS = 16, DOT_WARPS = 8, DOT_DEPTH = 32;
+const u32 DOT_PITCH = DOT_COLUMNS + 4;  // Of a token's sums in shared memory, without bank conflicts.
+
+// Adds this warp's part of the products of 16 columns with 8 tokens a tile. Which of an instruction's 16 products are of which
+// feature is free, as long as both factors have the same: a lane's are eight neighbours.
+template <bool ALIGNED, u32 TILES>
+__device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const Item* weight, u32 token0, u32 col0,
+                                u32 n_tokens, u32 d_in, u32 d_out) {
+    const u32 g = lane() / 4;
+    const int AHEAD = TILES <= 2 ? 8 : TILES <= 4 ? 4 : 2;  // As many loads under way as there are registers for.
+#pragma unroll AHEAD
+    for (u32 k0 = threadIdx.x / WARP * DOT_DEPTH; k0 < d_in; k0 += DOT_WARPS * DOT_DEPTH) {
+        const u32 k = k0 + lane() % 4 * 8, n = k < d_in ? min(8u, d_in - k) : 0;
+        u32 left[2][4];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            const u32 col = col0 + g + h * 8;
+            load_words<ALIGNED, true>(left[h], weight + size_t(col) * d_in + k, col < d_out ? n : 0);
+        }
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+            const u32 token = token0 + tile * 8 + g;
+            u32 right[4];
+            load_words<ALIGNED>(right, x + size_t(token) * d_in + k, token < n_tokens ? n : 0);
+#pragma unroll
+            for (u32 i = 0; i < 4; i += 2) {
+                const u32 lefts[4] = {left[0][i], left[1][i], left[0][i + 1], left[1][i + 1]};
+                mma(sums[tile], lefts, right[i], right[i + 1]);
+            }
+        }
+    }
+}
+
+template <u32 TILES, class Out>
+__device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
+                                   u32 n_tokens, u32 d_in, u32 d_out) {
+    const u32 TOKENS = 8 * TILES, col0 = blockIdx.x * DOT_COLUMNS, token0 = blockIdx.y * TOKENS;
+    SHARED(float, partials, DOT_WARPS * TOKENS * DOT_PITCH);
+    float sums[TILES][4] = {};
+    if (d_in % 8 == 0)
+        add_dots<true>(sums, x, weight, token0, col0, n_tokens, d_in, d_out);
+    else
+        add_dots<false>(sums, x, weight, token0, col0, n_tokens, d_in, d_out);
+    float* own = partials + threadIdx.x / WARP * TOKENS * DOT_PITCH;
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e)
+            own[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = sums[tile][e];
+    __syncthreads();
+#pragma unroll 1
+    for (u32 at = threadIdx.x; at < TOKENS * DOT_COLUMNS; at += DOT_WARPS * WARP) {
+        const u32 token = at / DOT_COLUMNS, col = at % DOT_COLUMNS;
+        if (token0 + token >= n_tokens || col0 + col >= d_out) continue;
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 warp = 0; warp < DOT_WARPS; ++warp) sum += partials[(warp * TOKENS + token) * DOT_PITCH + col];
+        finish(y, epilogue, false, sum, token0 + token, col0 + col, d_out);
+    }
+}
+
+#define LINEAR_DOT(name, Out, tiles)                                                                            \
+    extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)                                               \
+    name(Out* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {     \
+        dot_columns<tiles>(y, x, weight, epilogue, n_tokens, d_in, d_out);                                      \
+    }
+LINEAR_DOT(linear_dot_1, Item, 1)
+LINEAR_DOT(linear_dot_2, Item, 2)
+LINEAR_DOT(linear_dot_4, Item, 4)
+LINEAR_DOT(linear_dot_8, Item, 8)
+LINEAR_DOT(linear_full_dot_1, float, 1)
+LINEAR_DOT(linear_full_dot_2, float, 2)
+LINEAR_DOT(linear_full_dot_4, float, 4)
+LINEAR_DOT(linear_full_dot_8, float, 8)
+
+#else
+
 const u32 DOT_TOKENS = 8;   // Sums of a lane.
 const u32 DOT_COLUMNS = 8;  // Warps of a block.
-const u32 DOT_RUN = 16 / sizeof(Item);  // Consecutive features of a lane: what one instruction loads.
+const u32 DOT_RUN = 4;      // Consecutive features of a lane: what one instruction loads.
 
 // DOT_RUN values, zeros behind the first n. ALIGNED: all are there, at a multiple of 16 bytes.
 template <bool ALIGNED>
-__device__ inline void load_run(float (&to)[DOT_RUN], const Item* from, u32 n) {
-    if (ALIGNED) {
-        const uint4 bits = load_16_bytes(from);
-        const u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+__device__ inline void load_part(float (&to)[DOT_RUN], const float* from, u32 n) {
+    if (ALIGNED) return load_run<DOT_RUN>(to, from);
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-#if POLYTAPE_BF16
-            to[2 * i] = __uint_as_float(words[i] << 16);
-            to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
-#else
-            to[i] = __uint_as_float(words[i]);
-#endif
-        }
-    } else {
-#pragma unroll
-        for (u32 i = 0; i < DOT_RUN; ++i) to[i] = i < n ? widen(from[i]) : 0.0f;
-    }
+    for (u32 i = 0; i < DOT_RUN; ++i) to[i] = i < n ? from[i] : 0.0f;
 }
 
 // Adds this lane's part of the dot products of 8 tokens with one row of weights.
@@ -88,11 +156,11 @@ __device__ inline void add_dots(float (&sums)[DOT_TOKENS], const Item* x, const 
                                 u32 d_in) {
     for (u32 first = lane() * DOT_RUN; first < d_in; first += WARP * DOT_RUN) {
         float left[DOT_RUN], right[DOT_RUN];
-        load_run<ALIGNED>(left, w + first, d_in - first);
+        load_part<ALIGNED>(left, w + first, d_in - first);
 #pragma unroll
         for (u32 t = 0; t < DOT_TOKENS; ++t) {
             if (token0 + t < n_tokens) {
-                load_run<ALIGNED>(right, x + size_t(token0 + t) * d_in + first, d_in - first);
+                load_part<ALIGNED>(right, x + size_t(token0 + t) * d_in + first, d_in - first);
 #pragma unroll
                 for (u32 i = 0; i < DOT_RUN; ++i) sums[t] = fmaf(left[i], right[i], sums[t]);
             }
@@ -100,9 +168,8 @@ __device__ inline void add_dots(float (&sums)[DOT_TOKENS], const Item* x, const 
     }
 }
 
-template <class Out>
-__device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
-                                   u32 n_tokens, u32 d_in, u32 d_out) {
+extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
+linear_dot(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
     const u32 col = blockIdx.x * DOT_COLUMNS + threadIdx.x / WARP, token0 = blockIdx.y * DOT_TOKENS;
     if (col >= d_out) return;  // A whole warp.
     const Item* w = weight + size_t(col) * d_in;
@@ -122,16 +189,7 @@ __device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, co
     if (lane() < DOT_TOKENS && token < n_tokens) finish(y, epilogue, false, own, token, col, d_out);
 }
 
-extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
-linear_dot(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
-    dot_columns(y, x, weight, epilogue, n_tokens, d_in, d_out);
-}
-
-extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
-linear_dot_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in,
-                u32 d_out) {
-    dot_columns(y, x, weight, epilogue, n_tokens, d_in, d_out);
-}
+#endif
 
 // Adds d_z A^T of one sibling to a whole tile, where the tile can.
 __device__ inline bool expand_tile(ScalarTile&, const Term&, u32, u32, u32, u32, void*) { return false; }

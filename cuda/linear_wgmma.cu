@@ -6,13 +6,13 @@
 //   warps 0..8, two warpgroups    a tile's upper and lower 64 rows: wait for a stage, multiply, give it back;
 //                                 then the LoRA, and `finish` from registers by twos, or where it must be one by one by
 //                                 way of 16 x 32 sums a warp in shared memory
-//   warp 8, its first thread      copies boxes into the stages, up to four ahead, also of the next tile
+//   warp 8, its first thread      copies boxes into the stages, as many ahead as there are, also of the next tile
 //
 // Stage s has two barriers: `full` ends a phase when both boxes have come, `empty` when each of the eight
 // warps has read it. What is n-th in a stage waits for the n-th phase of `full`, and is brought after phase
 // n - 1 of `empty`: both sides count alike what they have brought or read.
 //
-// Tiles are 128 x N, of a depth of 64 at a time. The host chooses N by the shape of the weight alone, gives maps
+// Tiles are 128 x N, of a depth of 64 at a time. The host chooses N such that all multiprocessors have work, gives maps
 // with boxes of 64 columns (128 rows of lhs; of a weight N rows forward, 64 backward), and depths that are multiples
 // of 8, as copies want. Grid: x = as many blocks as there are multiprocessors, or tiles. Block: WGMMA_THREADS, with
 // Stages<N>::SHARED_BYTES of dynamic shared memory.
@@ -36,7 +36,7 @@ const u32 STAGED_PITCH = PART_COLS + 8;              // in shared memory without
 
 template <u32 N>
 struct Stages {
-    static const u32 M = 128, K = LINE, COUNT = 4;
+    static const u32 M = 128, K = LINE, COUNT = N == 64 ? 8 : 4;
     static const u32 LEFT_BYTES = 2 * M * K, BYTES = LEFT_BYTES + 2 * N * K;
     static const u32 STAGED_BYTES = 4 * WGMMA_WARPS * 16 * STAGED_PITCH;
     // The first GROUP_BYTES are for the start to be a multiple of that.
@@ -350,8 +350,10 @@ struct Backward {
          u32 n_tokens, u32 d_in, u32 d_out) {                                                                      \
         multiply_all<true, N>(Forward<Out>{y, x, weight, epilogue, n_tokens, d_out, d_in});                        \
     }
+LINEAR_WGMMA(linear_wgmma_64, Item, 64)
 LINEAR_WGMMA(linear_wgmma_128, Item, 128)
 LINEAR_WGMMA(linear_wgmma_256, Item, 256)
+LINEAR_WGMMA(linear_full_wgmma_64, float, 64)
 LINEAR_WGMMA(linear_full_wgmma_128, float, 128)
 LINEAR_WGMMA(linear_full_wgmma_256, float, 256)
 
@@ -361,6 +363,7 @@ LINEAR_WGMMA(linear_full_wgmma_256, float, 256)
          const __grid_constant__ Terms terms, u32 n_tokens, u32 d_in) {                                    \
         multiply_all<false, N>(Backward{d_x, d_residual, maps, terms, n_tokens, d_in});                    \
     }
+LINEAR_BACKWARD_WGMMA(linear_backward_wgmma_64, 64)
 LINEAR_BACKWARD_WGMMA(linear_backward_wgmma_128, 128)
 LINEAR_BACKWARD_WGMMA(linear_backward_wgmma_256, 256)
 

@@ -3,9 +3,9 @@
 //
 // `thin_product`: z[t, r] = scale * sum_k lhs[t, k] * right[row(t), k, r] for tokens of one routing row.
 //   lhs [tokens, depth] bf16   right [rows, depth, rank] or (ALONG_DEPTH) [rows, rank, depth] f32
-//   tiles [n] = up to 32 consecutive tokens of one routing row
-// Grid: x = tiles, y = ranks / 16. Block: GEMM_THREADS. Of each 128 of the depth, four pairs of warps add
-// 32 each, in order; then the four sums are added in order: a token's bits do not depend on the tile.
+//   tiles [n] = up to 16 consecutive tokens of one routing row
+// Grid: x = tiles, y = ranks / 16. Block: GEMM_THREADS. A warp adds every 8th 32 of the depth, in order, straight from
+// global memory, then the warps' sums are added in order: a token's bits do not depend on the tile.
 //
 // `thin_outer`: out[i, r] = sum_t wide[t, i] * thin[t, r] over the tokens of one routing row, run after run.
 //   wide [tokens, width] bf16   thin [tokens, rank] f32   out [width, rank] or (rank_first) [rank, width]
@@ -23,77 +23,88 @@ struct RunTile {
 // The sum of both halves' products. An infinity that met a low half of 0 is NaN there: `high` has it right.
 __device__ inline float both_halves(float high, float low) { return fabsf(high) < INFINITY ? high + low : high; }
 
-const u32 THIN_TOKENS = 32, THIN_RANKS = 16, THIN_DEPTH = 128;
+const u32 THIN_TOKENS = 16, THIN_RANKS = 16, THIN_DEPTH = 32, THIN_WARPS = GEMM_THREADS / WARP;
+
+// Adds this warp's part: `high` and `low` are [16 tokens, 16 ranks] as fragments of 8 ranks. Which of an instruction's 16
+// products are of which depth is free, as long as both factors have the same: a lane's are eight neighbours.
+template <bool ALONG_DEPTH, bool ALIGNED>
+__device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const Bf16* lhs, const float* right, u32 n_tokens,
+                                u32 depth, u32 rank, u32 first_rank) {
+    const u32 g = lane() / 4, t = lane() % 4;
+    const u32 n_groups = rank - first_rank > 8 ? 2 : 1;
+#pragma unroll 4
+    for (u32 k0 = threadIdx.x / WARP * THIN_DEPTH; k0 < depth; k0 += THIN_WARPS * THIN_DEPTH) {
+        const u32 k = k0 + t * 8, n = k < depth ? min(8u, depth - k) : 0;
+        u32 left[2][4];
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+            load_words<ALIGNED>(left[h], lhs + size_t(g + h * 8) * depth + k, g + h * 8 < n_tokens ? n : 0);
+#pragma unroll
+        for (u32 group = 0; group < 2; ++group) {
+            if (group >= n_groups) continue;
+            const u32 r = first_rank + group * 8 + g, n_own = r < rank ? n : 0;
+            float values[8];
+            if (ALONG_DEPTH && ALIGNED) {
+                if (n_own > 0) load_run<8>(values, right + size_t(r) * depth + k);
+                else
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) values[i] = 0.0f;
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) {
+                    const size_t from = ALONG_DEPTH ? size_t(r) * depth + k + i : size_t(k + i) * rank + r;
+                    values[i] = i < n_own ? right[from] : 0.0f;
+                }
+            }
+            u32 highs[4], lows[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const Bf16 first = to_bf16(values[2 * i]), second = to_bf16(values[2 * i + 1]);
+                highs[i] = pack(first, second);
+                lows[i] = pack(low_half(values[2 * i], first), low_half(values[2 * i + 1], second));
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i += 2) {
+                const u32 lefts[4] = {left[0][i], left[1][i], left[0][i + 1], left[1][i + 1]};
+                mma(high[group], lefts, highs[i], highs[i + 1]);
+                mma(low[group], lefts, lows[i], lows[i + 1]);
+            }
+        }
+    }
+}
 
 template <bool ALONG_DEPTH>
 __device__ inline void thin_product(float* z, const Bf16* lhs, const float* right, const RunTile& tile, u32 depth,
                                     u32 rank, float scale) {
-    const u32 OPERAND = THIN_TOKENS * THIN_DEPTH;
-    SHARED(Bf16, memory, 2 * 2 * OPERAND);  // Two steps of two operands.
-    const u32 first_rank = blockIdx.y * THIN_RANKS, warp = threadIdx.x / WARP, l = lane();
-    const u32 row = warp % 2 * 16, k0 = warp / 2 * 32;
+    SHARED(float, partials, THIN_WARPS * THIN_TOKENS * 2 * THIN_RANKS);
+    const u32 first_rank = blockIdx.y * THIN_RANKS, g = lane() / 4, t = lane() % 4 * 2;
     lhs += size_t(tile.first) * depth;
     right += size_t(tile.row) * depth * rank;
-    float values[4][4] = {};  // Columns: 16 ranks' high halves, then their low ones.
-    const u32 n_steps = (depth + THIN_DEPTH - 1) / THIN_DEPTH;
-    const auto start = [&](u32 step) {
-        if (step < n_steps) {
-            Bf16 *lefts = memory + step % 2 * 2 * OPERAND, *rights = lefts + OPERAND;
-            bring<THIN_TOKENS, THIN_DEPTH>(lefts, lhs, tile.n, depth, 0, step * THIN_DEPTH);
+    float high[2][4] = {}, low[2][4] = {};
+    if (depth % 8 == 0)
+        add_thin<ALONG_DEPTH, true>(high, low, lhs, right, tile.n, depth, rank, first_rank);
+    else
+        add_thin<ALONG_DEPTH, false>(high, low, lhs, right, tile.n, depth, rank, first_rank);
+    float* own = partials + threadIdx.x / WARP * THIN_TOKENS * 2 * THIN_RANKS;  // Of a token 16 high sums, then 16 low ones.
 #pragma unroll
-            for (u32 i = 0; i < THIN_RANKS * THIN_DEPTH / GEMM_THREADS; ++i) {
-                const u32 at = threadIdx.x + i * GEMM_THREADS;
-                const u32 k = ALONG_DEPTH ? at % THIN_DEPTH : at / THIN_RANKS;
-                const u32 r = ALONG_DEPTH ? at / THIN_DEPTH : at % THIN_RANKS;
-                const u32 from_k = step * THIN_DEPTH + k, from_r = first_rank + r;
-                const size_t from = ALONG_DEPTH ? size_t(from_r) * depth + from_k : size_t(from_k) * rank + from_r;
-                const float value = from_k < depth && from_r < rank ? right[from] : 0.0f;
-                const Bf16 high = to_bf16(value);
-                rights[wide_place(r, k / 8) + k % 8] = high;
-                rights[wide_place(THIN_RANKS + r, k / 8) + k % 8] = low_half(value, high);
-            }
-        }
-        copy_async_commit();
-    };
-    start(0);
-    for (u32 step = 0; step < n_steps; ++step) {
-        copy_async_wait<0>();
-        __syncthreads();  // This step is there for all, and all are done with the one before.
-        start(step + 1);
-        const Bf16 *lefts = memory + step % 2 * 2 * OPERAND, *rights = lefts + OPERAND;
-#pragma unroll
-        for (u32 kk = k0; kk < k0 + 32; kk += 16) {
-            u32 left[4];
-            load_matrices(left, lefts + wide_place(row + l % 16, kk / 8 + l / 16));
-#pragma unroll
-            for (u32 j = 0; j < 2; ++j) {
-                u32 both[4];
-                load_matrices(both, rights + wide_place(j * 16 + l % 8 + l / 16 * 8, kk / 8 + l / 8 % 2));
-                mma(values[2 * j], left, both[0], both[1]);
-                mma(values[2 * j + 1], left, both[2], both[3]);
-            }
-        }
-    }
-    __syncthreads();
-    float* partials = reinterpret_cast<float*>(memory);  // [4, tokens, 32]
-#pragma unroll
-    for (u32 j = 0; j < 4; ++j)
+    for (u32 group = 0; group < 2; ++group)
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) {
-            const u32 at_row = warp / 2 * THIN_TOKENS + row + l / 4 + e / 2 * 8;
-            partials[at_row * 32 + j * 8 + l % 4 * 2 + e % 2] = values[j][e];
+            float* to = own + (g + e / 2 * 8) * 2 * THIN_RANKS + group * 8 + t + e % 2;
+            to[0] = high[group][e];
+            to[THIN_RANKS] = low[group][e];
         }
     __syncthreads();
-    for (u32 at = threadIdx.x; at < THIN_TOKENS * THIN_RANKS; at += GEMM_THREADS) {
-        const u32 token = at / THIN_RANKS, r = at % THIN_RANKS;
-        if (token >= tile.n || first_rank + r >= rank) continue;
-        float high = 0.0f, low = 0.0f;
-        for (u32 group = 0; group < 4; ++group) {
-            high += partials[(group * THIN_TOKENS + token) * 32 + r];
-            low += partials[(group * THIN_TOKENS + token) * 32 + THIN_RANKS + r];
-        }
-        z[size_t(tile.first + token) * rank + first_rank + r] = scale * both_halves(high, low);
+    const u32 token = threadIdx.x / THIN_RANKS, r = threadIdx.x % THIN_RANKS;
+    if (token >= tile.n || first_rank + r >= rank) return;
+    float highs = 0.0f, lows = 0.0f;
+#pragma unroll
+    for (u32 warp = 0; warp < THIN_WARPS; ++warp) {
+        const float* from = partials + (warp * THIN_TOKENS + token) * 2 * THIN_RANKS + r;
+        highs += from[0];
+        lows += from[THIN_RANKS];
     }
+    z[size_t(tile.first + token) * rank + first_rank + r] = scale * both_halves(highs, lows);
 }
 
 const u32 OUTER_TOKENS = 32, OUTER_WIDTH = 128;

@@ -415,6 +415,7 @@ inline uint4 load_16_bytes(const void* from) {
     memcpy(&loaded, from, sizeof loaded);
     return loaded;
 }
+inline uint4 stream_16_bytes(const void* from) { return load_16_bytes(from); }
 inline void store_16_bytes(void* to, uint4 bits) {
     if (reinterpret_cast<uintptr_t>(to) % 16) return emulator::fail("a vector store that is not aligned");
     memcpy(to, &bits, sizeof bits);
@@ -671,12 +672,8 @@ void wgmma_wait() {
 }
 template <unsigned COUNT>
 void wgmma_settle(float (&)[COUNT]) {}
-template <bool TRANSPOSED>
-void wgmma(float (&sums)[64], unsigned long long left, unsigned long long right) {
-    emulator::start_product(sums, left, right, TRANSPOSED);
-}
-template <bool TRANSPOSED>
-void wgmma(float (&sums)[128], unsigned long long left, unsigned long long right) {
+template <bool TRANSPOSED, size_t COUNT>
+void wgmma(float (&sums)[COUNT], unsigned long long left, unsigned long long right) {
     emulator::start_product(sums, left, right, TRANSPOSED);
 }
 template <int COUNT>

@@ -17,8 +17,6 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Tokens and columns of a block of `linear_dot`.
-const DOT: usize = 8;
 /// Siblings that `linear_backward` takes in one launch.
 pub(super) const MAX_TERMS: usize = 4;
 /// Logits that exist at a time.
@@ -209,14 +207,12 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
         let mut y = cuda.alloc(tokens, d_out, output);
         let (x, weight) = (x.activation(cuda, tokens, d_in), projection.weight.matrix());
         let (to, epilogue) = (y.address_mut(), epilogue.arg);
+        let forward = gemm::Forward { y: to, x, weight, epilogue, tokens, d_in, d_out, output };
         if order == Order::Panel {
-            gemm::Forward { y: to, x, weight, epilogue, tokens, d_in, d_out, output }.launch(cuda);
-            return y;
+            forward.launch(cuda);
+        } else {
+            forward.launch_dot(cuda);
         }
-        let name = if output == Precision::Full { "linear_dot_full" } else { "linear_dot" };
-        let kernel = cuda.kernel("linear", name).arg(to).arg(x).arg(weight).arg(epilogue);
-        let kernel = kernel.count(tokens).count(d_in).count(d_out);
-        kernel.launch([d_out.div_ceil(DOT), tokens.div_ceil(DOT), 1], 32 * DOT as u32);
         y
     };
     projections.iter().map(project).collect()

@@ -5,7 +5,7 @@
 //! wgmma     linear_wgmma.cu    Hopper, bf16, rows of whole 16 bytes; other shapes go to mma
 //! ```
 //!
-//! `POLYTAPE_CUDA_GEMM` chooses; mma if it is not set. What a shape goes to depends on the weight's shape
+//! `POLYTAPE_CUDA_GEMM` chooses; without it the fastest that the device has. What a shape goes to depends on the weight's shape
 //! alone and never on how many tokens there are: a token's bits do not change with its neighbours.
 
 use bytemuck::NoUninit;
@@ -13,7 +13,7 @@ use bytemuck::NoUninit;
 use super::{
     Cuda,
     dense::{EpilogueArg, MAX_TERMS, TermsArg},
-    device::{BoxedMatrix, TensorMap},
+    device::{BoxedMatrix, Device, TensorMap},
     must, narrow,
 };
 use crate::{
@@ -40,12 +40,13 @@ impl Gemm {
         }
     }
 
-    /// What `POLYTAPE_CUDA_GEMM` says.
+    /// What `POLYTAPE_CUDA_GEMM` says, without it the fastest that the device has.
     ///
     /// # Errors
     /// If it names none.
-    pub fn from_env() -> Result<Self> {
+    pub fn from_env(device: &dyn Device) -> Result<Self> {
         match std::env::var("POLYTAPE_CUDA_GEMM").as_deref() {
+            Err(_) | Ok("") if device.hopper_multiprocessors() > 0 => Ok(Self::Wgmma),
             Err(_) | Ok("" | "mma") => Ok(Self::Mma),
             Ok("wgmma") => Ok(Self::Wgmma),
             Ok(other) => {
@@ -85,18 +86,30 @@ const WGMMA_DEPTH: usize = 64;
 const WGMMA_THREADS: u32 = 384;
 
 fn wgmma_shared_bytes(width: usize) -> usize {
-    let stage = 2 * WGMMA_DEPTH * (WGMMA_ROWS + width);
-    1024 + 4 * stage + 4 * 8 * 16 * 40 + 4 * 2 * 8
+    let (stage, stages) = (2 * WGMMA_DEPTH * (WGMMA_ROWS + width), if width == 64 { 8 } else { 4 });
+    1024 + stages * stage + 4 * 8 * 16 * 40 + stages * 2 * 8
 }
 
-/// The width of the tiles of `linear_wgmma.cu` for products with `n` columns, of matrices whose rows have so
-/// many elements; none if they are not for it.
-fn wgmma_width(cuda: &Cuda, n: usize, rows: impl IntoIterator<Item = usize>) -> Option<usize> {
+/// The width of the tiles of `linear_wgmma.cu` for products of `[tokens, n]`, of matrices whose rows have so
+/// many elements; none if they are not for it. That depends on the weight's shape, the width on anything: it
+/// changes no bits.
+fn wgmma_width(
+    cuda: &Cuda,
+    tokens: usize,
+    n: usize,
+    rows: impl IntoIterator<Item = usize>,
+) -> Option<usize> {
     let is_for_it = cuda.gemm == Gemm::Wgmma && cuda.compute == Dtype::Bf16;
-    // A copy's rows are multiples of 16 bytes. Narrow tiles where wide ones would leave most of the
-    // multiprocessors without one at 2,048 tokens.
+    // A copy's rows are multiples of 16 bytes.
     let fits = rows.into_iter().all(|len| len > 0 && len % 8 == 0);
-    (is_for_it && fits).then_some(if n > 1024 { 256 } else { 128 })
+    let multiprocessors = cuda.device().hopper_multiprocessors().max(1) as usize;
+    // How long the multiprocessor with the most tiles takes: a tile's products, or at least the copies of its
+    // left rows, and some more to start and to finish it.
+    let cost = |&width: &usize| {
+        let tiles = tokens.div_ceil(WGMMA_ROWS) * n.div_ceil(width);
+        tiles.div_ceil(multiprocessors) * (width.max(80) + 24)
+    };
+    (is_for_it && fits).then(|| [256, 128, 64].into_iter().min_by_key(cost).expect("three widths"))
 }
 
 /// Blocks of `linear_wgmma.cu`: each takes one tile after another.
@@ -128,7 +141,7 @@ impl Forward {
         if tokens == 0 {
             return;
         }
-        let Some(width) = wgmma_width(cuda, d_out, [d_in]) else {
+        let Some(width) = wgmma_width(cuda, tokens, d_out, [d_in]) else {
             let name = if output == Precision::Full { "linear_full" } else { "linear" };
             let kernel = cuda.kernel("linear", name).arg(y).arg(x).arg(weight).arg(epilogue);
             let kernel = kernel.count(tokens).count(d_in).count(d_out);
@@ -136,18 +149,30 @@ impl Forward {
             let kernel = kernel.shared_bytes(tile.shared_bytes);
             return kernel.launch(tile.grid(tokens, d_out), GEMM_THREADS);
         };
-        let name = match (output, width) {
-            (Precision::Activation, 128) => "linear_wgmma_128",
-            (Precision::Activation, _) => "linear_wgmma_256",
-            (Precision::Full, 128) => "linear_full_wgmma_128",
-            (Precision::Full, _) => "linear_full_wgmma_256",
-        };
+        let name = if output == Precision::Full { "linear_full" } else { "linear" };
+        let name = format!("{name}_wgmma_{width}");
         let kernel = cuda.kernel("linear_wgmma", name).arg(y);
         let kernel = kernel.arg(tensor_map(cuda, x, tokens, d_in, WGMMA_ROWS));
         let kernel = kernel.arg(tensor_map(cuda, weight, d_out, d_in, width)).arg(epilogue);
         let kernel = kernel.count(tokens).count(d_in).count(d_out);
         let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));
         kernel.launch(wgmma_grid(cuda, tokens, d_out, width), WGMMA_THREADS);
+    }
+
+    /// By `linear_dot`, which streams the weights for few tokens.
+    pub(super) fn launch_dot(self, cuda: &Cuda) {
+        let Self { y, x, weight, epilogue, tokens, d_in, d_out, output } = self;
+        let name = if output == Precision::Full { "linear_full_dot" } else { "linear_dot" };
+        let (name, columns, per_block) = if cuda.compute == Dtype::Bf16 {
+            // Tiles of 8 tokens.
+            let tiles = tokens.div_ceil(8).next_power_of_two().min(8);
+            (format!("{name}_{tiles}"), 16, 8 * tiles)
+        } else {
+            ("linear_dot".to_owned(), 8, 8)
+        };
+        let kernel = cuda.kernel("linear", name).arg(y).arg(x).arg(weight).arg(epilogue);
+        let kernel = kernel.count(tokens).count(d_in).count(d_out);
+        kernel.launch([d_out.div_ceil(columns), tokens.div_ceil(per_block), 1], 256);
     }
 }
 
@@ -176,7 +201,7 @@ impl Backward {
         }
         let used = &terms.terms[..terms.n as usize];
         let depths = used.iter().map(|term| term.d_out as usize);
-        let Some(width) = wgmma_width(cuda, d_in, depths.chain([d_in])) else {
+        let Some(width) = wgmma_width(cuda, tokens, d_in, depths.chain([d_in])) else {
             let kernel = cuda.kernel("linear", "linear_backward").arg(d_x).arg(d_residual);
             let kernel = kernel.arg(terms).count(tokens).count(d_in);
             let tile = Tile::of(cuda);
@@ -192,8 +217,7 @@ impl Backward {
             maps.d_y[i] = tensor_map(cuda, term.d_y, tokens, d_out, WGMMA_ROWS);
             maps.weight[i] = tensor_map(cuda, term.weight, d_out, d_in, WGMMA_DEPTH);
         }
-        let name =
-            if width == 128 { "linear_backward_wgmma_128" } else { "linear_backward_wgmma_256" };
+        let name = format!("linear_backward_wgmma_{width}");
         let kernel = cuda.kernel("linear_wgmma", name).arg(d_x).arg(d_residual).arg(maps);
         let kernel = kernel.arg(terms).count(tokens).count(d_in);
         let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));

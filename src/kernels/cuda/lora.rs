@@ -13,8 +13,10 @@ use crate::{
 const TOKENS: usize = 8;
 const RANKS: usize = 8;
 /// Tokens and ranks of a block of `cuda/thin.cuh`.
-const THIN_TOKENS: u32 = 32;
+const THIN_TOKENS: u32 = 16;
 const THIN_RANKS: usize = 16;
+/// Elements of a block of `cuda/mix.cu`.
+const MIXED: usize = 1024;
 /// Features of a side of a tile of `d_pair`.
 const OUTER: usize = 32;
 /// Linears of one launch: `MAX_SIBLINGS` of `cuda/siblings.cuh`.
@@ -205,7 +207,7 @@ pub(super) fn mix(cuda: &Cuda, args: &[Mix<'_, Cuda>]) -> Vec<MixedPair<Cuda>> {
             all.push(MixedPair { a, b });
         }
         let kernel = cuda.kernel("mix", "mix").arg(pairs);
-        kernel.launch([elements.div_ceil(256), n_rows, siblings.len()], 256);
+        kernel.launch([elements.div_ceil(MIXED), n_rows, siblings.len()], 256);
     }
     all
 }
@@ -251,7 +253,7 @@ pub(super) fn unmix(cuda: &Cuda, args: UnmixEach<'_, Cuda>) {
                 bank: BankArg::new(stacked, n_rows),
             };
             let elements = bank.a_len() + bank.b_len();
-            blocks = blocks.max(n_rows * width + elements.div_ceil(256));
+            blocks = blocks.max(n_rows * width + elements.div_ceil(MIXED));
         }
         let kernel = cuda.kernel("mix", "unmix").arg(all).count(n_rows);
         kernel.launch([blocks, siblings.len(), 1], 256);

@@ -138,8 +138,8 @@ impl Cuda {
         }
         let queue = Arc::new(Queue::new(device));
         let arena = Arc::new(Arena::new(Arc::clone(&queue)));
-        Self { queue, arena, tables: Arc::default(), compute, gemm: Gemm::Mma }
-            .with_gemm(Gemm::from_env()?)
+        let gemm = Gemm::from_env(queue.device())?;
+        Self { queue, arena, tables: Arc::default(), compute, gemm }.with_gemm(gemm)
     }
 
     /// Multiplies by frozen weights so.
