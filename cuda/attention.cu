@@ -302,7 +302,7 @@ ATTENTION_KERNELS(8)
 #if POLYTAPE_BF16
 
 // On tensor cores: a block has 64 queries (keys) of a head, a warp 16 of them; the other side passes through
-// shared memory 32 rows at a time. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros.
+// shared memory 32 rows at a time, the next ones on their way. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros.
 // A probability or its gradient is split in two bf16 halves for its product, so 2^-16 of it is lost.
 const u32 TILE_QUERIES = 64, TILE_KEYS = 32;
 
@@ -329,6 +329,21 @@ __device__ inline void bring_rows(Bf16* to, const Bf16* from, size_t row_size, u
             }
         }
     }
+}
+
+__device__ inline void swap(Bf16*& one, Bf16*& other) {
+    Bf16* const kept = one;
+    one = other;
+    other = kept;
+}
+
+// A tile of the other side: TILE_KEYS rows of one matrix, then of another.
+template <u32 DEPTH>
+__device__ inline void bring_tile(Bf16* to, const Item* one, const Item* other, size_t from, size_t row_size, u32 n,
+                                  u32 head_dim) {
+    bring_rows<DEPTH>(to, one + from, row_size, n, TILE_KEYS, head_dim);
+    bring_rows<DEPTH>(to + TILE_KEYS * DEPTH, other + from, row_size, n, TILE_KEYS, head_dim);
+    copy_async_commit();
 }
 
 // Sums and maxima of a row of a fragment: over the four lanes that have it.
@@ -388,6 +403,25 @@ __device__ inline void add_weighted(float (&out)[DEPTH / 8][4], const float (&fa
 // Element e of row h (of this thread's two) in a fragment row: its column among the 32.
 __device__ inline u32 fragment_col(u32 e) { return e / 2 * 8 + lane() % 4 * 2 + e % 2; }
 
+// The biases of a thread's elements, all asked for before the first is needed. Those of a pair that does not meet are
+// others', or 0: nobody uses them.
+struct Biases {
+    float of[2][8];
+
+    // rows: of this thread. Its columns begin at col0, and are keys, or (KEY_ROWS) queries.
+    template <bool KEY_ROWS>
+    __device__ inline void load(const Attention& args, const Span& span, u32 head, const u32 (&rows)[2], u32 col0) {
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h)
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 col = col0 + fragment_col(e), i = KEY_ROWS ? col : rows[h], j = KEY_ROWS ? rows[h] : col;
+                const u32 at = min(args.zero + j + span.n_queries - i - span.n_keys, args.n_distances - 1);
+                of[h][e] = args.bias ? args.bias[size_t(head) * args.n_distances + at] : 0.0f;
+            }
+    }
+};
+
 template <u32 DEPTH>
 __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) {
     const u32 d = args.head_dim, head = blockIdx.y, l = lane(), own = threadIdx.x / WARP * 16;
@@ -396,7 +430,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
     const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
     const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
     DYNAMIC_SHARED(Bf16, queries);
-    Bf16 *keys = queries + TILE_QUERIES * DEPTH, *values = keys + TILE_KEYS * DEPTH;
+    Bf16 *keys = queries + TILE_QUERIES * DEPTH, *next = keys + 2 * TILE_KEYS * DEPTH;  // With values behind each.
     bring_rows<DEPTH>(queries, args.q + (span.query_start + first) * q_size + head * d, q_size, n_queries,
                       TILE_QUERIES, d);
     // Of this thread's two rows: the query, what it sees, its largest score and sum so far.
@@ -411,15 +445,18 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
     float out[DEPTH / 8][4] = {};
     const u32 most = n_seen(args, span, first + n_queries - 1);
     const u32 start = first_seen(args, span, first) / TILE_KEYS * TILE_KEYS;
+    const auto bring = [&](Bf16* to, u32 j0) {
+        const size_t from = (span.key_start + j0) * kv_size + kv_col;
+        if (j0 < most) bring_tile<DEPTH>(to, args.k, args.v, from, kv_size, min(TILE_KEYS, span.n_keys - j0), d);
+    };
+    bring(keys, start);
     for (u32 j0 = start; j0 < most; j0 += TILE_KEYS) {
-        const size_t at = (span.key_start + j0) * kv_size + kv_col;
-        const u32 n_keys = min(TILE_KEYS, span.n_keys - j0);
-        __syncthreads();  // All are done with the tile before.
-        bring_rows<DEPTH>(keys, args.k + at, kv_size, n_keys, TILE_KEYS, d);
-        bring_rows<DEPTH>(values, args.v + at, kv_size, n_keys, TILE_KEYS, d);
-        copy_async_commit();
         copy_async_wait<0>();
-        __syncthreads();
+        __syncthreads();  // This tile is there, and all are done with the one before.
+        bring(next, j0 + TILE_KEYS);
+        const Bf16* values = keys + TILE_KEYS * DEPTH;
+        Biases biases;
+        biases.load<false>(args, span, head, row, j0);
         float scores[4][4] = {};
         products<DEPTH>(scores, queries, own, keys);
         float rescale[2];
@@ -431,7 +468,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
                 const u32 j = j0 + fragment_col(e);
                 float& score = scores[e / 2][2 * h + e % 2];
                 if (j >= from[h] && j < seen[h]) {
-                    score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
+                    score = fmaf(args.scale, score, biases.of[h][e]);
                     larger = fmaxf(larger, score);
                 }
             }
@@ -458,6 +495,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
 #pragma unroll
             for (u32 e = 0; e < 4; ++e) out[c][e] *= rescale[e / 2];
         add_weighted<DEPTH>(out, scores, values);
+        swap(keys, next);
     }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
@@ -484,8 +522,8 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
     const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;
     const size_t q_at = (span.query_start + first) * q_size + head * d;
     DYNAMIC_SHARED(Bf16, queries);
-    Bf16* d_os = queries + TILE_QUERIES * DEPTH;
-    Bf16 *keys = d_os + TILE_QUERIES * DEPTH, *values = keys + TILE_KEYS * DEPTH;
+    Bf16 *d_os = queries + TILE_QUERIES * DEPTH, *keys = d_os + TILE_QUERIES * DEPTH;
+    Bf16* next = keys + 2 * TILE_KEYS * DEPTH;  // Keys with values behind them, as the ones before.
     bring_rows<DEPTH>(queries, args.q + q_at, q_size, n_queries, TILE_QUERIES, d);
     bring_rows<DEPTH>(d_os, d_o + q_at, q_size, n_queries, TILE_QUERIES, d);
     u32 row[2], from[2], seen[2];
@@ -503,15 +541,18 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
     float out[DEPTH / 8][4] = {};
     const u32 most = n_seen(args, span, first + n_queries - 1);
     const u32 start = first_seen(args, span, first) / TILE_KEYS * TILE_KEYS;
+    const auto bring = [&](Bf16* to, u32 j0) {
+        const size_t from = (span.key_start + j0) * kv_size + kv_col;
+        if (j0 < most) bring_tile<DEPTH>(to, args.k, args.v, from, kv_size, min(TILE_KEYS, span.n_keys - j0), d);
+    };
+    bring(keys, start);
     for (u32 j0 = start; j0 < most; j0 += TILE_KEYS) {
-        const size_t at = (span.key_start + j0) * kv_size + kv_col;
-        const u32 n_keys = min(TILE_KEYS, span.n_keys - j0);
-        __syncthreads();  // All are done with the tile before.
-        bring_rows<DEPTH>(keys, args.k + at, kv_size, n_keys, TILE_KEYS, d);
-        bring_rows<DEPTH>(values, args.v + at, kv_size, n_keys, TILE_KEYS, d);
-        copy_async_commit();
         copy_async_wait<0>();
-        __syncthreads();
+        __syncthreads();  // This tile is there, and all are done with the one before.
+        bring(next, j0 + TILE_KEYS);
+        const Bf16* values = keys + TILE_KEYS * DEPTH;
+        Biases biases;
+        biases.load<false>(args, span, head, row, j0);
         float scores[4][4] = {}, d_ps[4][4] = {};
         products<DEPTH>(scores, queries, own, keys);
         products<DEPTH>(d_ps, d_os, own, values);
@@ -527,10 +568,11 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
                 }
                 float d_p = d_ps[e / 2][2 * h + e % 2];
                 if (args.dropout.tokens) d_p *= keep(args, span, head, row[h], j);
-                score = fmaf(args.scale, score, bias(args, span, head, row[h], j));
+                score = fmaf(args.scale, score, biases.of[h][e]);
                 score = args.scale * (expf(score - row_lse[h]) * (d_p - row_inner[h]));
             }
         add_weighted<DEPTH>(out, scores, keys);
+        swap(keys, next);
     }
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
@@ -555,8 +597,8 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
     const size_t kv_at = (span.key_start + first) * kv_size + kv_head * d;
     DYNAMIC_SHARED(Bf16, keys);
-    Bf16* values = keys + TILE_QUERIES * DEPTH;
-    Bf16 *queries = values + TILE_QUERIES * DEPTH, *d_os = queries + TILE_KEYS * DEPTH;
+    Bf16 *values = keys + TILE_QUERIES * DEPTH, *queries = values + TILE_QUERIES * DEPTH;
+    Bf16* next = queries + 2 * TILE_KEYS * DEPTH;  // Queries with d_os behind them, as the ones before.
     bring_rows<DEPTH>(keys, args.k + kv_at, kv_size, n_keys, TILE_QUERIES, d);
     if (!wants_v) bring_rows<DEPTH>(values, args.v + kv_at, kv_size, n_keys, TILE_QUERIES, d);
     // The first query that sees the block's first key, and the tile that it is in.
@@ -564,17 +606,31 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
     const u32 seeing = first + ahead > past ? first + ahead - past : 0;
     const u32 from = args.causal ? seeing / TILE_KEYS * TILE_KEYS : 0;
+    const u32 row[2] = {first + own + lane() / 4, first + own + lane() / 4 + 8};  // Keys of this thread.
     float out[DEPTH / 8][4] = {};
+    const auto bring = [&](Bf16* to, u32 head, u32 i0) {
+        if (i0 >= span.n_queries) head += 1, i0 = from;
+        if (head >= (kv_head + 1) * group || i0 >= span.n_queries) return;
+        const size_t start = (span.query_start + i0) * q_size + head * d;
+        bring_tile<DEPTH>(to, args.q, d_o, start, q_size, min(TILE_KEYS, span.n_queries - i0), d);
+    };
+    bring(queries, kv_head * group, from);
     for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (u32 i0 = from; i0 < span.n_queries; i0 += TILE_KEYS) {
-            const size_t at = (span.query_start + i0) * q_size + head * d;
-            const u32 n_queries = min(TILE_KEYS, span.n_queries - i0);
-            __syncthreads();  // All are done with the tile before.
-            bring_rows<DEPTH>(queries, args.q + at, q_size, n_queries, TILE_KEYS, d);
-            bring_rows<DEPTH>(d_os, d_o + at, q_size, n_queries, TILE_KEYS, d);
-            copy_async_commit();
             copy_async_wait<0>();
-            __syncthreads();
+            __syncthreads();  // This tile is there, and all are done with the one before.
+            bring(next, head, i0 + TILE_KEYS);
+            const Bf16* d_os = queries + TILE_KEYS * DEPTH;
+            Biases biases;
+            biases.load<true>(args, span, head, row, i0);
+            float row_lse[8], row_inner[8];
+#pragma unroll
+            for (u32 e = 0; e < 8; ++e) {
+                const u32 i = min(i0 + fragment_col(e), span.n_queries - 1);
+                const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
+                row_lse[e] = lse[at_row];
+                row_inner[e] = wants_v ? 0.0f : inner[at_row];
+            }
             float scores[4][4] = {}, d_ps[4][4] = {};
             products<DEPTH>(scores, keys, own, queries);
             if (!wants_v) products<DEPTH>(d_ps, values, own, d_os);
@@ -584,24 +640,22 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
                 const bool there = i < span.n_queries;
                 const u32 seen = there ? n_seen(args, span, i) : 0;
                 const u32 seen_from = there ? first_seen(args, span, i) : 0;
-                const size_t at_row = (size_t(span.query_start) + i) * args.n_heads + head;
-                const float row_lse = there ? lse[at_row] : 0.0f;
-                const float row_inner = there && !wants_v ? inner[at_row] : 0.0f;
 #pragma unroll
                 for (u32 h = 0; h < 2; ++h) {
-                    const u32 j = first + own + lane() / 4 + h * 8;
+                    const u32 j = row[h];
                     float& score = scores[e / 2][2 * h + e % 2];
                     if (j < seen_from || j >= seen) {
                         score = 0.0f;
                         continue;
                     }
                     const float kept = args.dropout.tokens ? keep(args, span, head, i, j) : 1.0f;
-                    score = fmaf(args.scale, score, bias(args, span, head, i, j));
-                    const float p = expf(score - row_lse), d_p = kept * d_ps[e / 2][2 * h + e % 2];
-                    score = wants_v ? kept * p : args.scale * (p * (d_p - row_inner));
+                    score = fmaf(args.scale, score, biases.of[h][e]);
+                    const float p = expf(score - row_lse[e]), d_p = kept * d_ps[e / 2][2 * h + e % 2];
+                    score = wants_v ? kept * p : args.scale * (p * (d_p - row_inner[e]));
                 }
             }
             add_weighted<DEPTH>(out, scores, wants_v ? d_os : queries);
+            swap(queries, next);
         }
     }
     Item* to = wants_v ? d_v : d_k;

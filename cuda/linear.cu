@@ -70,27 +70,33 @@ template <bool ALIGNED, u32 TILES>
 __device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const Item* weight, u32 token0, u32 col0,
                                 u32 n_tokens, u32 d_in, u32 d_out) {
     const u32 g = lane() / 4;
-    const int AHEAD = TILES <= 2 ? 8 : TILES <= 4 ? 4 : 2;  // As many loads under way as there are registers for.
-#pragma unroll AHEAD
-    for (u32 k0 = threadIdx.x / WARP * DOT_DEPTH; k0 < d_in; k0 += DOT_WARPS * DOT_DEPTH) {
-        const u32 k = k0 + lane() % 4 * 8, n = k < d_in ? min(8u, d_in - k) : 0;
-        u32 left[2][4];
+    const u32 AHEAD = TILES == 1 ? 8 : TILES <= 4 ? 4 : 2;  // As many loads under way as there are registers for.
+    const u32 STRIDE = DOT_WARPS * DOT_DEPTH;
+    for (u32 start = threadIdx.x / WARP * DOT_DEPTH; start < d_in; start += AHEAD * STRIDE) {
+        u32 left[AHEAD][2][4], right[AHEAD][TILES][4];
 #pragma unroll
-        for (u32 h = 0; h < 2; ++h) {
-            const u32 col = col0 + g + h * 8;
-            load_words<ALIGNED, true>(left[h], weight + size_t(col) * d_in + k, col < d_out ? n : 0);
-        }
+        for (u32 step = 0; step < AHEAD; ++step) {
+            const u32 k = start + step * STRIDE + lane() % 4 * 8, n = k < d_in ? min(8u, d_in - k) : 0;
 #pragma unroll
-        for (u32 tile = 0; tile < TILES; ++tile) {
-            const u32 token = token0 + tile * 8 + g;
-            u32 right[4];
-            load_words<ALIGNED>(right, x + size_t(token) * d_in + k, token < n_tokens ? n : 0);
+            for (u32 h = 0; h < 2; ++h) {
+                const u32 col = col0 + g + h * 8;
+                load_words<ALIGNED, true>(left[step][h], weight + size_t(col) * d_in + k, col < d_out ? n : 0);
+            }
 #pragma unroll
-            for (u32 i = 0; i < 4; i += 2) {
-                const u32 lefts[4] = {left[0][i], left[1][i], left[0][i + 1], left[1][i + 1]};
-                mma(sums[tile], lefts, right[i], right[i + 1]);
+            for (u32 tile = 0; tile < TILES; ++tile) {
+                const u32 token = token0 + tile * 8 + g;
+                load_words<ALIGNED>(right[step][tile], x + size_t(token) * d_in + k, token < n_tokens ? n : 0);
             }
         }
+#pragma unroll
+        for (u32 step = 0; step < AHEAD; ++step)
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (u32 i = 0; i < 4; i += 2) {
+                    const u32 lefts[4] = {left[step][0][i], left[step][1][i], left[step][0][i + 1], left[step][1][i + 1]};
+                    mma(sums[tile], lefts, right[step][tile][i], right[step][tile][i + 1]);
+                }
     }
 }
 

@@ -100,8 +100,8 @@ __device__ inline void multiply_stage(WgmmaTile<N>& tile, const char* stage) {
 // as many branches takes. Without parts the compiler loads more ahead than there are registers.
 template <u32 N>
 __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const float* right, const u32* token_rows,
-                                     u32 m, u32 n, u32 rank, u32 row0, u32 col0, size_t row_size, size_t r_size,
-                                     size_t col_size) {
+                                     u32 m, u32 n, u32 rank, u32 row0, u32 col0, size_t row_size, u32 r_size,
+                                     u32 col_size) {
     const u32 g = lane() / 4, t = lane() % 4 * 2, end = min(m, row0 + 16);
     for (u32 first = row0; first < end;) {
         const u32 row = token_rows[first];
@@ -125,27 +125,33 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
                 finite[i] = pack(finites[0], finites[1]);
                 low[i] = pack(lows[0], lows[1]);
             }
+            // The first 8 ranks a part ahead, as there is nothing else to do while they are on their way.
+            const float* own = right + row * row_size;
+            float ahead[PART_COLS / 8][2];
+            const auto load = [&](u32 part, u32 j, u32 r) {
+                const u32 col = col0 + part * PART_COLS + j * 8 + g;
+                const bool there = part < N / PART_COLS && col < n && r < rank;
+                return there ? own[r * r_size + col * col_size] : 0.0f;
+            };
+            const auto split = [](float first, float second, u32& high, u32& low) {
+                const Bf16 first_high = to_bf16(first), second_high = to_bf16(second);
+                high = pack(first_high, second_high);
+                low = pack(low_half(first, first_high), low_half(second, second_high));
+            };
+#pragma unroll
+            for (u32 at = 0; at < PART_COLS / 4; ++at) ahead[at / 2][at % 2] = load(0, at / 2, r0 + t + at % 2);
 #pragma unroll 1
             for (u32 part = 0; part < N / PART_COLS; ++part) {
                 u32 right_high[PART_COLS / 8][2], right_low[PART_COLS / 8][2];
 #pragma unroll
                 for (u32 j = 0; j < PART_COLS / 8; ++j) {
-                    const u32 col = col0 + part * PART_COLS + j * 8 + g;
-#pragma unroll
-                    for (u32 i = 0; i < 2; ++i) {
-                        Bf16 highs[2], lows[2];
-#pragma unroll
-                        for (u32 e = 0; e < 2; ++e) {
-                            const u32 r = r0 + t + i * 8 + e;
-                            const bool there = col < n && r < rank;
-                            const float value = there ? right[row * row_size + r * r_size + col * col_size] : 0.0f;
-                            highs[e] = to_bf16(value);
-                            lows[e] = low_half(value, highs[e]);
-                        }
-                        right_high[j][i] = pack(highs[0], highs[1]);
-                        right_low[j][i] = pack(lows[0], lows[1]);
-                    }
+                    const float first = load(part, j, r0 + 8 + t), second = load(part, j, r0 + 8 + t + 1);
+                    split(ahead[j][0], ahead[j][1], right_high[j][0], right_low[j][0]);
+                    split(first, second, right_high[j][1], right_low[j][1]);
                 }
+#pragma unroll
+                for (u32 at = 0; at < PART_COLS / 4; ++at)
+                    ahead[at / 2][at % 2] = load(part + 1, at / 2, r0 + t + at % 2);
 #pragma unroll
                 for (u32 i = 0; i < N / PART_COLS; ++i) {
                     if (i != part) continue;

@@ -25,51 +25,58 @@ __device__ inline float both_halves(float high, float low) { return fabsf(high) 
 
 const u32 THIN_TOKENS = 16, THIN_RANKS = 16, THIN_DEPTH = 32, THIN_WARPS = GEMM_THREADS / WARP;
 
-// Adds this warp's part: `high` and `low` are [16 tokens, 16 ranks] as fragments of 8 ranks. Which of an instruction's 16
+// Adds this warp's part: `high` and `low` are [16 tokens, 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16
 // products are of which depth is free, as long as both factors have the same: a lane's are eight neighbours.
-template <bool ALONG_DEPTH, bool ALIGNED>
+template <bool ALONG_DEPTH, bool ALIGNED, u32 GROUPS>
 __device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const Bf16* lhs, const float* right, u32 n_tokens,
                                 u32 depth, u32 rank, u32 first_rank) {
     const u32 g = lane() / 4, t = lane() % 4;
-    const u32 n_groups = rank - first_rank > 8 ? 2 : 1;
-#pragma unroll 4
-    for (u32 k0 = threadIdx.x / WARP * THIN_DEPTH; k0 < depth; k0 += THIN_WARPS * THIN_DEPTH) {
-        const u32 k = k0 + t * 8, n = k < depth ? min(8u, depth - k) : 0;
-        u32 left[2][4];
+    const u32 AHEAD = GROUPS == 1 ? 4 : 2, STRIDE = THIN_WARPS * THIN_DEPTH;  // As many loads under way as there are registers for.
+    for (u32 start = threadIdx.x / WARP * THIN_DEPTH; start < depth; start += AHEAD * STRIDE) {
+        u32 left[AHEAD][2][4];
+        float right_values[AHEAD][GROUPS][8];
 #pragma unroll
-        for (u32 h = 0; h < 2; ++h)
-            load_words<ALIGNED>(left[h], lhs + size_t(g + h * 8) * depth + k, g + h * 8 < n_tokens ? n : 0);
+        for (u32 step = 0; step < AHEAD; ++step) {
+            const u32 k = start + step * STRIDE + t * 8, n = k < depth ? min(8u, depth - k) : 0;
 #pragma unroll
-        for (u32 group = 0; group < 2; ++group) {
-            if (group >= n_groups) continue;
-            const u32 r = first_rank + group * 8 + g, n_own = r < rank ? n : 0;
-            float values[8];
-            if (ALONG_DEPTH && ALIGNED) {
-                if (n_own > 0) load_run<8>(values, right + size_t(r) * depth + k);
-                else
+            for (u32 h = 0; h < 2; ++h)
+                load_words<ALIGNED>(left[step][h], lhs + size_t(g + h * 8) * depth + k, g + h * 8 < n_tokens ? n : 0);
 #pragma unroll
-                    for (u32 i = 0; i < 8; ++i) values[i] = 0.0f;
-            } else {
+            for (u32 group = 0; group < GROUPS; ++group) {
+                const u32 r = first_rank + group * 8 + g, n_own = r < rank ? n : 0;
+                float(&values)[8] = right_values[step][group];
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) {
-                    const size_t from = ALONG_DEPTH ? size_t(r) * depth + k + i : size_t(k + i) * rank + r;
-                    values[i] = i < n_own ? right[from] : 0.0f;
+                for (u32 i = 0; i < 8; ++i) values[i] = 0.0f;
+                if (ALONG_DEPTH && ALIGNED) {
+                    if (n_own > 0) load_run<8>(values, right + size_t(r) * depth + k);
+                } else {
+#pragma unroll
+                    for (u32 i = 0; i < 8; ++i) {
+                        const size_t from = ALONG_DEPTH ? size_t(r) * depth + k + i : size_t(k + i) * rank + r;
+                        if (i < n_own) values[i] = right[from];
+                    }
                 }
             }
-            u32 highs[4], lows[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const Bf16 first = to_bf16(values[2 * i]), second = to_bf16(values[2 * i + 1]);
-                highs[i] = pack(first, second);
-                lows[i] = pack(low_half(values[2 * i], first), low_half(values[2 * i + 1], second));
-            }
-#pragma unroll
-            for (u32 i = 0; i < 4; i += 2) {
-                const u32 lefts[4] = {left[0][i], left[1][i], left[0][i + 1], left[1][i + 1]};
-                mma(high[group], lefts, highs[i], highs[i + 1]);
-                mma(low[group], lefts, lows[i], lows[i + 1]);
-            }
         }
+#pragma unroll
+        for (u32 step = 0; step < AHEAD; ++step)
+#pragma unroll
+            for (u32 group = 0; group < GROUPS; ++group) {
+                const float(&values)[8] = right_values[step][group];
+                u32 highs[4], lows[4];
+#pragma unroll
+                for (u32 i = 0; i < 4; ++i) {
+                    const Bf16 first = to_bf16(values[2 * i]), second = to_bf16(values[2 * i + 1]);
+                    highs[i] = pack(first, second);
+                    lows[i] = pack(low_half(values[2 * i], first), low_half(values[2 * i + 1], second));
+                }
+#pragma unroll
+                for (u32 i = 0; i < 4; i += 2) {
+                    const u32 lefts[4] = {left[step][0][i], left[step][1][i], left[step][0][i + 1], left[step][1][i + 1]};
+                    mma(high[group], lefts, highs[i], highs[i + 1]);
+                    mma(low[group], lefts, lows[i], lows[i + 1]);
+                }
+            }
     }
 }
 
@@ -81,10 +88,12 @@ __device__ inline void thin_product(float* z, const Bf16* lhs, const float* righ
     lhs += size_t(tile.first) * depth;
     right += size_t(tile.row) * depth * rank;
     float high[2][4] = {}, low[2][4] = {};
-    if (depth % 8 == 0)
-        add_thin<ALONG_DEPTH, true>(high, low, lhs, right, tile.n, depth, rank, first_rank);
+    if (depth % 8 != 0)
+        add_thin<ALONG_DEPTH, false, 2>(high, low, lhs, right, tile.n, depth, rank, first_rank);
+    else if (rank - first_rank > 8)
+        add_thin<ALONG_DEPTH, true, 2>(high, low, lhs, right, tile.n, depth, rank, first_rank);
     else
-        add_thin<ALONG_DEPTH, false>(high, low, lhs, right, tile.n, depth, rank, first_rank);
+        add_thin<ALONG_DEPTH, true, 1>(high, low, lhs, right, tile.n, depth, rank, first_rank);
     float* own = partials + threadIdx.x / WARP * THIN_TOKENS * 2 * THIN_RANKS;  // Of a token 16 high sums, then 16 low ones.
 #pragma unroll
     for (u32 group = 0; group < 2; ++group)

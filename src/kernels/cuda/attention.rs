@@ -137,7 +137,7 @@ impl Version {
                 threads: 2 * TILE_QUERIES,
                 suffix: format!("_tiles_{columns}"),
                 row_bytes: 2 * columns * WARP,
-                others: TILE_KEYS as usize,
+                others: 2 * TILE_KEYS as usize, // The next ones are on their way.
             }
         } else {
             Self {
