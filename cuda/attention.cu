@@ -263,16 +263,27 @@ __device__ inline void attend_backward_keys(Item* d_k, Item* d_v, const Item* d_
     }
 }
 
-// inner[t, head] = sum_c d_o[t, head, c] o[t, head, c]. Grid: x = tokens * heads / 8, a warp each.
+// inner[t, head] = sum_c d_o[t, head, c] o[t, head, c]. Grid: x = tokens * heads / 32, eight lanes each.
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_dim) {
-    const u32 at = blockIdx.x * ATTENTION_WARPS + threadIdx.x / WARP;
-    if (at >= n) return;  // A whole warp.
+    const u32 at = (blockIdx.x * blockDim.x + threadIdx.x) / 8, own = threadIdx.x % 8;
     float sum = 0.0f;
-    for (u32 c = lane(); c < head_dim; c += WARP)
-        sum = fmaf(widen(d_o[size_t(at) * head_dim + c]), widen(o[size_t(at) * head_dim + c]), sum);
-    sum = warp_sum(sum);
-    if (lane() == 0) inner[at] = sum;
+    if (at < n) {
+        const Item *d_o_row = d_o + size_t(at) * head_dim, *o_row = o + size_t(at) * head_dim;
+        if (head_dim % 8 == 0) {
+            for (u32 c = own * 8; c < head_dim; c += 64) {
+                float lefts[8], rights[8];
+                load_run<8>(lefts, d_o_row + c);
+                load_run<8>(rights, o_row + c);
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) sum = fmaf(lefts[i], rights[i], sum);
+            }
+        } else {
+            for (u32 c = own; c < head_dim; c += 8) sum = fmaf(widen(d_o_row[c]), widen(o_row[c]), sum);
+        }
+    }
+    for (u32 step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    if (at < n && own == 0) inner[at] = sum;
 }
 
 // One set of entry points for each number of columns a lane.
@@ -384,9 +395,7 @@ __device__ inline void add_weighted(float (&out)[DEPTH / 8][4], const float (&fa
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const float a = factors[2 * j + i / 2][i % 2 * 2], b = factors[2 * j + i / 2][i % 2 * 2 + 1];
-            const Bf16 a_high = to_bf16(a), b_high = to_bf16(b);
-            high[i] = pack(a_high, b_high);
-            low[i] = pack(low_half(a, a_high), low_half(b, b_high));
+            split(a, b, high[i], low[i]);
         }
 #pragma unroll
         for (u32 c = 0; c < DEPTH; c += 16) {

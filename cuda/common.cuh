@@ -49,20 +49,45 @@ typedef float Item;
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(Bf16 value) { return __uint_as_float(u32(value.bits) << 16); }
 
-// The upper half of the bits, rounded to the nearest, ties to even; a NaN stays one.
+// Rounded to the nearest, ties to even; a NaN stays one. By one instruction of sm_80; the emulator has its twin.
+#ifndef POLYTAPE_EMULATOR
+__device__ inline Bf16 to_bf16(float value) {
+    Bf16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+    return rounded;
+}
+// Two of them as the halves of a word, the first one lower.
+__device__ inline u32 to_bf16s(float first, float second) {
+    u32 rounded;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(second), "f"(first));
+    return rounded;
+}
+#else
 __device__ inline Bf16 to_bf16(float value) {
     u32 bits = __float_as_uint(value);
     bits = value != value ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
     return Bf16{u16(bits >> 16)};
 }
+__device__ inline u32 to_bf16s(float first, float second) {
+    return to_bf16(first).bits | u32(to_bf16(second).bits) << 16;
+}
+#endif
+
+__device__ inline float low_value(u32 bits) { return __uint_as_float(bits << 16); }
+__device__ inline float high_value(u32 bits) { return __uint_as_float(bits & 0xffff0000); }
+
+// The rest of a value that its rounded one does not hold; nothing of an infinity.
+__device__ inline float rest(float value, float rounded) {
+    return fabsf(value) == INFINITY ? 0.0f : value - rounded;
+}
+// Two values in two halves each: `high` what is nearest, `low` the rest.
+__device__ inline void split(float first, float second, u32& high, u32& low) {
+    high = to_bf16s(first, second);
+    low = to_bf16s(rest(first, low_value(high)), rest(second, high_value(high)));
+}
 
 __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(Bf16* to, float value) { *to = to_bf16(value); }
-
-// Two values as the halves of a word, the first one lower.
-__device__ inline u32 pack(Bf16 first, Bf16 second) { return first.bits | u32(second.bits) << 16; }
-__device__ inline float low_value(u32 bits) { return __uint_as_float(bits << 16); }
-__device__ inline float high_value(u32 bits) { return __uint_as_float(bits & 0xffff0000); }
 
 // RUN consecutive elements of a row, 1 or 8: 8 at a multiple of 16 bytes, by 16 bytes an instruction.
 template <u32 RUN>
@@ -98,7 +123,7 @@ __device__ inline void store_run(Bf16* to, const float (&values)[RUN]) {
     }
     u32 words[4];
 #pragma unroll
-    for (u32 i = 0; i < 4 && 2 * i + 1 < RUN; ++i) words[i] = pack(to_bf16(values[2 * i]), to_bf16(values[2 * i + 1]));
+    for (u32 i = 0; i < 4 && 2 * i + 1 < RUN; ++i) words[i] = to_bf16s(values[2 * i], values[2 * i + 1]);
     store_16_bytes(to, uint4{words[0], words[1], words[2], words[3]});
 }
 template <u32 RUN>

@@ -5,34 +5,35 @@
 // Grid: x = tokens, y = groups of 8 columns / 128: a thread draws one Philox block.
 #include "philox.cuh"
 
-__device__ inline float sigmoid(float x) {
-    const float e = expf(-fabsf(x));
-    return x < 0.0f ? e / (1.0f + e) : 1.0f / (1.0f + e);
-}
-
-// What GELU's approximation takes the tanh of; (1 + tanh(a)) / 2 = sigmoid(2 a).
-__device__ inline float gelu_new_argument(float x) {
-    return 0.7978845608f * (x + 0.044715f * x * x * x);
+// sigmoid(x) and sigmoid(-x), of one exponential and one division.
+struct Sigmoids {
+    float up, down;
+};
+__device__ inline Sigmoids sigmoids(float x) {
+    const float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e), small = e * large;
+    return x < 0.0f ? Sigmoids{small, large} : Sigmoids{large, small};
 }
 
 __device__ inline float gauss_cdf(float x) { return 0.5f * erfcf(-0.70710678118f * x); }
 
-__device__ inline float activation(u32 f, float x) {
-    if (f == 0) return x < 0.0f ? 0.0f : x;  // Not a maximum, which would hide a NaN.
-    if (f == 1) return x * sigmoid(2.0f * gelu_new_argument(x));
-    if (f == 2) return x * gauss_cdf(x);
-    return x * sigmoid(x);
-}
-
-__device__ inline float activation_slope(u32 f, float x) {
-    if (f == 0) return x > 0.0f ? 1.0f : 0.0f;
+// f(x) and f'(x). GELU's approximation: (1 + tanh(a)) / 2 = sigmoid(2 a).
+struct Activation {
+    float value, slope;
+};
+__device__ inline Activation activate(u32 f, float x) {
+    if (f == 0) return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};  // Not a maximum, which would hide a NaN.
     if (f == 1) {
-        const float a = 2.0f * gelu_new_argument(x);
+        const float a = 2.0f * 0.7978845608f * (x + 0.044715f * x * x * x);
         const float d_a = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
-        return sigmoid(a) + x * d_a * (sigmoid(a) * sigmoid(-a));
+        const Sigmoids s = sigmoids(a);
+        return {x * s.up, s.up + x * d_a * (s.up * s.down)};
     }
-    if (f == 2) return gauss_cdf(x) + x * (0.3989422804f * expf(-0.5f * x * x));
-    return sigmoid(x) + x * (sigmoid(x) * sigmoid(-x));
+    if (f == 2) {
+        const float cdf = gauss_cdf(x);
+        return {x * cdf, cdf + x * (0.3989422804f * expf(-0.5f * x * x))};
+    }
+    const Sigmoids s = sigmoids(x);
+    return {x * s.up, s.up + x * (s.up * s.down)};
 }
 
 // RUN: 8 where rows are whole runs of 8, else 1 a time.
@@ -42,7 +43,7 @@ __device__ inline void gate_run(Item* h, const Item* gate, const Item* up, const
     load_run<RUN>(gates, gate + at);
     if (up) load_run<RUN>(ups, up + at);
 #pragma unroll
-    for (u32 i = 0; i < RUN; ++i) products[i] = factors[i] * (activation(f, gates[i]) * (up ? ups[i] : 1.0f));
+    for (u32 i = 0; i < RUN; ++i) products[i] = factors[i] * (activate(f, gates[i]).value * (up ? ups[i] : 1.0f));
     store_run<RUN>(h + at, products);
 }
 
@@ -69,8 +70,9 @@ __device__ inline void gate_run_backward(Item* d_gate, Item* d_up, const Item* d
 #pragma unroll
     for (u32 i = 0; i < RUN; ++i) {
         const float g = factors[i] * gradients[i];
-        d_gates[i] = g * (up ? ups[i] : 1.0f) * activation_slope(f, gates[i]);
-        d_ups[i] = g * activation(f, gates[i]);
+        const Activation at_gate = activate(f, gates[i]);
+        d_gates[i] = g * (up ? ups[i] : 1.0f) * at_gate.slope;
+        d_ups[i] = g * at_gate.value;
     }
     store_run<RUN>(d_gate + at, d_gates);
     if (up) store_run<RUN>(d_up + at, d_ups);

@@ -94,7 +94,7 @@ __device__ inline void load_words(u32 (&to)[4], const Bf16* from, u32 n) {
     } else {
 #pragma unroll
         for (u32 i = 0; i < 4; ++i)
-            to[i] = pack(2 * i < n ? from[2 * i] : Bf16{0}, 2 * i + 1 < n ? from[2 * i + 1] : Bf16{0});
+            to[i] = (2 * i < n ? from[2 * i].bits : 0) | u32(2 * i + 1 < n ? from[2 * i + 1].bits : 0) << 16;
     }
 }
 
@@ -193,11 +193,8 @@ __device__ inline void multiply(MmaTile& tile, const Bf16* lhs, const Bf16* rhs,
     copy_async_wait<0>();
 }
 
-// The rest of a value that `high` does not hold; nothing of an infinity.
-__device__ inline Bf16 low_half(float value, Bf16 high) {
-    const float rest = value - widen(high);
-    return to_bf16(fabsf(value) == INFINITY ? 0.0f : rest);
-}
+// The rest of a value that `high` does not hold.
+__device__ inline Bf16 low_half(float value, Bf16 high) { return to_bf16(rest(value, widen(high))); }
 
 // Adds the low-rank part: z [m, rank] in f32, and of the routing row of each token a matrix of
 // which element (r, col) is right[row * row_size + r * r_size + col * col_size], in f32. Each factor is split

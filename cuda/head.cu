@@ -5,11 +5,11 @@
 //     f32: in the place of raw, and d_x = d_raw W [tokens, d_model] by `head_backward`
 //     bf16: as the sum of two bf16, d_high + d_low, and d_x = d_high W + d_low W by `linear_backward`
 //   argmax[t]: the column of the largest value not forbidden; the first of equals
-// Grid of `head_softmax` and `argmax`: x = tokens, 256 threads along the vocabulary; a thread adds in
+// Grid of `head_softmax` and `argmax`: x = tokens, HEAD_THREADS along the vocabulary; a thread adds in
 // order, then a tree within a warp, then the warps in order.
 #include "gemm.cuh"
 
-const u32 HEAD_THREADS = 256;
+const u32 HEAD_THREADS = 1024;
 
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
 head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,

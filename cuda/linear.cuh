@@ -55,7 +55,7 @@ __device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, f
 #if POLYTAPE_BF16
 
 __device__ inline void store_pair(Bf16* to, float first, float second) {
-    store_4_bytes(to, pack(to_bf16(first), to_bf16(second)));
+    store_4_bytes(to, to_bf16s(first, second));
 }
 __device__ inline void store_pair(float* to, float first, float second) {
     store(to, first);

@@ -112,18 +112,15 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
 #pragma unroll
             for (u32 i = 0; i < 4; ++i) {
                 const u32 token = row0 + g + i % 2 * 8, r = r0 + t + i / 2 * 8;
-                Bf16 highs[2], finites[2], lows[2];
+                float values[2], finites[2];
 #pragma unroll
                 for (u32 e = 0; e < 2; ++e) {
                     const bool own = token >= first && token < next && r + e < rank;
-                    const float value = own ? z[size_t(token) * rank + r + e] : 0.0f;
-                    highs[e] = to_bf16(value);
-                    finites[e] = fabsf(value) == INFINITY ? Bf16{0} : highs[e];
-                    lows[e] = low_half(value, highs[e]);
+                    values[e] = own ? z[size_t(token) * rank + r + e] : 0.0f;
+                    finites[e] = fabsf(values[e]) == INFINITY ? 0.0f : values[e];
                 }
-                high[i] = pack(highs[0], highs[1]);
-                finite[i] = pack(finites[0], finites[1]);
-                low[i] = pack(lows[0], lows[1]);
+                split(values[0], values[1], high[i], low[i]);
+                finite[i] = to_bf16s(finites[0], finites[1]);
             }
             // The first 8 ranks a part ahead, as there is nothing else to do while they are on their way.
             const float* own = right + row * row_size;
@@ -132,11 +129,6 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
                 const u32 col = col0 + part * PART_COLS + j * 8 + g;
                 const bool there = part < N / PART_COLS && col < n && r < rank;
                 return there ? own[r * r_size + col * col_size] : 0.0f;
-            };
-            const auto split = [](float first, float second, u32& high, u32& low) {
-                const Bf16 first_high = to_bf16(first), second_high = to_bf16(second);
-                high = pack(first_high, second_high);
-                low = pack(low_half(first, first_high), low_half(second, second_high));
             };
 #pragma unroll
             for (u32 at = 0; at < PART_COLS / 4; ++at) ahead[at / 2][at % 2] = load(0, at / 2, r0 + t + at % 2);

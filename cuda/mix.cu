@@ -90,7 +90,18 @@ __device__ inline void unmix_run(const Unmixed& one, u32 at, u32 n_rows) {
     store_run<RUN>(d_bank, values);
 }
 
+template <u32 RUN>
+__device__ inline float dot_run(float sum, const float* a, const float* b) {
+    float lefts[RUN], rights[RUN];
+    load_run<RUN>(lefts, a);
+    load_run<RUN>(rights, b);
+#pragma unroll
+    for (u32 i = 0; i < RUN; ++i) sum = fmaf(lefts[i], rights[i], sum);
+    return sum;
+}
+
 // The sum of one routing row, split and skill, by the whole block.
+template <u32 RUN>
 __device__ inline void unmix_weight(const Unmixed& one, u32 row, u32 col) {
     SHARED(float, scratch, 256 / WARP);
     const Bank& bank = one.bank;
@@ -101,9 +112,11 @@ __device__ inline void unmix_weight(const Unmixed& one, u32 row, u32 col) {
     const float* b = bank.b + (size_t(split) * bank.n_skills + s) * bank.rank * b_width;
     const float* d_b = one.d_mixed_b + size_t(row) * bank.rank * bank.d_out + split * b_width;
     float sum = 0.0f;
-    for (u32 at = threadIdx.x; at < a_width; at += blockDim.x) sum = fmaf(d_a[at], a[at], sum);
-    for (u32 at = threadIdx.x; at < bank.rank * b_width; at += blockDim.x)
-        sum = fmaf(d_b[size_t(at / b_width) * bank.d_out + at % b_width], b[at], sum);
+#pragma unroll 4
+    for (u32 at = threadIdx.x * RUN; at < a_width; at += blockDim.x * RUN) sum = dot_run<RUN>(sum, d_a + at, a + at);
+#pragma unroll 4
+    for (u32 at = threadIdx.x * RUN; at < bank.rank * b_width; at += blockDim.x * RUN)
+        sum = dot_run<RUN>(sum, d_b + size_t(at / b_width) * bank.d_out + at % b_width, b + at);
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0) one.d_weights[size_t(row) * bank.n_splits * bank.n_skills + col] += sum;
 }
@@ -111,11 +124,16 @@ __device__ inline void unmix_weight(const Unmixed& one, u32 row, u32 col) {
 extern "C" __global__ void __launch_bounds__(256) unmix(const __grid_constant__ UnmixedAll all, u32 n_rows) {
     const Unmixed& one = all.of[blockIdx.y];
     const u32 width = one.bank.n_splits * one.bank.n_skills, n_sums = n_rows * width;
-    if (blockIdx.x < n_sums) return unmix_weight(one, blockIdx.x / width, blockIdx.x % width);
+    const bool aligned = ((reinterpret_cast<size_t>(one.d_a) | reinterpret_cast<size_t>(one.d_b)) & 15) == 0;
+    const bool runs = aligned && has_runs(one.bank);
+    if (blockIdx.x < n_sums) {
+        if (runs) unmix_weight<4>(one, blockIdx.x / width, blockIdx.x % width);
+        else unmix_weight<1>(one, blockIdx.x / width, blockIdx.x % width);
+        return;
+    }
     const u32 len = one.bank.n_skills * (one.bank.d_in + one.bank.d_out) * one.bank.rank;
     const u32 thread = (blockIdx.x - n_sums) * blockDim.x + threadIdx.x, n_threads = (gridDim.x - n_sums) * blockDim.x;
-    const bool aligned = ((reinterpret_cast<size_t>(one.d_a) | reinterpret_cast<size_t>(one.d_b)) & 15) == 0;
-    if (aligned && has_runs(one.bank))
+    if (runs)
         for (u32 at = 4 * thread; at < len; at += 4 * n_threads) unmix_run<4>(one, at, n_rows);
     else
         for (u32 at = thread; at < len; at += n_threads) unmix_run<1>(one, at, n_rows);

@@ -65,11 +65,7 @@ __device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const B
                 const float(&values)[8] = right_values[step][group];
                 u32 highs[4], lows[4];
 #pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    const Bf16 first = to_bf16(values[2 * i]), second = to_bf16(values[2 * i + 1]);
-                    highs[i] = pack(first, second);
-                    lows[i] = pack(low_half(values[2 * i], first), low_half(values[2 * i + 1], second));
-                }
+                for (u32 i = 0; i < 4; ++i) split(values[2 * i], values[2 * i + 1], highs[i], lows[i]);
 #pragma unroll
                 for (u32 i = 0; i < 4; i += 2) {
                     const u32 lefts[4] = {left[step][0][i], left[step][1][i], left[step][0][i + 1], left[step][1][i + 1]};

@@ -178,7 +178,7 @@ pub(super) fn attention_backward(
     let mut inner = cuda.alloc(q.rows, n_heads, Precision::Full);
     let kernel = cuda.kernel("attention", "attention_inner").arg(inner.address_mut());
     let kernel = kernel.arg(d_o).arg(o).count(q.rows * n_heads).count(head_dim);
-    kernel.launch([(q.rows * n_heads).div_ceil(WARPS as usize), 1, 1], WARPS * 32);
+    kernel.launch([(q.rows * n_heads).div_ceil(4 * WARPS as usize), 1, 1], WARPS * 32);
 
     let Version { is_tiled, height, threads, suffix, row_bytes, others } =
         Version::of(cuda, head_dim);

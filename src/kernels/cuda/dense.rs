@@ -335,7 +335,7 @@ pub(super) fn add(cuda: &Cuda, a: Tensor<Cuda>, b: &Tensor<Cuda>) -> Tensor<Cuda
     y
 }
 
-const HEAD_THREADS: u32 = 256;
+const HEAD_THREADS: u32 = 1024;
 
 pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     let HeadLoss { x, weight, labels, scale, d_nll } = args;
