@@ -431,10 +431,85 @@ struct Biases {
     }
 };
 
+// A sequence's only query, as in decoding: the warps share its keys, 32 at a time in turns, a lane a key; then what they have
+// is put together in order. CUDA cores, as there is one row.
+template <u32 DEPTH>
+__device__ inline void attend_one(Item* o, float* lse, const Attention& args, const Span& span) {
+    const u32 WARPS = 2 * TILE_QUERIES / WARP, COLUMNS = DEPTH / WARP;
+    const u32 d = args.head_dim, head = blockIdx.y, warp = threadIdx.x / WARP;
+    const size_t kv_size = size_t(args.n_kv_heads) * d;
+    const size_t kv_at = span.key_start * kv_size + size_t(head / (args.n_heads / args.n_kv_heads)) * d;
+    const size_t at_q = (size_t(span.query_start) * args.n_heads + head) * d;
+    DYNAMIC_SHARED(float, query);
+    float *outs = query + DEPTH, *largests = outs + WARPS * DEPTH, *sums = largests + WARPS;
+    for (u32 c = threadIdx.x; c < DEPTH; c += blockDim.x) query[c] = c < d ? widen(args.q[at_q + c]) : 0.0f;
+    __syncthreads();
+    const u32 seen = n_seen(args, span, 0), from = first_seen(args, span, 0);
+    float largest = -INFINITY, sum = 0.0f, out[COLUMNS] = {};
+    for (u32 j0 = from / WARP * WARP + warp * WARP; j0 < seen; j0 += WARPS * WARP) {
+        const u32 j = j0 + lane();
+        const bool sees = j >= from && j < seen;
+        const Item* key = args.k + kv_at + min(j, seen - 1) * kv_size;
+        float score = 0.0f;
+        if (d % 8 == 0) {
+#pragma unroll
+            for (u32 c = 0; c < DEPTH; c += 8) {
+                if (c >= d) continue;
+                float values[8];
+                load_run<8>(values, key + c);
+#pragma unroll
+                for (u32 i = 0; i < 8; ++i) score = fmaf(query[c + i], values[i], score);
+            }
+        } else {
+            for (u32 c = 0; c < d; ++c) score = fmaf(query[c], widen(key[c]), score);
+        }
+        score = sees ? fmaf(args.scale, score, bias(args, span, head, 0, j)) : -INFINITY;
+        const float larger = fmaxf(largest, warp_max(score)), rescale = expf(largest - larger);
+        float probability = sees ? expf(score - larger) : 0.0f;
+        sum = fmaf(sum, rescale, warp_sum(probability));
+        largest = larger;
+        if (args.dropout.tokens && sees) probability *= keep(args, span, head, 0, j);
+        float added[COLUMNS] = {};
+        const Item* value = args.v + kv_at + j0 * kv_size;
+        const u32 n = min(WARP, seen - j0);
+#pragma unroll 8
+        for (u32 other = 0; other < n; ++other) {
+            const float p = __shfl_sync(ALL_LANES, probability, other);
+#pragma unroll
+            for (u32 c = 0; c < COLUMNS; ++c)
+                if (lane() + WARP * c < d)
+                    added[c] = fmaf(p, widen(value[other * kv_size + lane() + WARP * c]), added[c]);
+        }
+#pragma unroll
+        for (u32 c = 0; c < COLUMNS; ++c) out[c] = fmaf(out[c], rescale, added[c]);
+    }
+#pragma unroll
+    for (u32 c = 0; c < COLUMNS; ++c) outs[warp * DEPTH + lane() + WARP * c] = out[c];
+    if (lane() == 0) largests[warp] = largest, sums[warp] = sum;
+    __syncthreads();
+    float top = largests[0], total = 0.0f, factors[WARPS];
+#pragma unroll
+    for (u32 w = 1; w < WARPS; ++w) top = fmaxf(top, largests[w]);
+#pragma unroll
+    for (u32 w = 0; w < WARPS; ++w) {
+        factors[w] = sums[w] == 0.0f ? 0.0f : expf(largests[w] - top);  // A warp without keys has no largest.
+        total = fmaf(sums[w], factors[w], total);
+    }
+    for (u32 c = threadIdx.x; c < d; c += blockDim.x) {
+        float value = 0.0f;
+#pragma unroll
+        for (u32 w = 0; w < WARPS; ++w) value = fmaf(outs[w * DEPTH + c], factors[w], value);
+        store(&o[at_q + c], seen == 0 ? 0.0f : value / total);
+    }
+    if (threadIdx.x == 0)
+        lse[size_t(span.query_start) * args.n_heads + head] = seen == 0 ? -INFINITY : top + logf(total);
+}
+
 template <u32 DEPTH>
 __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) {
     const u32 d = args.head_dim, head = blockIdx.y, l = lane(), own = threadIdx.x / WARP * 16;
     const Span span = args.spans[args.tiles[blockIdx.x].x];
+    if (span.n_queries == 1) return attend_one<DEPTH>(o, lse, args, span);
     const u32 first = args.tiles[blockIdx.x].y, n_queries = min(TILE_QUERIES, span.n_queries - first);
     const size_t q_size = size_t(args.n_heads) * d, kv_size = size_t(args.n_kv_heads) * d;
     const size_t kv_col = size_t(head / (args.n_heads / args.n_kv_heads)) * d;

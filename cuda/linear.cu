@@ -4,14 +4,14 @@
 //   x [tokens, d_in]   W [d_out, d_in]   bias [d_out]   z, d_z [tokens, rank]   token_rows [tokens]
 //   B^ mixed [rows * rank, d_out], or stacked: sum_s w[row, q, s] B[q, s], q the split of the column
 //   A^ [rows * d_in, rank]   y, residual [tokens, d_out]   d_x, d_residual [tokens, d_in]
-// Grid: x = tiles of columns, y = tiles of tokens. Block: GEMM_THREADS. The order of the sums is that
+// Grid: x = tiles of columns (of the widest), y = tiles of tokens, z = siblings. Block: GEMM_THREADS. The order of the sums is that
 // of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
 // may be d_residual (null: none).
 // `linear_dot` is the same forward for few tokens: it streams the weights once for all of a block's tokens. In f32 a warp
 // owns a column for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes. Grid: x =
-// columns / 8, y = tokens / 8. In bf16 a block has 16 columns for 8 * TILES tokens, on tensor cores whose rows are the
+// columns / 8, y = tokens / 8, z = siblings. In bf16 a block has 16 columns for 8 * TILES tokens, on tensor cores whose rows are the
 // columns; a warp adds every 8th 32 features in order, then the warps in order. Grid: x = columns / 16, y = tokens / (8 *
-// TILES), which changes no bits.
+// TILES), which changes no bits, z = siblings.
 #include "gemm.cuh"
 #include "linear.cuh"
 
@@ -30,12 +30,14 @@ __device__ inline bool expand_tile(MmaTile& tile, const Expand& expand, u32 n_to
 #endif
 
 template <class Out>
-__device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
-                                   u32 n_tokens, u32 d_in, u32 d_out) {
+__device__ inline void linear_tile(const Projection& own, const Item* x, u32 n_tokens, u32 d_in) {
+    const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N, d_out = own.d_out;
+    if (col0 >= d_out) return;  // A whole block.
+    const Epilogue& epilogue = own.epilogue;
+    Out* y = static_cast<Out*>(own.y);
     ItemTile tile = {};
     DYNAMIC_SHARED(float, shared);
-    const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N;
-    multiply<true>(tile, x, weight, n_tokens, d_out, d_in, row0, col0, shared);
+    multiply<true>(tile, x, own.weight, n_tokens, d_out, d_in, row0, col0, shared);
     const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
 #if POLYTAPE_BF16
     const ForwardPairs<Out> pairs = {y, epilogue, n_tokens, d_out};
@@ -49,14 +51,13 @@ __device__ inline void linear_tile(Out* y, const Item* x, const Item* weight, co
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-linear(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
-    linear_tile(y, x, weight, epilogue, n_tokens, d_in, d_out);
+linear(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    linear_tile<Item>(projections.of[blockIdx.z], x, n_tokens, d_in);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
-linear_full(float* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in,
-            u32 d_out) {
-    linear_tile(y, x, weight, epilogue, n_tokens, d_in, d_out);
+linear_full(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    linear_tile<float>(projections.of[blockIdx.z], x, n_tokens, d_in);
 }
 
 #if POLYTAPE_BF16
@@ -100,22 +101,23 @@ __device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const It
     }
 }
 
-template <u32 TILES, class Out>
-__device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, const Epilogue& epilogue,
-                                   u32 n_tokens, u32 d_in, u32 d_out) {
-    const u32 TOKENS = 8 * TILES, col0 = blockIdx.x * DOT_COLUMNS, token0 = blockIdx.y * TOKENS;
+template <class Out, u32 TILES>
+__device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_tokens, u32 d_in) {
+    const u32 TOKENS = 8 * TILES, col0 = blockIdx.x * DOT_COLUMNS, token0 = blockIdx.y * TOKENS, d_out = own.d_out;
+    if (col0 >= d_out) return;  // A whole block.
+    const Item* weight = own.weight;
     SHARED(float, partials, DOT_WARPS * TOKENS * DOT_PITCH);
     float sums[TILES][4] = {};
     if (d_in % 8 == 0)
         add_dots<true>(sums, x, weight, token0, col0, n_tokens, d_in, d_out);
     else
         add_dots<false>(sums, x, weight, token0, col0, n_tokens, d_in, d_out);
-    float* own = partials + threadIdx.x / WARP * TOKENS * DOT_PITCH;
+    float* part = partials + threadIdx.x / WARP * TOKENS * DOT_PITCH;
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
         for (u32 e = 0; e < 4; ++e)
-            own[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = sums[tile][e];
+            part[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = sums[tile][e];
     __syncthreads();
 #pragma unroll 1
     for (u32 at = threadIdx.x; at < TOKENS * DOT_COLUMNS; at += DOT_WARPS * WARP) {
@@ -124,14 +126,14 @@ __device__ inline void dot_columns(Out* y, const Item* x, const Item* weight, co
         float sum = 0.0f;
 #pragma unroll
         for (u32 warp = 0; warp < DOT_WARPS; ++warp) sum += partials[(warp * TOKENS + token) * DOT_PITCH + col];
-        finish(y, epilogue, false, sum, token0 + token, col0 + col, d_out);
+        finish(static_cast<Out*>(own.y), own.epilogue, false, sum, token0 + token, col0 + col, d_out);
     }
 }
 
-#define LINEAR_DOT(name, Out, tiles)                                                                            \
-    extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)                                               \
-    name(Out* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {     \
-        dot_columns<tiles>(y, x, weight, epilogue, n_tokens, d_in, d_out);                                      \
+#define LINEAR_DOT(name, Out, tiles)                                                            \
+    extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)                               \
+    name(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) { \
+        dot_columns<Out, tiles>(projections.of[blockIdx.z], x, n_tokens, d_in);                 \
     }
 LINEAR_DOT(linear_dot_1, Item, 1)
 LINEAR_DOT(linear_dot_2, Item, 2)
@@ -175,10 +177,11 @@ __device__ inline void add_dots(float (&sums)[DOT_TOKENS], const Item* x, const 
 }
 
 extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
-linear_dot(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_tokens, u32 d_in, u32 d_out) {
+linear_dot(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    const Projection& own_linear = projections.of[blockIdx.z];
     const u32 col = blockIdx.x * DOT_COLUMNS + threadIdx.x / WARP, token0 = blockIdx.y * DOT_TOKENS;
-    if (col >= d_out) return;  // A whole warp.
-    const Item* w = weight + size_t(col) * d_in;
+    if (col >= own_linear.d_out) return;  // A whole warp.
+    const Item* w = own_linear.weight + size_t(col) * d_in;
     float sums[DOT_TOKENS] = {};
     if (d_in % DOT_RUN == 0)
         add_dots<true>(sums, x, w, token0, n_tokens, d_in);
@@ -192,7 +195,8 @@ linear_dot(Item* y, const Item* x, const Item* weight, Epilogue epilogue, u32 n_
     }
     // Lane t finishes token t: the epilogues run side by side.
     const u32 token = token0 + lane();
-    if (lane() < DOT_TOKENS && token < n_tokens) finish(y, epilogue, false, own, token, col, d_out);
+    if (lane() < DOT_TOKENS && token < n_tokens)
+        finish(static_cast<Item*>(own_linear.y), own_linear.epilogue, false, own, token, col, own_linear.d_out);
 }
 
 #endif

@@ -38,6 +38,22 @@ struct Epilogue {
     Dropout dropout;
 };
 
+// One of the linears that share an input: siblings, as q, k and v.
+struct Projection {
+    void* y;             // [tokens, d_out] of Item, or of float in the kernels with `full` in their names.
+    const Item* weight;  // [d_out, d_in]
+    Epilogue epilogue;
+    u32 d_out, padding;
+};
+
+const u32 MAX_PROJECTIONS = 4;
+
+// Those of a launch, which kernels take as `const __grid_constant__`: see siblings.cuh.
+struct Projections {
+    Projection of[MAX_PROJECTIONS];
+    u32 n, padding;
+};
+
 // What becomes of a sum of `linear`. `expanded`: it has the low-rank part.
 template <class Out>
 __device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, float value, u32 token,

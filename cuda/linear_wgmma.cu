@@ -60,19 +60,23 @@ struct Stages {
     __device__ static u32 parity(u32 count) { return count / COUNT % 2; }
 };
 
-// A tile's place: bands of eight rows of tiles, in each one column of tiles after the other, so that what runs
-// at a time shares its boxes in the cache.
-template <u32 N>
-__device__ inline void place_of(u32 tile, u32 m, u32 n, u32& row0, u32& col0) {
-    const u32 rows = (m + Stages<N>::M - 1) / Stages<N>::M, cols = (n + N - 1) / N;
-    const u32 band = tile / (8 * cols), within = tile % (8 * cols), height = min(8u, rows - 8 * band);
-    row0 = (8 * band + within % height) * Stages<N>::M;
-    col0 = within / height * N;
-}
-
 template <u32 N>
 __device__ inline u32 n_tiles(u32 m, u32 n) {
     return (m + Stages<N>::M - 1) / Stages<N>::M * ((n + N - 1) / N);
+}
+
+// Where a tile lies in the result of one of several linears.
+struct Place {
+    u32 linear, row0, col0;
+};
+
+// In bands of eight rows of tiles, in each one column of tiles after the other, so that what runs at a time shares
+// its boxes in the cache.
+template <u32 N>
+__device__ inline Place place_of(u32 linear, u32 tile, u32 m, u32 n) {
+    const u32 rows = (m + Stages<N>::M - 1) / Stages<N>::M, cols = (n + N - 1) / N;
+    const u32 band = tile / (8 * cols), within = tile % (8 * cols), height = min(8u, rows - 8 * band);
+    return {linear, (8 * band + within % height) * Stages<N>::M, within / height * N};
 }
 
 template <u32 N>
@@ -212,9 +216,8 @@ __device__ inline void for_each_pair(const WgmmaTile<N>& tile, const Results& re
 template <bool TRANSPOSED, u32 N, class Problem>
 __device__ inline void produce(const Stages<N>& shared, const Problem& problem) {
     u32 count = 0;
-    for (u32 tile = blockIdx.x; tile < n_tiles<N>(problem.m, problem.n); tile += gridDim.x) {
-        u32 row0, col0;
-        place_of<N>(tile, problem.m, problem.n, row0, col0);
+    for (u32 tile = blockIdx.x; tile < problem.template n_tiles<N>(); tile += gridDim.x) {
+        const auto [linear, row0, col0] = problem.template place<N>(tile);
         for (u32 term = 0; term < problem.n_terms(); ++term)
             for (u32 k0 = 0; k0 < problem.depth(term); k0 += Stages<N>::K) {
                 char* left = shared.stage(count);
@@ -224,10 +227,10 @@ __device__ inline void produce(const Stages<N>& shared, const Problem& problem) 
                 barrier_arrive_expect(full, Stages<N>::BYTES);
                 copy_box(left, problem.left(term), k0, row0, full);
                 if (TRANSPOSED)
-                    copy_box(right, problem.right(term), k0, col0, full);
+                    copy_box(right, problem.right(linear, term), k0, col0, full);
                 else
                     for (u32 col = 0; col < N; col += LINE)
-                        copy_box(right + 2 * Stages<N>::K * col, problem.right(term), col0 + col, k0, full);
+                        copy_box(right + 2 * Stages<N>::K * col, problem.right(linear, term), col0 + col, k0, full);
                 ++count;
             }
     }
@@ -239,10 +242,9 @@ __device__ inline void consume(const Stages<N>& shared, const Problem& problem) 
     const u32 warp = threadIdx.x / WARP;
     float* staged = shared.staged + warp * 16 * STAGED_PITCH;
     u32 count = 0;
-    for (u32 tile = blockIdx.x; tile < n_tiles<N>(problem.m, problem.n); tile += gridDim.x) {
-        u32 row0, col0;
-        place_of<N>(tile, problem.m, problem.n, row0, col0);
-        row0 += warp * 16;
+    for (u32 tile = blockIdx.x; tile < problem.template n_tiles<N>(); tile += gridDim.x) {
+        Place place = problem.template place<N>(tile);
+        place.row0 += warp * 16;
         WgmmaTile<N> sums = {};
         for (u32 term = 0; term < problem.n_terms(); ++term) {
             for (u32 k0 = 0; k0 < problem.depth(term); k0 += Stages<N>::K) {
@@ -256,9 +258,9 @@ __device__ inline void consume(const Stages<N>& shared, const Problem& problem) 
             wgmma_wait<0>();
             wgmma_settle(sums.values);
             if (lane() == 0) barrier_arrive(shared.empty_of(count - 1));
-            problem.expand(sums, term, row0, col0);
+            problem.expand(sums, term, place);
         }
-        problem.finish(sums, row0, col0, staged);
+        problem.finish(sums, place, staged);
     }
 }
 
@@ -283,32 +285,56 @@ __device__ inline void multiply_all(const Problem& problem) {
     }
 }
 
+// The maps of the weights of siblings.
+struct WeightMaps {
+    TensorMap of[MAX_PROJECTIONS];
+};
+
 template <class Out>
 struct Forward {
-    Out* y;
-    const TensorMap &x, &weight;
-    const Epilogue& epilogue;
-    u32 m, n, d_in;
+    const Projections& projections;
+    const TensorMap& x;
+    const WeightMaps& weights;
+    u32 m, d_in;
+    template <u32 N>
+    __device__ u32 n_tiles() const {
+        u32 n = 0;
+        for (u32 i = 0; i < projections.n; ++i) n += ::n_tiles<N>(m, projections.of[i].d_out);
+        return n;
+    }
+    template <u32 N>
+    __device__ Place place(u32 tile) const {
+        u32 i = 0;
+        for (; i + 1 < projections.n; ++i) {
+            const u32 n = ::n_tiles<N>(m, projections.of[i].d_out);
+            if (tile < n) break;
+            tile -= n;
+        }
+        return place_of<N>(i, tile, m, projections.of[i].d_out);
+    }
     __device__ u32 n_terms() const { return 1; }
     __device__ u32 depth(u32) const { return d_in; }
     __device__ const TensorMap& left(u32) const { return x; }
-    __device__ const TensorMap& right(u32) const { return weight; }
-    __device__ bool is_expanded() const { return epilogue.expand.z && epilogue.expand.mixed_b; }
+    __device__ const TensorMap& right(u32 linear, u32) const { return weights.of[linear]; }
+    __device__ static bool is_expanded(const Expand& expand) { return expand.z && expand.mixed_b; }
     template <u32 N>
-    __device__ void expand(WgmmaTile<N>& tile, u32, u32 row0, u32 col0) const {
-        const Expand& expand = epilogue.expand;
-        const u32 rank = expand.bank.rank;
-        if (is_expanded())
-            multiply_tail(tile, expand.z, expand.mixed_b, expand.token_rows, m, n, rank, row0, col0,
+    __device__ void expand(WgmmaTile<N>& tile, u32, const Place& place) const {
+        const Expand& expand = projections.of[place.linear].epilogue.expand;
+        const u32 rank = expand.bank.rank, n = projections.of[place.linear].d_out;
+        if (is_expanded(expand))
+            multiply_tail(tile, expand.z, expand.mixed_b, expand.token_rows, m, n, rank, place.row0, place.col0,
                           size_t(rank) * n, n, 1);
     }
     template <u32 N>
-    __device__ void finish(const WgmmaTile<N>& tile, u32 row0, u32 col0, float* staged) const {
-        const ForwardPairs<Out> pairs = {y, epilogue, m, n};
-        if (pairs.are_possible(is_expanded())) return for_each_pair(tile, pairs, row0, col0);
+    __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float* staged) const {
+        const Projection& own = projections.of[place.linear];
+        const bool expanded = is_expanded(own.epilogue.expand);
+        Out* y = static_cast<Out*>(own.y);
+        const ForwardPairs<Out> pairs = {y, own.epilogue, m, own.d_out};
+        if (pairs.are_possible(expanded)) return for_each_pair(tile, pairs, place.row0, place.col0);
         const auto finish_one = [&](u32 row, u32 col, float value) {
-            if (row0 + row < m && col0 + col < n)
-                ::finish(y, epilogue, is_expanded(), value, row0 + row, col0 + col, n);
+            if (place.row0 + row < m && place.col0 + col < own.d_out)
+                ::finish(y, own.epilogue, expanded, value, place.row0 + row, place.col0 + col, own.d_out);
         };
         for_each(tile, finish_one, staged);
     }
@@ -325,28 +351,33 @@ struct Backward {
     const TermMaps& maps;
     const Terms& terms;
     u32 m, n;
+    template <u32 N>
+    __device__ u32 n_tiles() const { return ::n_tiles<N>(m, n); }
+    template <u32 N>
+    __device__ Place place(u32 tile) const { return place_of<N>(0, tile, m, n); }
     __device__ u32 n_terms() const { return terms.n; }
     __device__ u32 depth(u32 term) const { return terms.terms[term].d_out; }
     __device__ const TensorMap& left(u32 term) const { return maps.d_y[term]; }
-    __device__ const TensorMap& right(u32 term) const { return maps.weight[term]; }
+    __device__ const TensorMap& right(u32, u32 term) const { return maps.weight[term]; }
     template <u32 N>
-    __device__ void expand(WgmmaTile<N>& tile, u32 index, u32 row0, u32 col0) const {
+    __device__ void expand(WgmmaTile<N>& tile, u32 index, const Place& place) const {
         const Term& term = terms.terms[index];
         if (term.d_z)
-            multiply_tail(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, row0, col0,
+            multiply_tail(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, place.row0, place.col0,
                           size_t(n) * term.rank, 1, term.rank);
     }
     template <u32 N>
-    __device__ void finish(const WgmmaTile<N>& tile, u32 row0, u32 col0, float*) const {
-        for_each_pair(tile, BackwardPairs{d_x, d_residual, m, n}, row0, col0);  // Rows are whole chunks: `copy_box`.
+    __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float*) const {
+        // Rows are whole chunks: `copy_box`.
+        for_each_pair(tile, BackwardPairs{d_x, d_residual, m, n}, place.row0, place.col0);
     }
 };
 
-#define LINEAR_WGMMA(name, Out, N)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1)                                                 \
-    name(Out* y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, Epilogue epilogue, \
-         u32 n_tokens, u32 d_in, u32 d_out) {                                                                      \
-        multiply_all<true, N>(Forward<Out>{y, x, weight, epilogue, n_tokens, d_out, d_in});                        \
+#define LINEAR_WGMMA(name, Out, N)                                                                              \
+    extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1)                                              \
+    name(const __grid_constant__ Projections projections, const __grid_constant__ TensorMap x,                  \
+         const __grid_constant__ WeightMaps weights, u32 n_tokens, u32 d_in) {                                  \
+        multiply_all<true, N>(Forward<Out>{projections, x, weights, n_tokens, d_in});                           \
     }
 LINEAR_WGMMA(linear_wgmma_64, Item, 64)
 LINEAR_WGMMA(linear_wgmma_128, Item, 128)

@@ -140,7 +140,7 @@ pub(super) fn norm_backward(cuda: &Cuda, args: NormBackward<'_, Cuda>) -> Tensor
 }
 
 /// `Expand` of `cuda/linear.cu`.
-#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct ExpandArg {
     z: u64,
@@ -149,8 +149,8 @@ pub(super) struct ExpandArg {
     bank: BankArg,
 }
 
-/// `Epilogue` of `cuda/linear.cu`.
-#[derive(Clone, Copy, NoUninit)]
+/// `Epilogue` of `cuda/linear.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct EpilogueArg {
     bias: u64,
@@ -200,22 +200,48 @@ fn epilogue(cuda: &Cuda, projection: &Projection<'_, Cuda>, tokens: usize) -> Ep
 
 pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
     let Linear { x, projections, order, output } = args;
-    let tokens = x.rows;
-    let project = |projection: &Projection<'_, Cuda>| {
-        let (d_out, d_in) = projection.weight.shape();
-        let epilogue = epilogue(cuda, projection, tokens);
-        let mut y = cuda.alloc(tokens, d_out, output);
-        let (x, weight) = (x.activation(cuda, tokens, d_in), projection.weight.matrix());
-        let (to, epilogue) = (y.address_mut(), epilogue.arg);
-        let forward = gemm::Forward { y: to, x, weight, epilogue, tokens, d_in, d_out, output };
+    let mut all = Vec::with_capacity(projections.len());
+    for siblings in projections.chunks(gemm::MAX_PROJECTIONS) {
+        let mut tables = Vec::new(); // They live until the launch is queued.
+        let own = siblings.iter().map(|projection| {
+            let d_out = projection.weight.shape().0;
+            let epilogue = epilogue(cuda, projection, x.rows);
+            let mut y = cuda.alloc(x.rows, d_out, output);
+            let weight = projection.weight.matrix();
+            let arg = ProjectionArg::new(y.address_mut(), weight, epilogue.arg, d_out);
+            tables.push(epilogue);
+            all.push(y);
+            arg
+        });
+        let own: Vec<_> = own.collect();
+        let d_in = siblings[0].weight.shape().1;
+        assert!(siblings.iter().all(|p| p.weight.shape().1 == d_in), "siblings share their input");
+        let address = x.activation(cuda, x.rows, d_in);
+        let forward = gemm::Forward { projections: &own, x: address, tokens: x.rows, d_in, output };
         if order == Order::Panel {
             forward.launch(cuda);
         } else {
             forward.launch_dot(cuda);
         }
-        y
-    };
-    projections.iter().map(project).collect()
+    }
+    all
+}
+
+/// `Projection` of `cuda/linear.cuh`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct ProjectionArg {
+    y: u64,
+    pub(super) weight: u64,
+    epilogue: EpilogueArg,
+    pub(super) d_out: u32,
+    padding: u32,
+}
+
+impl ProjectionArg {
+    fn new(y: u64, weight: u64, epilogue: EpilogueArg, d_out: usize) -> Self {
+        Self { y, weight, epilogue, d_out: narrow(d_out), padding: 0 }
+    }
 }
 
 /// `Term` of `cuda/linear.cu`.
@@ -360,23 +386,11 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     for first in (0..tokens).step_by(chunk) {
         let n = chunk.min(tokens - first);
         let row = (first * d_model * item) as u64;
-        let none = EpilogueArg {
-            bias: 0,
-            residual: 0,
-            expand: ExpandArg::zeroed(),
-            dropout: DropoutArg::zeroed(),
-        };
-        let product = gemm::Forward {
-            y: raw.address_mut(),
-            x: x.activation(cuda, tokens, d_model) + row,
-            weight: weight.matrix(),
-            epilogue: none,
-            tokens: n,
-            d_in: d_model,
-            d_out: vocabulary,
-            output: Precision::Full,
-        };
-        product.launch(cuda);
+        let plain = EpilogueArg::zeroed();
+        let product = ProjectionArg::new(raw.address_mut(), weight.matrix(), plain, vocabulary);
+        let x = x.activation(cuda, tokens, d_model) + row;
+        let output = Precision::Full;
+        gemm::Forward { projections: &[product], x, tokens: n, d_in: d_model, output }.launch(cuda);
         let kernel = cuda.kernel("head", "head_softmax");
         let kernel = kernel.arg(nll.address() + 8 * first as u64).arg(raw.address_mut());
         let kernel = kernel.arg(half(0)).arg(half(1));

@@ -8,11 +8,13 @@
 //! `POLYTAPE_CUDA_GEMM` chooses; without it the fastest that the device has. What a shape goes to depends on the weight's shape
 //! alone and never on how many tokens there are: a token's bits do not change with its neighbours.
 
-use bytemuck::NoUninit;
+use std::iter;
+
+use bytemuck::{NoUninit, Zeroable};
 
 use super::{
     Cuda,
-    dense::{EpilogueArg, MAX_TERMS, TermsArg},
+    dense::{MAX_TERMS, ProjectionArg, TermsArg},
     device::{BoxedMatrix, Device, TensorMap},
     must, narrow,
 };
@@ -90,13 +92,13 @@ fn wgmma_shared_bytes(width: usize) -> usize {
     1024 + stages * stage + 4 * 8 * 16 * 40 + stages * 2 * 8
 }
 
-/// The width of the tiles of `linear_wgmma.cu` for products of `[tokens, n]`, of matrices whose rows have so
+/// The width of the tiles of `linear_wgmma.cu` for products with so many columns, of matrices whose rows have so
 /// many elements; none if they are not for it. That depends on the weight's shape, the width on anything: it
 /// changes no bits.
 fn wgmma_width(
     cuda: &Cuda,
     tokens: usize,
-    n: usize,
+    widths: impl Iterator<Item = usize> + Clone,
     rows: impl IntoIterator<Item = usize>,
 ) -> Option<usize> {
     let is_for_it = cuda.gemm == Gemm::Wgmma && cuda.compute == Dtype::Bf16;
@@ -106,15 +108,25 @@ fn wgmma_width(
     // How long the multiprocessor with the most tiles takes: a tile's products, or at least the copies of its
     // left rows, and some more to start and to finish it.
     let cost = |&width: &usize| {
-        let tiles = tokens.div_ceil(WGMMA_ROWS) * n.div_ceil(width);
+        let tiles = wgmma_tiles(tokens, widths.clone(), width);
         tiles.div_ceil(multiprocessors) * (width.max(80) + 24)
     };
     (is_for_it && fits).then(|| [256, 128, 64].into_iter().min_by_key(cost).expect("three widths"))
 }
 
+/// Tiles of `linear_wgmma.cu` for products with so many columns each.
+fn wgmma_tiles(tokens: usize, widths: impl Iterator<Item = usize>, width: usize) -> usize {
+    tokens.div_ceil(WGMMA_ROWS) * widths.map(|n| n.div_ceil(width)).sum::<usize>()
+}
+
 /// Blocks of `linear_wgmma.cu`: each takes one tile after another.
-fn wgmma_grid(cuda: &Cuda, rows: usize, cols: usize, width: usize) -> [usize; 3] {
-    let tiles = rows.div_ceil(WGMMA_ROWS) * cols.div_ceil(width);
+fn wgmma_grid(
+    cuda: &Cuda,
+    tokens: usize,
+    widths: impl Iterator<Item = usize>,
+    width: usize,
+) -> [usize; 3] {
+    let tiles = wgmma_tiles(tokens, widths, width);
     [tiles.min(cuda.device().hopper_multiprocessors() as usize), 1, 1]
 }
 
@@ -123,56 +135,89 @@ fn tensor_map(cuda: &Cuda, address: u64, rows: usize, cols: usize, box_rows: usi
     must(cuda.device().tensor_map(&matrix))
 }
 
-/// `y = epilogue(x Wᵀ)`, each an address.
-pub(super) struct Forward {
-    pub(super) y: u64,
+/// `MAX_PROJECTIONS` of `cuda/linear.cuh`.
+pub(super) const MAX_PROJECTIONS: usize = 4;
+
+/// `Projections` of `cuda/linear.cuh`.
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ProjectionsArg {
+    of: [ProjectionArg; MAX_PROJECTIONS],
+    n: u32,
+    padding: u32,
+}
+
+/// `y = epilogue(x Wᵀ)` of some linears with one input, at most [`MAX_PROJECTIONS`].
+pub(super) struct Forward<'a> {
+    pub(super) projections: &'a [ProjectionArg],
+    /// Its address.
     pub(super) x: u64,
-    pub(super) weight: u64,
-    pub(super) epilogue: EpilogueArg,
     pub(super) tokens: usize,
     pub(super) d_in: usize,
-    pub(super) d_out: usize,
     pub(super) output: Precision,
 }
 
-impl Forward {
+impl Forward<'_> {
+    fn widths(&self) -> impl Iterator<Item = usize> + Clone {
+        self.projections.iter().map(|projection| projection.d_out as usize)
+    }
+
+    fn arg(&self) -> ProjectionsArg {
+        let mut of = [ProjectionArg::zeroed(); MAX_PROJECTIONS];
+        of[..self.projections.len()].copy_from_slice(self.projections);
+        ProjectionsArg { of, n: narrow(self.projections.len()), padding: 0 }
+    }
+
+    /// The launch without tiles of warpgroups: blocks of so many columns and tokens.
+    fn launch_blocks(
+        &self,
+        cuda: &Cuda,
+        name: String,
+        shared_bytes: usize,
+        [columns, tokens]: [usize; 2],
+    ) {
+        let kernel = cuda.kernel("linear", name).arg(self.arg()).arg(self.x);
+        let kernel = kernel.count(self.tokens).count(self.d_in).shared_bytes(shared_bytes);
+        let widest = self.widths().max().unwrap_or(0);
+        let grid = [widest.div_ceil(columns), self.tokens.div_ceil(tokens), self.projections.len()];
+        kernel.launch(grid, GEMM_THREADS);
+    }
+
+    fn name(&self) -> &'static str {
+        if self.output == Precision::Full { "linear_full" } else { "linear" }
+    }
+
     pub(super) fn launch(self, cuda: &Cuda) {
-        let Self { y, x, weight, epilogue, tokens, d_in, d_out, output } = self;
-        if tokens == 0 {
+        if self.tokens == 0 {
             return;
         }
-        let Some(width) = wgmma_width(cuda, tokens, d_out, [d_in]) else {
-            let name = if output == Precision::Full { "linear_full" } else { "linear" };
-            let kernel = cuda.kernel("linear", name).arg(y).arg(x).arg(weight).arg(epilogue);
-            let kernel = kernel.count(tokens).count(d_in).count(d_out);
-            let tile = Tile::of(cuda);
-            let kernel = kernel.shared_bytes(tile.shared_bytes);
-            return kernel.launch(tile.grid(tokens, d_out), GEMM_THREADS);
+        let Some(width) = wgmma_width(cuda, self.tokens, self.widths(), [self.d_in]) else {
+            let Tile { side, shared_bytes } = Tile::of(cuda);
+            let name = self.name().to_owned();
+            return self.launch_blocks(cuda, name, shared_bytes, [side; 2]);
         };
-        let name = if output == Precision::Full { "linear_full" } else { "linear" };
-        let name = format!("{name}_wgmma_{width}");
-        let kernel = cuda.kernel("linear_wgmma", name).arg(y);
-        let kernel = kernel.arg(tensor_map(cuda, x, tokens, d_in, WGMMA_ROWS));
-        let kernel = kernel.arg(tensor_map(cuda, weight, d_out, d_in, width)).arg(epilogue);
-        let kernel = kernel.count(tokens).count(d_in).count(d_out);
+        let mut maps = [TensorMap::default(); MAX_PROJECTIONS];
+        for (map, projection) in maps.iter_mut().zip(self.projections) {
+            let rows = projection.d_out as usize;
+            *map = tensor_map(cuda, projection.weight, rows, self.d_in, width);
+        }
+        let kernel = cuda.kernel("linear_wgmma", format!("{}_wgmma_{width}", self.name()));
+        let kernel = kernel.arg(self.arg());
+        let kernel = kernel.arg(tensor_map(cuda, self.x, self.tokens, self.d_in, WGMMA_ROWS));
+        let kernel = kernel.arg(maps).count(self.tokens).count(self.d_in);
         let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));
-        kernel.launch(wgmma_grid(cuda, tokens, d_out, width), WGMMA_THREADS);
+        let grid = wgmma_grid(cuda, self.tokens, self.widths(), width);
+        kernel.launch(grid, WGMMA_THREADS);
     }
 
     /// By `linear_dot`, which streams the weights for few tokens.
     pub(super) fn launch_dot(self, cuda: &Cuda) {
-        let Self { y, x, weight, epilogue, tokens, d_in, d_out, output } = self;
-        let name = if output == Precision::Full { "linear_full_dot" } else { "linear_dot" };
-        let (name, columns, per_block) = if cuda.compute == Dtype::Bf16 {
-            // Tiles of 8 tokens.
-            let tiles = tokens.div_ceil(8).next_power_of_two().min(8);
-            (format!("{name}_{tiles}"), 16, 8 * tiles)
-        } else {
-            ("linear_dot".to_owned(), 8, 8)
-        };
-        let kernel = cuda.kernel("linear", name).arg(y).arg(x).arg(weight).arg(epilogue);
-        let kernel = kernel.count(tokens).count(d_in).count(d_out);
-        kernel.launch([d_out.div_ceil(columns), tokens.div_ceil(per_block), 1], 256);
+        if cuda.compute != Dtype::Bf16 {
+            return self.launch_blocks(cuda, "linear_dot".to_owned(), 0, [8, 8]);
+        }
+        // Tiles of 8 tokens.
+        let tiles = self.tokens.div_ceil(8).next_power_of_two().min(8);
+        self.launch_blocks(cuda, format!("{}_dot_{tiles}", self.name()), 0, [16, 8 * tiles]);
     }
 }
 
@@ -201,7 +246,7 @@ impl Backward {
         }
         let used = &terms.terms[..terms.n as usize];
         let depths = used.iter().map(|term| term.d_out as usize);
-        let Some(width) = wgmma_width(cuda, tokens, d_in, depths.chain([d_in])) else {
+        let Some(width) = wgmma_width(cuda, tokens, iter::once(d_in), depths.chain([d_in])) else {
             let kernel = cuda.kernel("linear", "linear_backward").arg(d_x).arg(d_residual);
             let kernel = kernel.arg(terms).count(tokens).count(d_in);
             let tile = Tile::of(cuda);
@@ -221,6 +266,7 @@ impl Backward {
         let kernel = cuda.kernel("linear_wgmma", name).arg(d_x).arg(d_residual).arg(maps);
         let kernel = kernel.arg(terms).count(tokens).count(d_in);
         let kernel = kernel.shared_bytes(wgmma_shared_bytes(width));
-        kernel.launch(wgmma_grid(cuda, tokens, d_in, width), WGMMA_THREADS);
+        let grid = wgmma_grid(cuda, tokens, iter::once(d_in), width);
+        kernel.launch(grid, WGMMA_THREADS);
     }
 }

@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bytemuck::{NoUninit, Zeroable};
+use bytemuck::{NoUninit, Pod, Zeroable};
 
 use super::{Buffer, Cuda, narrow};
 use crate::kernels::ops::{self, Segments, Spans, TokenKey};
@@ -224,7 +224,7 @@ pub(super) struct DropoutTable {
 }
 
 /// `Dropout` of `cuda/philox.cuh`.
-#[derive(Clone, Copy, NoUninit, Zeroable)]
+#[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct DropoutArg {
     tokens: u64,
