@@ -101,12 +101,62 @@ __device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const It
     }
 }
 
+// The low-rank part from the bank, of 16 columns of one split with 8 tokens a tile; a warp takes every 8th tile. Both factors,
+// w z and b, in two halves, as in `multiply_tail`: 2^-16 of each product is lost. to [tokens, DOT_PITCH].
+template <u32 TILES>
+__device__ inline void expand_stacked(float* to, const Expand& expand, u32 token0, u32 col0, u32 n_tokens) {
+    const Bank& bank = expand.bank;
+    const u32 width = bank.d_out / bank.n_splits, own_split = col0 / width, depth = bank.n_skills * bank.rank;
+    const float* b = bank.b + size_t(own_split) * depth * width + col0 % width;
+    const u32 g = lane() / 4, t = lane() % 4 * 2;
+#pragma unroll 1
+    for (u32 tile = threadIdx.x / WARP; tile < TILES; tile += DOT_WARPS) {
+        const u32 token = token0 + tile * 8 + g;
+        if (token0 + tile * 8 >= n_tokens) break;  // A whole warp.
+        const bool there = token < n_tokens;
+        const float* w = mixing(bank, there ? expand.token_rows[token] : 0, own_split);
+        const float* z = expand.z + size_t(there ? token : 0) * bank.rank;
+        float sums[4] = {};
+#pragma unroll 1
+        for (u32 k0 = 0; k0 < depth; k0 += 16) {
+            u32 left_high[4], left_low[4], high[2], low[2], finite[2];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                float values[2];
+#pragma unroll
+                for (u32 e = 0; e < 2; ++e) {
+                    const u32 k = k0 + t + i / 2 * 8 + e;
+                    values[e] = k < depth ? b[size_t(k) * width + g + i % 2 * 8] : 0.0f;
+                }
+                split(values[0], values[1], left_high[i], left_low[i]);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                float values[2], finites[2];
+#pragma unroll
+                for (u32 e = 0; e < 2; ++e) {
+                    const u32 k = k0 + t + i * 8 + e;
+                    values[e] = there && k < depth ? w[k / bank.rank] * z[k % bank.rank] : 0.0f;
+                    finites[e] = fabsf(values[e]) == INFINITY ? 0.0f : values[e];
+                }
+                split(values[0], values[1], high[i], low[i]);
+                finite[i] = to_bf16s(finites[0], finites[1]);
+            }
+            mma(sums, left_high, high[0], high[1]);
+            mma(sums, left_low, finite[0], finite[1]);
+            mma(sums, left_high, low[0], low[1]);
+        }
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) to[(tile * 8 + t + e % 2) * DOT_PITCH + g + e / 2 * 8] = sums[e];
+    }
+}
+
 template <class Out, u32 TILES>
 __device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_tokens, u32 d_in) {
     const u32 TOKENS = 8 * TILES, col0 = blockIdx.x * DOT_COLUMNS, token0 = blockIdx.y * TOKENS, d_out = own.d_out;
     if (col0 >= d_out) return;  // A whole block.
     const Item* weight = own.weight;
-    SHARED(float, partials, DOT_WARPS * TOKENS * DOT_PITCH);
+    SHARED(float, partials, (DOT_WARPS + 1) * TOKENS * DOT_PITCH);  // Of each warp, then the low-rank part.
     float sums[TILES][4] = {};
     if (d_in % 8 == 0)
         add_dots<true>(sums, x, weight, token0, col0, n_tokens, d_in, d_out);
@@ -118,6 +168,9 @@ __device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_t
 #pragma unroll
         for (u32 e = 0; e < 4; ++e)
             part[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = sums[tile][e];
+    const Expand& expand = own.epilogue.expand;
+    const bool stacked = expand.z && !expand.mixed_b && d_out / expand.bank.n_splits % DOT_COLUMNS == 0;
+    if (stacked) expand_stacked<TILES>(partials + DOT_WARPS * TOKENS * DOT_PITCH, expand, token0, col0, n_tokens);
     __syncthreads();
 #pragma unroll 1
     for (u32 at = threadIdx.x; at < TOKENS * DOT_COLUMNS; at += DOT_WARPS * WARP) {
@@ -126,7 +179,8 @@ __device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_t
         float sum = 0.0f;
 #pragma unroll
         for (u32 warp = 0; warp < DOT_WARPS; ++warp) sum += partials[(warp * TOKENS + token) * DOT_PITCH + col];
-        finish(static_cast<Out*>(own.y), own.epilogue, false, sum, token0 + token, col0 + col, d_out);
+        if (stacked) sum += partials[(DOT_WARPS * TOKENS + token) * DOT_PITCH + col];
+        finish(static_cast<Out*>(own.y), own.epilogue, stacked, sum, token0 + token, col0 + col, d_out);
     }
 }
 

@@ -3,7 +3,8 @@
 //   x [tokens, d_in]   mixed_a [rows * d_in, rank]   token_rows [tokens]   z [tokens, rank], overwritten
 // Grid: x = tokens / 8, y = ranks / 8, z = siblings. Block: 8 warps, a warp a token. A lane adds every 32nd input
 // feature in order for 8 ranks at a time, then a tree over the lanes: a token's bits are its own.
-// For bf16 `shrink_tiles` is in the place of `shrink`: thin.cuh, on tensor cores.
+// For bf16 `shrink_tiles` is in the place of `shrink`, and `shrink_stacked_tiles` in that of `shrink_stacked` where splits
+// are whole runs of 8 features: thin.cuh, on tensor cores.
 #include "siblings.cuh"
 #include "thin.cuh"
 
@@ -44,6 +45,11 @@ shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_
 }
 
 #if POLYTAPE_BF16
+
+extern "C" __global__ void __launch_bounds__(STACKED_WARPS * WARP)
+shrink_stacked_tiles(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_tokens, float scale) {
+    thin_stacked(z, x, token_rows, bank, n_tokens, scale);
+}
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 shrink_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u32 rank, float scale) {

@@ -7,11 +7,14 @@
 // Grid: x = tiles, y = ranks / 16. Block: GEMM_THREADS. A warp adds every 8th 32 of the depth, in order, straight from
 // global memory, then the warps' sums are added in order: a token's bits do not depend on the tile.
 //
+// `thin_stacked`: the same from the bank, for tokens of any routing rows; see there.
+//
 // `thin_outer`: out[i, r] = sum_t wide[t, i] * thin[t, r] over the tokens of one routing row, run after run.
 //   wide [tokens, width] bf16   thin [tokens, rank] f32   out [width, rank] or (rank_first) [rank, width]
 // For 128 of the features (`features` says which) and one routing row. Grid: y = ranks / 16. Block:
 // GEMM_THREADS, a warp 16 features; a step adds 32 tokens of a run.
 #pragma once
+#include "bank.cuh"
 #include "gemm.cuh"
 
 #if POLYTAPE_BF16
@@ -25,22 +28,22 @@ __device__ inline float both_halves(float high, float low) { return fabsf(high) 
 
 const u32 THIN_TOKENS = 16, THIN_RANKS = 16, THIN_DEPTH = 32, THIN_WARPS = GEMM_THREADS / WARP;
 
-// Adds this warp's part: `high` and `low` are [16 tokens, 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16
+// Adds a warp's part, every n_parts-th 32 of the depth, of rows that are `pitch` apart: `high` and `low` are [16 tokens, 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16
 // products are of which depth is free, as long as both factors have the same: a lane's are eight neighbours.
 template <bool ALONG_DEPTH, bool ALIGNED, u32 GROUPS>
-__device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const Bf16* lhs, const float* right, u32 n_tokens,
-                                u32 depth, u32 rank, u32 first_rank) {
-    const u32 g = lane() / 4, t = lane() % 4;
-    const u32 AHEAD = GROUPS == 1 ? 4 : 2, STRIDE = THIN_WARPS * THIN_DEPTH;  // As many loads under way as there are registers for.
-    for (u32 start = threadIdx.x / WARP * THIN_DEPTH; start < depth; start += AHEAD * STRIDE) {
+__device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const Bf16* lhs, u32 pitch, const float* right,
+                                u32 n_tokens, u32 depth, u32 rank, u32 first_rank, u32 part, u32 n_parts) {
+    const u32 g = lane() / 4, t = lane() % 4, stride = n_parts * THIN_DEPTH;
+    const u32 AHEAD = GROUPS == 1 ? 4 : 2;  // As many loads under way as there are registers for.
+    for (u32 start = part * THIN_DEPTH; start < depth; start += AHEAD * stride) {
         u32 left[AHEAD][2][4];
         float right_values[AHEAD][GROUPS][8];
 #pragma unroll
         for (u32 step = 0; step < AHEAD; ++step) {
-            const u32 k = start + step * STRIDE + t * 8, n = k < depth ? min(8u, depth - k) : 0;
+            const u32 k = start + step * stride + t * 8, n = k < depth ? min(8u, depth - k) : 0;
 #pragma unroll
             for (u32 h = 0; h < 2; ++h)
-                load_words<ALIGNED>(left[step][h], lhs + size_t(g + h * 8) * depth + k, g + h * 8 < n_tokens ? n : 0);
+                load_words<ALIGNED>(left[step][h], lhs + size_t(g + h * 8) * pitch + k, g + h * 8 < n_tokens ? n : 0);
 #pragma unroll
             for (u32 group = 0; group < GROUPS; ++group) {
                 const u32 r = first_rank + group * 8 + g, n_own = r < rank ? n : 0;
@@ -76,40 +79,84 @@ __device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const B
     }
 }
 
-template <bool ALONG_DEPTH>
-__device__ inline void thin_product(float* z, const Bf16* lhs, const float* right, const RunTile& tile, u32 depth,
-                                    u32 rank, float scale) {
-    SHARED(float, partials, THIN_WARPS * THIN_TOKENS * 2 * THIN_RANKS);
-    const u32 first_rank = blockIdx.y * THIN_RANKS, g = lane() / 4, t = lane() % 4 * 2;
-    lhs += size_t(tile.first) * depth;
-    right += size_t(tile.row) * depth * rank;
-    float high[2][4] = {}, low[2][4] = {};
-    if (depth % 8 != 0)
-        add_thin<ALONG_DEPTH, false, 2>(high, low, lhs, right, tile.n, depth, rank, first_rank);
-    else if (rank - first_rank > 8)
-        add_thin<ALONG_DEPTH, true, 2>(high, low, lhs, right, tile.n, depth, rank, first_rank);
-    else
-        add_thin<ALONG_DEPTH, true, 1>(high, low, lhs, right, tile.n, depth, rank, first_rank);
-    float* own = partials + threadIdx.x / WARP * THIN_TOKENS * 2 * THIN_RANKS;  // Of a token 16 high sums, then 16 low ones.
+// Adds up what the warps have of 16 tokens and ranks, in order. scratch [warps, 16 tokens, 16 ranks].
+template <u32 WARPS>
+__device__ inline void thin_finish(float* z, const float (&sums)[2][4], float* scratch, u32 n_tokens, u32 rank,
+                                   u32 first_rank, float scale) {
+    const u32 g = lane() / 4, t = lane() % 4 * 2;
 #pragma unroll
     for (u32 group = 0; group < 2; ++group)
 #pragma unroll
         for (u32 e = 0; e < 4; ++e) {
-            float* to = own + (g + e / 2 * 8) * 2 * THIN_RANKS + group * 8 + t + e % 2;
-            to[0] = high[group][e];
-            to[THIN_RANKS] = low[group][e];
+            const u32 token = threadIdx.x / WARP * THIN_TOKENS + g + e / 2 * 8;
+            scratch[token * THIN_RANKS + group * 8 + t + e % 2] = sums[group][e];
         }
     __syncthreads();
     const u32 token = threadIdx.x / THIN_RANKS, r = threadIdx.x % THIN_RANKS;
-    if (token >= tile.n || first_rank + r >= rank) return;
-    float highs = 0.0f, lows = 0.0f;
+    if (token >= n_tokens || first_rank + r >= rank) return;
+    float sum = 0.0f;
 #pragma unroll
-    for (u32 warp = 0; warp < THIN_WARPS; ++warp) {
-        const float* from = partials + (warp * THIN_TOKENS + token) * 2 * THIN_RANKS + r;
-        highs += from[0];
-        lows += from[THIN_RANKS];
+    for (u32 warp = 0; warp < WARPS; ++warp) sum += scratch[(warp * THIN_TOKENS + token) * THIN_RANKS + r];
+    z[size_t(token) * rank + first_rank + r] = scale * sum;
+}
+
+template <bool ALONG_DEPTH>
+__device__ inline void thin_product(float* z, const Bf16* lhs, const float* right, const RunTile& tile, u32 depth,
+                                    u32 rank, float scale) {
+    SHARED(float, scratch, THIN_WARPS * THIN_TOKENS * THIN_RANKS);
+    const u32 first_rank = blockIdx.y * THIN_RANKS, warp = threadIdx.x / WARP;
+    lhs += size_t(tile.first) * depth;
+    right += size_t(tile.row) * depth * rank;
+    float high[2][4] = {}, low[2][4] = {};
+    if (depth % 8 != 0)
+        add_thin<ALONG_DEPTH, false, 2>(high, low, lhs, depth, right, tile.n, depth, rank, first_rank, warp, THIN_WARPS);
+    else if (rank - first_rank > 8)
+        add_thin<ALONG_DEPTH, true, 2>(high, low, lhs, depth, right, tile.n, depth, rank, first_rank, warp, THIN_WARPS);
+    else
+        add_thin<ALONG_DEPTH, true, 1>(high, low, lhs, depth, right, tile.n, depth, rank, first_rank, warp, THIN_WARPS);
+#pragma unroll
+    for (u32 at = 0; at < 8; ++at) high[at / 4][at % 4] = both_halves(high[at / 4][at % 4], low[at / 4][at % 4]);
+    thin_finish<THIN_WARPS>(z + size_t(tile.first) * rank, high, scratch, tile.n, rank, first_rank, scale);
+}
+
+const u32 STACKED_WARPS = 16;
+
+// z[t, r] = scale * sum_q,s w[row(t), q, s] sum_i x[t, i] a[q, s, i, r], i over the features of split q: the bank of all skills
+// at once, weighted in between. Each pair of a split and a skill has as many warps as there are for it, and they all in
+// turns; then the warps are added in order: that depends on the bank's shape alone. Splits are whole runs of 8 features.
+// Grid: x = tokens / 16, y = ranks / 16. Block: STACKED_WARPS.
+__device__ inline void thin_stacked(float* z, const Bf16* x, const u32* token_rows, const Bank& bank, u32 n_tokens,
+                                    float scale) {
+    SHARED(float, scratch, STACKED_WARPS * THIN_TOKENS * THIN_RANKS);
+    const u32 first = blockIdx.x * THIN_TOKENS, n = min(THIN_TOKENS, n_tokens - first), rank = bank.rank;
+    const u32 first_rank = blockIdx.y * THIN_RANKS, width = bank.d_in / bank.n_splits;
+    const u32 n_pairs = bank.n_splits * bank.n_skills, n_parts = max(1u, STACKED_WARPS / n_pairs);
+    const u32 n_slots = STACKED_WARPS / n_parts, slot = threadIdx.x / WARP / n_parts;
+    u32 rows[2];  // Of this thread's two tokens.
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) rows[h] = token_rows[first + min(lane() / 4 + h * 8, n - 1)];
+    float sums[2][4] = {};
+#pragma unroll 1
+    for (u32 pair = slot; pair < n_pairs && slot < n_slots; pair += n_slots) {
+        const u32 split = pair / bank.n_skills, part = threadIdx.x / WARP % n_parts;
+        const float* a = bank.a + size_t(pair) * width * rank;
+        const Bf16* lhs = x + size_t(first) * bank.d_in + split * width;
+        float high[2][4] = {}, low[2][4] = {};
+        if (rank - first_rank > 8)
+            add_thin<false, true, 2>(high, low, lhs, bank.d_in, a, n, width, rank, first_rank, part, n_parts);
+        else
+            add_thin<false, true, 1>(high, low, lhs, bank.d_in, a, n, width, rank, first_rank, part, n_parts);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            const float w = mixing(bank, rows[h], split)[pair % bank.n_skills];
+#pragma unroll
+            for (u32 at = 0; at < 4; ++at) {
+                const u32 group = at / 2, e = 2 * h + at % 2;
+                sums[group][e] = fmaf(w, both_halves(high[group][e], low[group][e]), sums[group][e]);
+            }
+        }
     }
-    z[size_t(tile.first + token) * rank + first_rank + r] = scale * both_halves(highs, lows);
+    thin_finish<STACKED_WARPS>(z + size_t(first) * rank, sums, scratch, n, rank, first_rank, scale);
 }
 
 const u32 OUTER_TOKENS = 32, OUTER_WIDTH = 128;

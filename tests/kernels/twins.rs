@@ -1,8 +1,9 @@
 //! The frozen products of `cuda/linear_wgmma.cu` beside those of `cuda/linear.cu`, where shapes are larger than
 //! random cases are: wide tiles, several tiles a block, more steps than stages, terms that follow one another.
 //!
-//! On the emulator only, where both add alike, so that the bits must be the same. What a GPU's differ by is for
-//! the oracle to judge: `POLYTAPE_CUDA_GEMM=wgmma` runs every case there, `bench gemm` the shapes of models.
+//! That comparison is made on the emulator only, where both add alike, so that the bits must be the same. What a GPU's
+//! differ by is for the oracle to judge: `POLYTAPE_CUDA_GEMM` says by which of them every case runs there, `bench gemm`
+//! has the shapes of models.
 
 use polytape::{
     dtype::Dtype,
@@ -74,5 +75,44 @@ fn products_of_warpgroups_are_those_of_warps() {
                 assert_eq!(differ.count(), 0, "{shape:?}: elements of {what}");
             }
         }
+    }
+}
+
+/// The first token's y and d_x among so many tokens of the same matrices.
+fn of_first_token(cuda: &Cuda, tokens: usize, most: usize) -> Vec<f64> {
+    let (d_out, d_in) = (512, 72);
+    let mut random = Gen::new(6);
+    let mut upload = |cols: usize| {
+        let values = random.values(Class::Uniform, most * cols, false);
+        cuda.upload(&values[..tokens * cols], tokens, cols, Precision::Activation)
+    };
+    // As wide as each other, so that both products choose the same tiles.
+    let [x, d_y] = [d_in, d_in].map(&mut upload);
+    let [forward, backward] = [[d_out, d_in], [d_in, d_out]]
+        .map(|[rows, cols]| random.weight(Class::Uniform, rows, cols));
+    let [forward, backward] = [forward, backward].map(|weight| cuda.weight(&weight));
+    let projections = [Projection::plain(&forward)];
+    let (order, output) = (Order::Panel, Precision::Full);
+    let y = cuda.linear(Linear { x: &x, projections: &projections, order, output });
+    let term = LinearBackwardTerm { d_y: &d_y, weight: &backward, lora: None };
+    let d_x = cuda.linear_backward(LinearBackward { terms: &[term], d_residual: None });
+    [&y[0], &d_x].into_iter().flat_map(|all| cuda.download(all)[..d_out].to_vec()).collect()
+}
+
+/// Tiles are as wide as keeps every multiprocessor busy, which depends on how many tokens there are.
+#[test]
+fn the_width_of_tiles_changes_no_bits() {
+    let hopper = cuda_backends().filter(|cuda| {
+        cuda.compute_dtype() == Dtype::Bf16 && cuda.device().hopper_multiprocessors() > 0
+    });
+    for cuda in hopper {
+        let cuda = cuda.clone().with_gemm(Gemm::Wgmma).unwrap();
+        // Of 512 columns, tiles of 256, of 128 (where there are multiprocessors enough) and of 64.
+        let n = cuda.device().hopper_multiprocessors() as usize;
+        let all = [n / 2 * 128, (n / 4).max(1) * 128, 1];
+        let [wide, middle, alone] = all.map(|tokens| of_first_token(&cuda, tokens, all[0]));
+        assert!(wide.iter().all(|value| value.is_finite()));
+        assert_eq!(wide, middle);
+        assert_eq!(wide, alone);
     }
 }

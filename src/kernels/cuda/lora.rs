@@ -15,6 +15,8 @@ const RANKS: usize = 8;
 /// Tokens and ranks of a block of `cuda/thin.cuh`.
 const THIN_TOKENS: u32 = 16;
 const THIN_RANKS: usize = 16;
+/// Threads of a block of `thin_stacked`.
+const STACKED_THREADS: u32 = 512;
 /// Elements of a block of `cuda/mix.cu`.
 const MIXED: usize = 1024;
 /// Features of a side of a tile of `d_pair`.
@@ -333,10 +335,18 @@ pub(super) fn shrink_stacked(cuda: &Cuda, args: ShrinkStacked<'_, Cuda>) -> Tens
     assert_eq!(segments.n_tokens(), tokens);
     let token_rows = cuda.token_rows(segments);
     let mut z = cuda.alloc(tokens, rank, Precision::Full);
-    let kernel = cuda.kernel("shrink", "shrink_stacked").arg(z.address_mut());
+    // Which of the two depends on the bank's shape alone: no bits change with how many tokens there are.
+    let width = stacked.bank.d_in / stacked.bank.n_splits;
+    let (name, grid, threads) = if cuda.compute == Dtype::Bf16 && width.is_multiple_of(8) {
+        let grid = [tokens.div_ceil(THIN_TOKENS as usize), rank.div_ceil(THIN_RANKS), 1];
+        ("shrink_stacked_tiles", grid, STACKED_THREADS)
+    } else {
+        ("shrink_stacked", token_grid(tokens, rank), 32 * TOKENS as u32)
+    };
+    let kernel = cuda.kernel("shrink", name).arg(z.address_mut());
     let kernel = kernel.arg(x.activation(cuda, tokens, stacked.bank.d_in));
     let kernel = kernel.arg(token_rows.address()).arg(BankArg::new(&stacked, segments.n_rows()));
-    kernel.count(tokens).arg(scale).launch(token_grid(tokens, rank), 32 * TOKENS as u32);
+    kernel.count(tokens).arg(scale).launch(grid, threads);
     z
 }
 
