@@ -98,6 +98,10 @@ pub struct ShrinkStacked {
 impl Op for ShrinkStacked {
     const CUT: Cut = Cut::Token;
 
+    fn splits_operands(&self) -> bool {
+        true
+    }
+
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         let [x, params, weights] = &inputs.t[..] else { unreachable!() };
         let stacked = ops::Stacked { bank: self.bank, params, weights };
