@@ -138,6 +138,9 @@ __device__ inline void store_run(float* to, const float (&values)[RUN]) {
                                      __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])});
 }
 
+// No load moves before this: unrolled loops would ask for more at once than there are registers.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
 const u32 WARP = 32;
 const u32 ALL_LANES = 0xffffffff;
 

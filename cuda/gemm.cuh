@@ -260,29 +260,57 @@ __device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared
         finish(at / N, at % N, staged[at / N * PITCH + at % N]);
 }
 
-// Calls results.finish(row, col, first, second, fetched) for each two neighbours in a row of a tile, straight from the
-// registers that hold them; `fetched` is what results.fetch(row, col) gave. All of a part is fetched before any of it is
-// finished, or each load would wait for the store before it. A part of the registers at a time, which have no index, so
-// that the text of `finish` is there once.
+// Calls results.finish(row, col, first, second, fetched) for each two neighbours in a row of some parts of a tile, straight
+// from the registers that hold them; `fetched` is what results.fetch(row, col) gave. A part is 16 sums of a thread, in row
+// `row` and the eighth after it, columns `col` and every eighth after it. Four are fetched before any of them is
+// finished, or each load would wait for the store before it. Registers have no index: where the text of `finish` is long, it
+// is there once, and a part is chosen for it, which takes longer than to finish a short one.
+template <u32 PARTS, class Results, class Sums, class Place>
+__device__ inline void for_each_pair(const Results& results, const Sums& sums_of, const Place& place_of) {
+    const auto finish_part = [&](const float (&values)[16], u32 row, u32 col) {
+#pragma unroll
+        for (u32 half = 0; half < 8; half += 4) {
+            u32 fetched[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) fetched[i] = results.fetch(row + i % 2 * 8, col + (half + i) / 2 * 8);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const float first = values[2 * (half + i)], second = values[2 * (half + i) + 1];
+                results.finish(row + i % 2 * 8, col + (half + i) / 2 * 8, first, second, fetched[i]);
+            }
+            keep_order();
+        }
+    };
+    float values[16];
+    u32 row, col;
+    if (Results::IS_SHORT) {
+#pragma unroll
+        for (u32 part = 0; part < PARTS; ++part) {
+            sums_of(part, values);
+            place_of(part, row, col);
+            finish_part(values, row, col);
+        }
+    } else {
+#pragma unroll 1
+        for (u32 chosen = 0; chosen < PARTS; ++chosen) {
+#pragma unroll
+            for (u32 part = 0; part < PARTS; ++part)
+                if (part == chosen) sums_of(part, values);
+            place_of(chosen, row, col);
+            finish_part(values, row, col);
+        }
+    }
+}
+
 template <class Results>
 __device__ inline void for_each_pair(const MmaTile& tile, const Results& results, u32 row0, u32 col0) {
-    const u32 row = row0 + warp_row() + lane() / 4, col = col0 + warp_col() + lane() % 4 * 2;
-#pragma unroll 1
-    for (u32 part = 0; part < 4; ++part) {
-        u32 fetched[8];
-        float values[8][2];
+    const auto sums_of = [&](u32 part, float (&values)[16]) {
 #pragma unroll
-        for (u32 at = 0; at < 8; ++at) fetched[at] = results.fetch(row + part * 16 + at % 2 * 8, col + at / 2 * 8);
-#pragma unroll
-        for (u32 i = 0; i < 4; ++i) {
-            if (i != part) continue;
-#pragma unroll
-            for (u32 at = 0; at < 16; ++at) values[at / 2][at % 2] = tile.values[i][at / 4][at % 4];
-        }
-#pragma unroll
-        for (u32 at = 0; at < 8; ++at)
-            results.finish(row + part * 16 + at % 2 * 8, col + at / 2 * 8, values[at][0], values[at][1], fetched[at]);
-    }
+        for (u32 at = 0; at < 16; ++at) values[at] = tile.values[part][at / 4][at % 4];
+    };
+    for_each_pair<4>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0 + warp_row() + lane() / 4 + part * 16, col = col0 + warp_col() + lane() % 4 * 2;
+    });
 }
 
 typedef MmaTile ItemTile;  // What frozen weights are multiplied in.

@@ -41,7 +41,12 @@ __device__ inline void linear_tile(const Projection& own, const Item* x, u32 n_t
     const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
 #if POLYTAPE_BF16
     const ForwardPairs<Out> pairs = {y, epilogue, n_tokens, d_out};
-    if (pairs.are_possible(expanded)) return for_each_pair(tile, pairs, row0, col0);
+    if (pairs.are_possible(expanded)) {
+        const PlainPairs<Out> plain = {y, epilogue.residual, n_tokens, d_out};
+        if (pairs.are_plain()) for_each_pair(tile, plain, row0, col0);
+        else for_each_pair(tile, pairs, row0, col0);
+        return;
+    }
 #endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_out)
@@ -279,8 +284,7 @@ linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u3
         if (term.d_z) expanded = expand_tile(tile, term, n_tokens, d_in, row0, col0, shared);
     }
 #if POLYTAPE_BF16
-    const BackwardPairs pairs = {d_x, d_residual, n_tokens, d_in};
-    if (pairs.are_possible()) return for_each_pair(tile, pairs, row0, col0);
+    if (d_in % 2 == 0) return for_each_pair(tile, PlainPairs<Item>{d_x, d_residual, n_tokens, d_in}, row0, col0);
 #endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_in)

@@ -82,10 +82,12 @@ __device__ inline void store_pair(float* to, float first, float second) {
 // low-rank part.
 template <class Out>
 struct ForwardPairs {
+    static const bool IS_SHORT = false;
     Out* y;
     const Epilogue& epilogue;
     u32 m, n;
     __device__ bool are_possible(bool expanded) const { return n % 2 == 0 && (expanded || !epilogue.expand.z); }
+    __device__ bool are_plain() const { return !epilogue.bias && !epilogue.dropout.tokens; }
     __device__ u32 fetch(u32 row, u32 col) const {
         const bool there = epilogue.residual && row < m && col < n;
         return there ? load_4_bytes(epilogue.residual + size_t(row) * n + col) : 0;
@@ -110,23 +112,23 @@ struct ForwardPairs {
     }
 };
 
-// The same of `linear_backward`.
-struct BackwardPairs {
-    Item* d_x;
-    const Item* d_residual;
+// Those that are only added to a residual: of `linear_backward`, and of `linear` without bias and dropout. Short enough to be
+// there for each part of a tile.
+template <class Out>
+struct PlainPairs {
+    static const bool IS_SHORT = true;
+    Out* y;
+    const Item* residual;
     u32 m, n;
-    __device__ bool are_possible() const { return n % 2 == 0; }
     __device__ u32 fetch(u32 row, u32 col) const {
-        const bool there = d_residual && row < m && col < n;
-        return there ? load_4_bytes(d_residual + size_t(row) * n + col) : 0;
+        return residual && row < m && col < n ? load_4_bytes(residual + size_t(row) * n + col) : 0;
     }
-    __device__ void finish(u32 row, u32 col, float first, float second, u32 residual) const {
-        if (row >= m || col >= n) return;
-        if (d_residual) {
-            first += low_value(residual);
-            second += high_value(residual);
+    __device__ void finish(u32 row, u32 col, float first, float second, u32 fetched) const {
+        if (residual) {
+            first += low_value(fetched);
+            second += high_value(fetched);
         }
-        store_pair(d_x + size_t(row) * n + col, first, second);
+        if (row < m && col < n) store_pair(y + size_t(row) * n + col, first, second);
     }
 };
 

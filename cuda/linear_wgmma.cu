@@ -43,20 +43,18 @@ struct Stages {
     static const u32 SHARED_BYTES = GROUP_BYTES + COUNT * BYTES + STAGED_BYTES + COUNT * 2 * sizeof(u64);
     static_assert((COUNT & (COUNT - 1)) == 0, "a count that wraps goes on with stage 0");
     char* stages;
-    float* staged;
-    u64 *full, *empty;
 
-    __device__ explicit Stages(char* shared) {
-        stages = shared + (GROUP_BYTES - shared_address(shared) % GROUP_BYTES) % GROUP_BYTES;
-        staged = reinterpret_cast<float*>(stages + COUNT * BYTES);
-        full = reinterpret_cast<u64*>(stages + COUNT * BYTES + STAGED_BYTES);
-        empty = full + COUNT;
-    }
+    __device__ explicit Stages(char* shared)
+        : stages(shared + (GROUP_BYTES - shared_address(shared) % GROUP_BYTES) % GROUP_BYTES) {}
+
+    __device__ float* staged() const { return reinterpret_cast<float*>(stages + COUNT * BYTES); }
+    __device__ u64* full() const { return reinterpret_cast<u64*>(stages + COUNT * BYTES + STAGED_BYTES); }
+    __device__ u64* empty() const { return full() + COUNT; }
 
     // Of what comes after `count` others: its stage, and whether it is there for an even or an odd time.
     __device__ char* stage(u32 count) const { return stages + count % COUNT * BYTES; }
-    __device__ u64* full_of(u32 count) const { return full + count % COUNT; }
-    __device__ u64* empty_of(u32 count) const { return empty + count % COUNT; }
+    __device__ u64* full_of(u32 count) const { return full() + count % COUNT; }
+    __device__ u64* empty_of(u32 count) const { return empty() + count % COUNT; }
     __device__ static u32 parity(u32 count) { return count / COUNT % 2; }
 };
 
@@ -102,10 +100,10 @@ __device__ inline void multiply_stage(WgmmaTile<N>& tile, const char* stage) {
 // `multiply_tail` of gemm.cuh, a warp by itself: its 16 rows start at row0, and both operands are read into
 // registers where `mma` wants them. Sums are registers as well, which have no index: a part of them is what one of
 // as many branches takes. Without parts the compiler loads more ahead than there are registers.
-template <u32 N>
+// RANK_FIRST: a routing row's matrix is [rank, n], else [n, rank].
+template <bool RANK_FIRST, u32 N>
 __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const float* right, const u32* token_rows,
-                                     u32 m, u32 n, u32 rank, u32 row0, u32 col0, size_t row_size, u32 r_size,
-                                     u32 col_size) {
+                                     u32 m, u32 n, u32 rank, u32 row0, u32 col0) {
     const u32 g = lane() / 4, t = lane() % 4 * 2, end = min(m, row0 + 16);
     for (u32 first = row0; first < end;) {
         const u32 row = token_rows[first];
@@ -127,12 +125,12 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
                 finite[i] = to_bf16s(finites[0], finites[1]);
             }
             // The first 8 ranks a part ahead, as there is nothing else to do while they are on their way.
-            const float* own = right + row * row_size;
+            const float* own = right + size_t(row) * rank * n;
             float ahead[PART_COLS / 8][2];
             const auto load = [&](u32 part, u32 j, u32 r) {
                 const u32 col = col0 + part * PART_COLS + j * 8 + g;
                 const bool there = part < N / PART_COLS && col < n && r < rank;
-                return there ? own[r * r_size + col * col_size] : 0.0f;
+                return there ? own[RANK_FIRST ? r * n + col : col * rank + r] : 0.0f;
             };
 #pragma unroll
             for (u32 at = 0; at < PART_COLS / 4; ++at) ahead[at / 2][at % 2] = load(0, at / 2, r0 + t + at % 2);
@@ -188,28 +186,15 @@ __device__ inline void for_each(const WgmmaTile<N>& tile, Finish finish, float* 
     }
 }
 
-// `for_each_pair` of gemm.cuh, of a warp's 16 rows.
 template <u32 N, class Results>
 __device__ inline void for_each_pair(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0) {
-    const u32 row = row0 + lane() / 4, col = col0 + lane() % 4 * 2;
-#pragma unroll 1
-    for (u32 part = 0; part < N / PART_COLS; ++part) {
-        u32 fetched[8];
-        float values[8][2];
+    const auto sums_of = [&](u32 part, float (&values)[16]) {
 #pragma unroll
-        for (u32 at = 0; at < 8; ++at)
-            fetched[at] = results.fetch(row + at % 2 * 8, col + part * PART_COLS + at / 2 * 8);
-#pragma unroll
-        for (u32 i = 0; i < N / PART_COLS; ++i) {
-            if (i != part) continue;
-#pragma unroll
-            for (u32 at = 0; at < 16; ++at) values[at / 2][at % 2] = tile.values[i * PART_COLS / 2 + at];
-        }
-#pragma unroll
-        for (u32 at = 0; at < 8; ++at)
-            results.finish(row + at % 2 * 8, col + part * PART_COLS + at / 2 * 8, values[at][0], values[at][1],
-                           fetched[at]);
-    }
+        for (u32 at = 0; at < 16; ++at) values[at] = tile.values[part * PART_COLS / 2 + at];
+    };
+    for_each_pair<N / PART_COLS>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0 + lane() / 4, col = col0 + lane() % 4 * 2 + part * PART_COLS;
+    });
 }
 
 // Brings all stages of this block's tiles, in order. One thread.
@@ -240,7 +225,6 @@ __device__ inline void produce(const Stages<N>& shared, const Problem& problem) 
 template <bool TRANSPOSED, u32 N, class Problem>
 __device__ inline void consume(const Stages<N>& shared, const Problem& problem) {
     const u32 warp = threadIdx.x / WARP;
-    float* staged = shared.staged + warp * 16 * STAGED_PITCH;
     u32 count = 0;
     for (u32 tile = blockIdx.x; tile < problem.template n_tiles<N>(); tile += gridDim.x) {
         Place place = problem.template place<N>(tile);
@@ -260,7 +244,7 @@ __device__ inline void consume(const Stages<N>& shared, const Problem& problem) 
             if (lane() == 0) barrier_arrive(shared.empty_of(count - 1));
             problem.expand(sums, term, place);
         }
-        problem.finish(sums, place, staged);
+        problem.finish(sums, place, shared.staged() + warp * 16 * STAGED_PITCH);
     }
 }
 
@@ -270,8 +254,8 @@ __device__ inline void multiply_all(const Problem& problem) {
     const Stages<N> shared(memory);
     if (threadIdx.x == 0) {
         for (u32 stage = 0; stage < Stages<N>::COUNT; ++stage) {
-            barrier_init(shared.full + stage, 1);
-            barrier_init(shared.empty + stage, WGMMA_WARPS);
+            barrier_init(shared.full() + stage, 1);
+            barrier_init(shared.empty() + stage, WGMMA_WARPS);
         }
         barrier_init_fence();
     }
@@ -322,8 +306,7 @@ struct Forward {
         const Expand& expand = projections.of[place.linear].epilogue.expand;
         const u32 rank = expand.bank.rank, n = projections.of[place.linear].d_out;
         if (is_expanded(expand))
-            multiply_tail(tile, expand.z, expand.mixed_b, expand.token_rows, m, n, rank, place.row0, place.col0,
-                          size_t(rank) * n, n, 1);
+            multiply_tail<true>(tile, expand.z, expand.mixed_b, expand.token_rows, m, n, rank, place.row0, place.col0);
     }
     template <u32 N>
     __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float* staged) const {
@@ -331,7 +314,12 @@ struct Forward {
         const bool expanded = is_expanded(own.epilogue.expand);
         Out* y = static_cast<Out*>(own.y);
         const ForwardPairs<Out> pairs = {y, own.epilogue, m, own.d_out};
-        if (pairs.are_possible(expanded)) return for_each_pair(tile, pairs, place.row0, place.col0);
+        if (pairs.are_possible(expanded)) {
+            const PlainPairs<Out> plain = {y, own.epilogue.residual, m, own.d_out};
+            if (pairs.are_plain()) for_each_pair(tile, plain, place.row0, place.col0);
+            else for_each_pair(tile, pairs, place.row0, place.col0);
+            return;
+        }
         const auto finish_one = [&](u32 row, u32 col, float value) {
             if (place.row0 + row < m && place.col0 + col < own.d_out)
                 ::finish(y, own.epilogue, expanded, value, place.row0 + row, place.col0 + col, own.d_out);
@@ -363,13 +351,12 @@ struct Backward {
     __device__ void expand(WgmmaTile<N>& tile, u32 index, const Place& place) const {
         const Term& term = terms.terms[index];
         if (term.d_z)
-            multiply_tail(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, place.row0, place.col0,
-                          size_t(n) * term.rank, 1, term.rank);
+            multiply_tail<false>(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, place.row0, place.col0);
     }
     template <u32 N>
     __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float*) const {
         // Rows are whole chunks: `copy_box`.
-        for_each_pair(tile, BackwardPairs{d_x, d_residual, m, n}, place.row0, place.col0);
+        for_each_pair(tile, PlainPairs<Item>{d_x, d_residual, m, n}, place.row0, place.col0);
     }
 };
 
