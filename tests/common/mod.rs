@@ -357,6 +357,22 @@ impl Inputs {
         inputs
     }
 
+    /// Denormals as zeros, which the tiles of AMX take them for.
+    fn without_denormals(&self) -> Self {
+        let mut inputs = self.clone();
+        for tensor in &mut inputs.tensors {
+            let tiny = tensor.values.iter_mut().filter(|v| v.abs() < f64::from(f32::MIN_POSITIVE));
+            tiny.for_each(|value| *value = 0.0);
+        }
+        for weight in &mut inputs.weights {
+            let mut values = weight.to_f32();
+            let tiny = values.iter_mut().filter(|v| v.abs() < f32::MIN_POSITIVE);
+            tiny.for_each(|value| *value = 0.0);
+            *weight = Frozen::from_f32(&values, weight.rows(), weight.cols(), Dtype::F32);
+        }
+        inputs
+    }
+
     /// The rows of these tokens.
     fn only(&self, tokens: &Range<usize>) -> Self {
         let mut inputs = self.clone();
@@ -816,9 +832,7 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
         for subject in subjects {
             let (inputs, (expected, tolerance)) = match (&subject.variants[0], &rounded) {
                 (Variant::Cuda(_), Some((inputs, answer))) => (inputs, answer),
-                (Variant::Cpu(cpu), _) if matches!(cpu.isa(), Isa::Amx(_)) => {
-                    (&own_weights, on_tiles.as_ref().unwrap_or(&own_answer))
-                }
+                _ if is_on_amx(subject) => (&own_weights, on_tiles.as_ref().unwrap_or(&own_answer)),
                 _ => (&own_weights, &own_answer),
             };
             let executions = Cell::new(0);
@@ -829,6 +843,21 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
             let [first, others @ ..] = &subject.variants[..] else { unreachable!() };
             let name = &subject.name;
             let found = run(first, &case.batch, inputs);
+            let mut expected = expected.clone();
+            if is_on_amx(subject) && case.class == Class::Special {
+                // An infinity times a denormal is one on vectors, and NaN on tiles.
+                let flushed =
+                    case.op.run(&Oracle, &case.batch, &inputs.without_denormals().load(&Oracle));
+                for ((want, flushed), found) in expected.iter_mut().zip(&flushed).zip(&found) {
+                    let pairs = want.values.iter_mut().zip(&flushed.values).zip(&found.values);
+                    for ((want, flushed), found) in pairs {
+                        if found.is_nan() && flushed.is_nan() && want.is_infinite() {
+                            *want = f64::NAN;
+                        }
+                    }
+                }
+            }
+            let expected = &expected;
             if let Err(error) = compare(case.class, &found, expected, tolerance) {
                 panic!("{name}: {error}");
             }
@@ -852,6 +881,11 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
         }
     }
     passed
+}
+
+/// Whether it computes on the tiles of AMX what can be computed there.
+fn is_on_amx(subject: &Subject) -> bool {
+    matches!(&subject.variants[0], Variant::Cpu(cpu) if matches!(cpu.isa(), Isa::Amx(_)))
 }
 
 /// What the oracle says, and how far a backend may be from it.
