@@ -76,7 +76,7 @@ template <bool ALIGNED, u32 TILES>
 __device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const Item* weight, u32 token0, u32 col0,
                                 u32 n_tokens, u32 d_in, u32 d_out) {
     const u32 g = lane() / 4;
-    const u32 AHEAD = TILES == 1 ? 8 : TILES <= 4 ? 4 : 2;  // As many loads under way as there are registers for.
+    const u32 AHEAD = TILES == 1 ? 8 : TILES <= 4 ? 4 : 1;  // As many loads under way as there are registers for.
     const u32 STRIDE = DOT_WARPS * DOT_DEPTH;
     for (u32 start = threadIdx.x / WARP * DOT_DEPTH; start < d_in; start += AHEAD * STRIDE) {
         u32 left[AHEAD][2][4], right[AHEAD][TILES][4];
