@@ -313,7 +313,8 @@ ATTENTION_KERNELS(8)
 #if POLYTAPE_BF16
 
 // On tensor cores: a block has 64 queries (keys) of a head, a warp 16 of them; the other side passes through
-// shared memory 32 rows at a time, the next ones on their way. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros.
+// shared memory 32 rows at a time, the next ones on their way. DEPTH: head_dim rounded up to a power of two from 32 on,
+// the rest zeros.
 // A probability or its gradient is split in two bf16 halves for its product, so 2^-16 of it is lost.
 const u32 TILE_QUERIES = 64, TILE_KEYS = 32;
 

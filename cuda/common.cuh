@@ -49,7 +49,7 @@ typedef float Item;
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(Bf16 value) { return __uint_as_float(u32(value.bits) << 16); }
 
-// Rounded to the nearest, ties to even; a NaN stays one. By one instruction of sm_80; the emulator has its twin.
+// Rounded to the nearest, ties to even; a NaN stays one. By one instruction of sm_80; for the emulator by its bits.
 #ifndef POLYTAPE_EMULATOR
 __device__ inline Bf16 to_bf16(float value) {
     Bf16 rounded;

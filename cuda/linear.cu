@@ -4,8 +4,8 @@
 //   x [tokens, d_in]   W [d_out, d_in]   bias [d_out]   z, d_z [tokens, rank]   token_rows [tokens]
 //   B^ mixed [rows * rank, d_out], or stacked: sum_s w[row, q, s] B[q, s], q the split of the column
 //   A^ [rows * d_in, rank]   y, residual [tokens, d_out]   d_x, d_residual [tokens, d_in]
-// Grid: x = tiles of columns (of the widest), y = tiles of tokens, z = siblings. Block: GEMM_THREADS. The order of the sums is that
-// of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
+// Grid: x = tiles of columns (of the widest), y = tiles of tokens, z = siblings. Block: GEMM_THREADS. The order of the
+// sums is that of gemm.cuh; the low-rank part follows rank by rank, for bf16 in the same tile on tensor cores. d_x
 // may be d_residual (null: none).
 // `linear_dot` is the same forward for few tokens: it streams the weights once for all of a block's tokens. In f32 a warp
 // owns a column for 8 tokens; a lane adds every 32nd run of 4 features in order, then a tree over the lanes. Grid: x =
@@ -40,13 +40,7 @@ __device__ inline void linear_tile(const Projection& own, const Item* x, u32 n_t
     multiply<true>(tile, x, own.weight, n_tokens, d_out, d_in, row0, col0, shared);
     const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
 #if POLYTAPE_BF16
-    const ForwardPairs<Out> pairs = {y, epilogue, n_tokens, d_out};
-    if (pairs.are_possible(expanded)) {
-        const PlainPairs<Out> plain = {y, epilogue.residual, n_tokens, d_out};
-        if (pairs.are_plain()) for_each_pair(tile, plain, row0, col0);
-        else for_each_pair(tile, pairs, row0, col0);
-        return;
-    }
+    if (finish_pairs(tile, y, epilogue, expanded, n_tokens, d_out, row0, col0)) return;
 #endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_out)

@@ -132,6 +132,18 @@ struct PlainPairs {
     }
 };
 
+// Finishes a whole tile of `linear` by twos; false where it has to be done one by one.
+template <class Tile, class Out>
+__device__ inline bool finish_pairs(const Tile& tile, Out* y, const Epilogue& epilogue, bool expanded, u32 m, u32 n,
+                                    u32 row0, u32 col0) {
+    const ForwardPairs<Out> pairs = {y, epilogue, m, n};
+    if (!pairs.are_possible(expanded)) return false;
+    const PlainPairs<Out> plain = {y, epilogue.residual, m, n};
+    if (pairs.are_plain()) for_each_pair(tile, plain, row0, col0);
+    else for_each_pair(tile, pairs, row0, col0);
+    return true;
+}
+
 #endif
 
 const u32 MAX_TERMS = 4;

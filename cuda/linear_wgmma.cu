@@ -313,13 +313,7 @@ struct Forward {
         const Projection& own = projections.of[place.linear];
         const bool expanded = is_expanded(own.epilogue.expand);
         Out* y = static_cast<Out*>(own.y);
-        const ForwardPairs<Out> pairs = {y, own.epilogue, m, own.d_out};
-        if (pairs.are_possible(expanded)) {
-            const PlainPairs<Out> plain = {y, own.epilogue.residual, m, own.d_out};
-            if (pairs.are_plain()) for_each_pair(tile, plain, place.row0, place.col0);
-            else for_each_pair(tile, pairs, place.row0, place.col0);
-            return;
-        }
+        if (finish_pairs(tile, y, own.epilogue, expanded, m, own.d_out, place.row0, place.col0)) return;
         const auto finish_one = [&](u32 row, u32 col, float value) {
             if (place.row0 + row < m && place.col0 + col < own.d_out)
                 ::finish(y, own.epilogue, expanded, value, place.row0 + row, place.col0 + col, own.d_out);

@@ -28,8 +28,9 @@ __device__ inline float both_halves(float high, float low) { return fabsf(high) 
 
 const u32 THIN_TOKENS = 16, THIN_RANKS = 16, THIN_DEPTH = 32, THIN_WARPS = GEMM_THREADS / WARP;
 
-// Adds a warp's part, every n_parts-th 32 of the depth, of rows that are `pitch` apart: `high` and `low` are [16 tokens, 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16
-// products are of which depth is free, as long as both factors have the same: a lane's are eight neighbours.
+// Adds a warp's part, every n_parts-th 32 of the depth, of rows that are `pitch` apart: `high` and `low` are [16 tokens,
+// 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16 products are of which depth is free, as long as
+// both factors have the same: a lane's are eight neighbours.
 template <bool ALONG_DEPTH, bool ALIGNED, u32 GROUPS>
 __device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const Bf16* lhs, u32 pitch, const float* right,
                                 u32 n_tokens, u32 depth, u32 rank, u32 first_rank, u32 part, u32 n_parts) {
