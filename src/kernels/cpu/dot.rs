@@ -3,13 +3,133 @@
 //! Lane `i` sums the products of `k = i mod 16`, one after the other; then the lanes are added as a
 //! tree. Each weight row is read from memory once, whatever the number of rows: decoding is as fast
 //! as the memory.
+//!
+//! On AMX weights of bf16 are the left tiles, as they lie in the file, and the rows of `x` the right ones, packed
+//! once: a tile of 16 weight rows takes 16 cycles for up to 16 rows of `x`, which no memory keeps up
+//! with, where dot products of eight rows take as long as the multiply-adds do. The sums are those of
+//! [`gemm_amx`].
+
+use bytemuck::Zeroable;
 
 use super::{
     Cpu,
     buffer::Buffer,
     gemm::{Matrix, with_element},
-    isa::{Element, LANES, Simd, SimdOp},
+    gemm_amx::{self, PackColumns, padded},
+    isa::{
+        Amx, Bf16Bytes, Element, LANES, MemoryRows, STRIP_ROWS, Simd, SimdOp, TILE_COLS, TILE_K,
+        TILE_ROWS, Tile, Tiles,
+    },
 };
+use crate::tensor::Frozen;
+
+/// A few rows, prepared for products with weights.
+pub(super) enum FewRows {
+    /// f32, `[m, k]`.
+    Wide(Buffer),
+    /// Right tiles, `[column tile][step]`, of `m` columns.
+    Tiles { amx: Amx, tiles: Buffer, m: usize },
+}
+
+impl FewRows {
+    /// `x`, for products with these weights.
+    pub(super) fn new<'a>(
+        cpu: &Cpu,
+        x: Matrix<'_>,
+        weights: impl Iterator<Item = &'a Frozen>,
+    ) -> Self {
+        let Some(amx) = gemm_amx::takes(cpu, weights) else {
+            return Self::Wide(widen(cpu, x));
+        };
+        let (m, steps) = (x.rows, gemm_amx::steps(x.cols));
+        let mut tiles = cpu.tiles(m.div_ceil(TILE_COLS) * steps);
+        let out = tiles.as_mut_slice();
+        amx.run(PackColumns { matrix: x, transposed: true, steps: 0..steps, cols: 0..m, out });
+        Self::Tiles { amx, tiles, m }
+    }
+
+    /// `y[m, n] = Σ_k x[m, k] weight[n, k]`; `y` is `[m, stride]`.
+    pub(super) fn dots(&self, cpu: &Cpu, weight: Matrix<'_>, y: &mut [f32], stride: usize) {
+        let (amx, tiles, m) = match self {
+            Self::Wide(x) => return cpu.isa.run(Dots { x: x.as_slice(), weight, y, stride }),
+            Self::Tiles { amx, tiles, m } => (amx, tiles.as_slice::<Tile>(), *m),
+        };
+        assert_eq!(y.len(), m * stride);
+        amx.with_tiles(|registers| {
+            for first in (0..weight.rows).step_by(STRIP_ROWS) {
+                let rows = weight.part_rows(first..weight.rows.min(first + STRIP_ROWS));
+                let of_columns = tiles.chunks(gemm_amx::steps(weight.cols));
+                for (right, y) in of_columns.zip(y.chunks_mut(TILE_COLS * stride)) {
+                    let sums = strip(registers, rows, right);
+                    amx.run(Put { sums: &sums, n: rows.rows, y, stride, first });
+                }
+            }
+        });
+    }
+}
+
+/// Sums of up to 64 weight rows with 16 rows of x.
+#[repr(align(64))]
+struct Strip([[f32; TILE_COLS]; STRIP_ROWS]);
+
+/// The products of weight rows and a column of right tiles.
+fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -> Strip {
+    let mut sums = Strip([[0.0; TILE_COLS]; STRIP_ROWS]);
+    let (whole, rest) = right.split_at(weight.cols / TILE_K);
+    let at_once = if weight.rows == STRIP_ROWS { STRIP_ROWS } else { TILE_ROWS };
+    for first in (0..weight.rows).step_by(at_once) {
+        let weight = weight.part_rows(first..weight.rows.min(first + at_once));
+        let (n, sums) = (weight.rows, &mut sums.0[first..first + weight.rows]);
+        if !whole.is_empty() {
+            let (bytes, stride) = weight.lines();
+            registers.multiply_rows(MemoryRows { bytes, stride, n }, whole, sums, true);
+        }
+        if !rest.is_empty() {
+            // What follows a row's end in memory must not even meet a zero.
+            let mut ends = [Tile::zeroed(); STRIP_ROWS / TILE_ROWS];
+            let lines = ends.iter_mut().flat_map(|tile| &mut tile.0);
+            for (row, line) in lines.enumerate().take(n) {
+                let items = &weight.row::<Bf16Bytes>(row)[whole.len() * TILE_K..];
+                *line = bytemuck::cast(padded::<TILE_K>(items));
+            }
+            let (bytes, stride) = (bytemuck::bytes_of(&ends), size_of::<[u16; TILE_K]>());
+            let rows = MemoryRows { bytes, stride, n };
+            registers.multiply_rows(rows, rest, sums, whole.is_empty());
+        }
+    }
+    sums
+}
+
+/// `y[m, first + i] = sums[i, m]` of the first `n` rows of sums, for the rows that `y` has.
+struct Put<'a> {
+    sums: &'a Strip,
+    n: usize,
+    y: &'a mut [f32],
+    stride: usize,
+    first: usize,
+}
+
+impl SimdOp for Put<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { sums, n, y, stride, first } = self;
+        for (i, sums) in sums.0.as_chunks::<LANES>().0.iter().enumerate() {
+            let at = i * LANES;
+            if at >= n {
+                return;
+            }
+            let columns = simd.transpose(sums.each_ref().map(|row| simd.load(row)));
+            for (v, y) in columns.into_iter().zip(y.chunks_mut(stride)) {
+                let y = &mut y[first + at..first + n.min(at + LANES)];
+                match y.as_chunks_mut().0 {
+                    [whole] => simd.store(v, whole),
+                    _ => simd.store_part(v, y),
+                }
+            }
+        }
+    }
+}
 
 /// The elements of a matrix as f32, `[rows, cols]`.
 pub(super) fn widen(cpu: &Cpu, matrix: Matrix<'_>) -> Buffer {
@@ -153,6 +273,71 @@ fn step<S: Simd, const R: usize, const C: usize>(
     for i in 0..R {
         for j in 0..C {
             sums[i][j] = simd.fma(x[i], w[j], sums[i][j]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::checks::{Data, Sized, amx, backends, bits, check, some_rows};
+    use crate::{
+        dtype::Dtype,
+        kernels::{Backend, Precision, ops::*},
+        tensor::Frozen,
+    };
+
+    /// On either side of what the tiles take at once: 16 rows of x, 64 weight rows, 32 k.
+    #[test]
+    fn few_rows_are_their_definition_and_do_not_meet() {
+        for cpu in backends().into_iter().chain(amx()) {
+            for exact in [true, false] {
+                let mut data = Data::new(22, exact);
+                let ms = [1, 5, 16, 17, 33];
+                let shapes = [(31, 15), (32, 64), (33, 65), (1, 1), (200, 130), (64, 16), (97, 80)];
+                for (i, (k, n)) in shapes.into_iter().enumerate() {
+                    let m = ms[i % ms.len()];
+                    let x = data.tensor(&cpu, m, k, Precision::Activation);
+                    let values: Vec<_> = (0..n * k).map(|_| data.value() as f32).collect();
+                    let weight = Frozen::from_f32(&values, n, k, Dtype::Bf16);
+                    let run = |x| {
+                        let projections = [Projection::plain(&weight)];
+                        let (order, output) = (Order::Dot, Precision::Full);
+                        let linear = Linear { x, projections: &projections, order, output };
+                        cpu.linear(linear).remove(0)
+                    };
+                    let y = run(&x);
+                    let (xs, w) = (cpu.download(&x), weight.to_f32());
+                    let mut want = vec![Sized::default(); m * n];
+                    for (i, want) in want.iter_mut().enumerate() {
+                        let term = |j| xs[i / n * k + j] * f64::from(w[i % n * k + j]);
+                        (0..k).for_each(|j| want.add(term(j)));
+                    }
+                    check(&format!("{m} x {k} x {n}"), &cpu, &y, &want, exact);
+                    let rows = m / 2..m;
+                    let alone = run(&some_rows(&cpu, &x, rows.clone()));
+                    assert_eq!(bits(&cpu, &alone), bits(&cpu, &some_rows(&cpu, &y, rows)));
+                }
+            }
+        }
+    }
+
+    /// What lies behind a row's end in the file is the next row.
+    #[test]
+    fn the_next_rows_infinity_stays_there() {
+        for cpu in backends().into_iter().chain(amx()) {
+            let (k, n) = (40, 70);
+            let mut data = Data::new(23, true);
+            let x = data.tensor(&cpu, 3, k, Precision::Activation);
+            let values: Vec<_> =
+                (0..n * k).map(|i| if i / k % 2 == 0 { 1.0 } else { f32::INFINITY }).collect();
+            let weight = Frozen::from_f32(&values, n, k, Dtype::Bf16);
+            let projections = [Projection::plain(&weight)];
+            let (order, output) = (Order::Dot, Precision::Full);
+            let linear = Linear { x: &x, projections: &projections, order, output };
+            let y = cpu.download(&cpu.linear(linear).remove(0));
+            for (i, y) in y.into_iter().enumerate() {
+                assert_eq!(y.is_finite(), i % n % 2 == 0, "element {i}");
+            }
         }
     }
 }

@@ -47,7 +47,7 @@ const MAX_TILE: usize = 512;
 const TILES: usize = 16;
 
 /// Rows of a right operand or an output that are fetched before their turn.
-const ROWS_AHEAD: usize = 8;
+pub(super) const ROWS_AHEAD: usize = 8;
 
 /// Evaluates an expression with the element type of a dtype's bytes.
 macro_rules! with_element {
@@ -117,6 +117,11 @@ impl<'a> Matrix<'a> {
     /// Some rows of it.
     pub(super) fn part_rows(self, rows: Range<usize>) -> Self {
         self.part(rows, 0..self.cols)
+    }
+
+    /// The bytes from its first element on, and those from a row to the next.
+    pub(super) fn lines(self) -> (&'a [u8], usize) {
+        (self.bytes, self.stride * self.dtype.size_bytes())
     }
 
     /// The elements of a row; `E` is the element type of `dtype`.

@@ -15,22 +15,20 @@
 //! six largest of their nine products ([`LEFT`], [`RIGHT`]) lie side by side as `6 rank` more k. What
 //! is left out is below 2^-26 of a product. At rank 8 these are 48 k, two steps.
 //!
-//! What limits it, by instruction count (nothing here has been timed): a pair of column tiles takes
-//! 64 cycles of the tile unit a step and 32 rows. Packing a right tile takes 16 loads, 64 shuffles and
-//! 16 stores, so about 64 cycles, for as many cycles of the unit as there are rows: 6 % of the time
-//! at 1000 rows, a third at 128. The L1 cache holds the left tiles of [`STEPS_L1`] steps (16 KiB) and
-//! a block (16 KiB), while the right tiles stream from L2 at 32 B a cycle; with all of K at a time both
-//! operands would come from L2, which 64 B a cycle are too many for.
+//! What limits it, as measured on a Xeon (benches/results/2026-11-27-amx.md): the tile unit is busy for half of a
+//! product's time at best, as nothing that is loaded beside it is hidden. Sums that are stored and loaded again cost as much
+//! as four steps; a right tile takes as long to arrive from memory as products of 200 rows, and to pack as those of 50.
 
 use std::{ops::Range, vec};
 
+use bytemuck::Zeroable;
 use half::bf16;
 use rayon::prelude::*;
 
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, Matrix, Rectangle, run_tasks},
+    gemm::{Accumulator, Finish, Matrix, ROWS_AHEAD, Rectangle, run_tasks},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
@@ -42,7 +40,7 @@ use crate::{
     tensor::{Frozen, Tensor},
 };
 
-/// Steps of k between a load and a store of the sums.
+/// Steps of k between a load and a store of the sums, where several left operands share right tiles.
 const STEPS_L1: usize = 8;
 /// Steps of k whose right tiles a task packs at a time, for 128 columns: 1 MiB, half an L2 cache.
 const STEPS_L2: usize = 128;
@@ -145,7 +143,7 @@ impl SimdOp for PackRows<'_> {
 
 /// Items, then zeros.
 #[inline(always)]
-fn padded<const N: usize>(items: &[[u8; 2]]) -> [[u8; 2]; N] {
+pub(super) fn padded<const N: usize>(items: &[[u8; 2]]) -> [[u8; 2]; N] {
     let mut all = [[0; 2]; N];
     all[..items.len()].copy_from_slice(items);
     all
@@ -171,47 +169,54 @@ impl SimdOp for PackColumns<'_> {
         if transposed {
             pack_transposed(simd, matrix.part(cols, k), steps.len(), out);
         } else {
-            pack_pairs(matrix.part(k, cols), steps.len(), out);
+            pack_pairs(simd, matrix.part(k, cols), steps.len(), out);
         }
     }
 }
 
-/// From `matrix[n, k]`: a tile is the transpose of 16 rows of 16 pairs.
+/// From `matrix[n, k]`: a tile is the transpose of 16 rows of 16 pairs. (A lane is a pair here, not a number:
+/// it is only moved.)
 #[inline(always)]
 fn pack_transposed<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
+    const LINE: usize = size_of::<[u16; TILE_K]>();
     for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
-        let mut rows: [&[[u8; 2]]; TILE_COLS] = [&[]; TILE_COLS];
-        let n = matrix.rows.saturating_sub(i * TILE_COLS);
-        for (j, row) in rows.iter_mut().enumerate().take(n) {
-            *row = matrix.row::<Bf16Bytes>(i * TILE_COLS + j);
-        }
+        let first = (i * TILE_COLS).min(matrix.rows);
+        let rows = matrix.part_rows(first..matrix.rows.min(first + TILE_COLS));
+        let n_whole = if rows.rows == TILE_COLS { rows.cols / TILE_K } else { 0 };
+        let (bytes, stride) = rows.lines();
         for (step, tile) in tiles.iter_mut().enumerate() {
-            let mut block = [simd.splat(0.0); LANES];
-            for (v, row) in block.iter_mut().zip(rows) {
-                let (whole, rest) = row.as_chunks::<TILE_K>();
-                // A lane is a pair here, not a number: it is only moved.
-                *v = match whole.get(step) {
-                    Some(pairs) => simd.load_f32_bytes(bytemuck::cast_ref(pairs)),
-                    None if step == whole.len() => {
-                        simd.load_f32_bytes(&bytemuck::cast(padded::<TILE_K>(rest)))
-                    }
-                    None => simd.splat(0.0),
-                };
+            if step < n_whole {
+                store_transposed(simd, &bytes[step * LINE..], stride, tile);
+                continue;
             }
-            let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
-            for (line, v) in lines.iter_mut().zip(simd.transpose(block)) {
-                simd.store(v, line);
+            let mut part = Tile::zeroed();
+            for (row, line) in part.0.iter_mut().enumerate().take(rows.rows) {
+                let items = rows.row::<Bf16Bytes>(row).get(step * TILE_K..).unwrap_or_default();
+                *line = bytemuck::cast(padded::<TILE_K>(&items[..items.len().min(TILE_K)]));
             }
+            store_transposed(simd, bytemuck::bytes_of(&part), LINE, tile);
         }
+    }
+}
+
+/// `tile[i][j] = bytes[j * stride + 4 i ..]`, pairs of bf16.
+#[inline(always)]
+fn store_transposed<S: Simd>(simd: S, bytes: &[u8], stride: usize, tile: &mut Tile) {
+    let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
+    for (line, v) in lines.iter_mut().zip(simd.load_transposed(bytes, stride)) {
+        simd.store(v, line);
     }
 }
 
 /// From `matrix[k, n]`: a line of a tile has two rows, interleaved.
 #[inline(always)]
-fn pack_pairs(matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
+fn pack_pairs<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut [Tile]) {
     let row = |k: usize| if k < matrix.rows { matrix.row::<Bf16Bytes>(k) } else { &[] };
     for pair in 0..steps * TILE_ROWS {
         let (even, odd) = (row(2 * pair), row(2 * pair + 1));
+        // A row's next one is in another page, where no prefetcher looks for it.
+        simd.prefetch(row(2 * pair + ROWS_AHEAD));
+        simd.prefetch(row(2 * pair + ROWS_AHEAD + 1));
         for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
             let (even, odd) = (sixteen(even, i), sixteen(odd, i));
             let line: &mut [u32; TILE_COLS] =
@@ -235,7 +240,7 @@ impl SimdOp for PackTransposed<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { matrix, out } = self;
-        pack_pairs(matrix, steps(matrix.rows), out);
+        pack_pairs(simd, matrix, steps(matrix.rows), out);
         // A line has two rows of 16 columns: transposed as pairs, a line has a column of 32 rows.
         for tile in out {
             let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
@@ -638,8 +643,11 @@ fn add_chunk(
     let n_tiles = right.len() / n_steps.max(1);
     for (part, steps) in chunk {
         let (now, rest) = right.split_at(n_tiles * steps.len());
-        for start in (0..steps.len()).step_by(STEPS_L1) {
-            let some = start..steps.len().min(start + STEPS_L1);
+        // Right tiles come from L2 either way. Where they are used once, nothing is gained by returning to
+        // the sums every few steps; where each left operand uses them, L1 keeps them for the next.
+        let at_once = if parts[*part].lhs.len() > 1 { STEPS_L1 } else { steps.len() };
+        for start in (0..steps.len()).step_by(at_once.max(1)) {
+            let some = start..steps.len().min(start + at_once);
             let of_left = steps.start + some.start..steps.start + some.end;
             let of_tile = |i: usize| &now[i * steps.len()..][some.clone()];
             for lhs in parts[*part].lhs {

@@ -11,7 +11,7 @@ use super::{
     super::{Backend, Precision, ops::*},
     Cpu, SliceMut,
     buffer::Buffer,
-    dot::{self, Dots},
+    dot::FewRows,
     gemm::{
         Accumulator, COLS, Cut, Finish, Matrix, Packed, Product, Rectangle, Residual, Rhs, cut,
         run_tasks, task_cols, tile_shape,
@@ -85,9 +85,9 @@ fn write<T: ElementMut<Item = T> + Send>(
     let x = Matrix::tensor(x);
     if order == Order::Dot {
         let tasks = tasks(projections, &mut outs, 0..x.rows, (x.rows.max(1), COLS));
-        let wide = dot::widen(cpu, x);
+        let x = FewRows::new(cpu, x, projections.iter().map(|p| p.weight));
         run_tasks(tasks, |(i, rectangle)| {
-            let y = dot_task(cpu, wide.as_slice(), &projections[i], &rectangle);
+            let y = dot_task(cpu, &x, &projections[i], &rectangle);
             let y = y.as_slice::<f32>().as_chunks().0;
             finish(i).write(cpu.isa, rectangle, |row, values| *values = y[row]);
         });
@@ -302,7 +302,7 @@ fn bank_b<'a>(stacked: &Stacked<'a, Cpu>, q: usize) -> Matrix<'a> {
 /// A task of [`Order::Dot`]: `x·Wᵀ + z·B̂` of its columns, `[rows, COLS]`.
 fn dot_task<T>(
     cpu: &Cpu,
-    x: &[f32],
+    x: &FewRows,
     projection: &Projection<'_, Cpu>,
     task: &Rectangle<'_, T>,
 ) -> Buffer {
@@ -310,7 +310,7 @@ fn dot_task<T>(
     let mut buffer = cpu.scratch(rows.len() * COLS);
     let y = buffer.as_mut_slice::<f32>();
     let weight = Matrix::frozen(projection.weight).part_rows(cols.clone());
-    cpu.isa.run(Dots { x, weight, y: &mut *y, stride: COLS });
+    x.dots(cpu, weight, y, COLS);
     let Some(lora) = &projection.lora else { return buffer };
     let rank = lora.z.cols();
     let values = y.as_chunks_mut::<COLS>().0;

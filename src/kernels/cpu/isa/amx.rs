@@ -16,8 +16,8 @@
 //!
 //! 2 x 2 tiles of sums use all eight registers: per 32 `k` four tile loads (4 KiB) feed four
 //! products, 64 cycles of the unit at 16 each, and four chains of sums cover a product's latency of
-//! about 52 cycles. Their 64 B a cycle are more than the L2 cache gives (some 47), so one operand
-//! has to come from L1. Up to 16 rows 1 x 4 tiles do the same with five loads.
+//! about 52 cycles. Up to 16 rows 1 x 4 tiles do the same with five loads. Where the right operand has 16
+//! columns at most, 4 x 1 tiles do, and the left ones are read from rows in memory as they lie there.
 
 #![allow(unsafe_code)]
 
@@ -53,6 +53,9 @@ pub(crate) const BLOCK_COLS: usize = 128;
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct Block(pub(crate) [[f32; BLOCK_COLS]; BLOCK_ROWS]);
+
+/// Rows of weights that [`Tiles::multiply_rows`] takes at once.
+pub(crate) const STRIP_ROWS: usize = 4 * TILE_ROWS;
 
 /// The token of AMX with bf16, on a CPU that has AVX-512 too, in a process that may use tiles.
 #[derive(Clone, Copy, Debug)]
@@ -214,6 +217,17 @@ pub(crate) struct Corner<'a> {
     pub(crate) row: usize,
     /// The product's first column.
     pub(crate) col: usize,
+}
+
+/// Rows of bf16 in memory, as a left operand.
+#[derive(Clone, Copy)]
+pub(crate) struct MemoryRows<'a> {
+    /// From the first element of the first row on.
+    pub(crate) bytes: &'a [u8],
+    /// Bytes from a row to the next.
+    pub(crate) stride: usize,
+    /// The number of rows: [`STRIP_ROWS`], or [`TILE_ROWS`] at most.
+    pub(crate) n: usize,
 }
 
 /// Bytes from a row of sums to the next.
@@ -408,6 +422,124 @@ impl Tiles {
                 n = inout(reg) n => _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Adds the product of rows that are read from where they lie and up to 16 columns, a right tile for
+    /// each 32 `k`, or writes it where `overwrite`. What follows the rows is fetched into the L2 cache meanwhile, as
+    /// much as they are: tiles ask for lines of 16 rows in turn, which prefetchers do not follow.
+    ///
+    /// # Panics
+    /// If the rows or the sums are not there, or there is no `k`.
+    #[inline]
+    pub(crate) fn multiply_rows(
+        &mut self,
+        rows: MemoryRows<'_>,
+        right: &[Tile],
+        sums: &mut [[f32; TILE_COLS]],
+        overwrite: bool,
+    ) {
+        const LINE: usize = size_of::<[u16; TILE_K]>();
+        let MemoryRows { bytes, stride, n } = rows;
+        assert!(n == STRIP_ROWS || (1..=TILE_ROWS).contains(&n));
+        assert_eq!(sums.len(), n);
+        assert!(!right.is_empty() && right.len() * LINE <= bytes.len());
+        assert!(n == 1 || stride <= (bytes.len() - right.len() * LINE) / (n - 1));
+        let next = bytes.as_ptr().wrapping_add(n * stride);
+        let c = sums.as_mut_ptr();
+        if n == STRIP_ROWS {
+            self.configure(TILE_ROWS);
+            // SAFETY: the configuration above is what the instructions want; by the assertions the last of the
+            // 64 rows has the bytes of `right.len()` steps; the strip has 64 rows of 64 bytes.
+            unsafe {
+                asm!(
+                    "test {overwrite:e}, {overwrite:e}",
+                    "jz 2f",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "jmp 3f",
+                    "2:",
+                    "tileloadd tmm0, [{c} + {line}*1]",
+                    "tileloadd tmm1, [{c} + {line}*1 + 1024]",
+                    "tileloadd tmm2, [{c} + {line}*1 + 2048]",
+                    "tileloadd tmm3, [{c} + {line}*1 + 3072]",
+                    "3:",
+                    ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+                    "prefetcht1 [{next} + 64 * \\i]",
+                    "prefetcht1 [{next} + 64 * \\i + 1024]",
+                    "prefetcht1 [{next} + 64 * \\i + 2048]",
+                    "prefetcht1 [{next} + 64 * \\i + 3072]",
+                    ".endr",
+                    "tileloadd tmm7, [{b} + {line}*1]",
+                    "tileloadd tmm4, [{a0} + {stride}*1]",
+                    "tdpbf16ps tmm0, tmm4, tmm7",
+                    "tileloadd tmm5, [{a1} + {stride}*1]",
+                    "tdpbf16ps tmm1, tmm5, tmm7",
+                    "tileloadd tmm6, [{a2} + {stride}*1]",
+                    "tdpbf16ps tmm2, tmm6, tmm7",
+                    "tileloadd tmm4, [{a3} + {stride}*1]",
+                    "tdpbf16ps tmm3, tmm4, tmm7",
+                    "add {a0}, {line}",
+                    "add {a1}, {line}",
+                    "add {a2}, {line}",
+                    "add {a3}, {line}",
+                    "add {b}, 1024",
+                    "add {next}, 4096",
+                    "dec {n}",
+                    "jnz 3b",
+                    "tilestored [{c} + {line}*1], tmm0",
+                    "tilestored [{c} + {line}*1 + 1024], tmm1",
+                    "tilestored [{c} + {line}*1 + 2048], tmm2",
+                    "tilestored [{c} + {line}*1 + 3072], tmm3",
+                    overwrite = in(reg) u32::from(overwrite),
+                    c = in(reg) c,
+                    line = in(reg) LINE,
+                    a0 = inout(reg) bytes.as_ptr() => _,
+                    a1 = inout(reg) bytes.as_ptr().add(TILE_ROWS * stride) => _,
+                    a2 = inout(reg) bytes.as_ptr().add(2 * TILE_ROWS * stride) => _,
+                    a3 = inout(reg) bytes.as_ptr().add(3 * TILE_ROWS * stride) => _,
+                    stride = in(reg) stride,
+                    b = inout(reg) right.as_ptr() => _,
+                    next = inout(reg) next => _,
+                    n = inout(reg) right.len() => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+            return;
+        }
+        self.configure(n);
+        // SAFETY: as above, with `n` rows of one left tile and of the sums.
+        unsafe {
+            asm!(
+                "test {overwrite:e}, {overwrite:e}",
+                "jz 2f",
+                "tilezero tmm0",
+                "jmp 3f",
+                "2:",
+                "tileloadd tmm0, [{c} + {line}*1]",
+                "3:",
+                "tileloadd tmm7, [{b} + {line}*1]",
+                "tileloadd tmm4, [{a} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm7",
+                "add {a}, {line}",
+                "add {b}, 1024",
+                "dec {n}",
+                "jnz 3b",
+                "tilestored [{c} + {line}*1], tmm0",
+                overwrite = in(reg) u32::from(overwrite),
+                c = in(reg) c,
+                line = in(reg) LINE,
+                a = inout(reg) bytes.as_ptr() => _,
+                stride = in(reg) stride,
+                b = inout(reg) right.as_ptr() => _,
+                n = inout(reg) right.len() => _,
+                out("tmm0") _, out("tmm4") _, out("tmm7") _,
                 options(nostack),
             );
         }

@@ -15,7 +15,8 @@ mod scalar;
 
 pub use amx::Amx;
 pub(super) use amx::{
-    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
+    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, STRIP_ROWS, TILE_COLS, TILE_K,
+    TILE_ROWS, Tile, Tiles,
 };
 pub use avx2::Avx2;
 pub use avx512::Avx512;
@@ -90,6 +91,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES];
+
+    /// [`Simd::transpose`] of 16 rows of 64 bytes in memory, each `stride` bytes after the one before. What
+    /// follows in the rows may be fetched into the cache meanwhile.
+    ///
+    /// # Panics
+    /// If the last row is not there.
+    #[inline(always)]
+    fn load_transposed(self, bytes: &[u8], stride: usize) -> [Self::V; LANES] {
+        let mut rows = [self.splat(0.0); LANES];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = self.load_f32_bytes(bytes[i * stride..].first_chunk().expect("a whole row"));
+        }
+        self.transpose(rows)
+    }
 
     /// The lanes' sum, as a tree: `i + (i + 8)`, then `+ 4`, `+ 2`, `+ 1`.
     fn sum(self, v: Self::V) -> f32;
