@@ -26,7 +26,7 @@ macro_rules! kernels {
 
 pub(crate) const KERNELS: &[Kernel] = kernels! {
     dense: linear linear_backward embed rope gather norm norm_backward gated dropout add cache_write
-        head_loss argmax sum_of_squares sum_of_squares_in adamw;
+        head_loss argmax sample sum_of_squares sum_of_squares_in adamw;
     attention: attention attention_backward;
     lora: route route_backward mix mix_each unmix unmix_each shrink shrink_stacked lora_backward;
 };

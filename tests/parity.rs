@@ -686,31 +686,51 @@ mod cuda {
     }
 
     /// What the device is asked for while an engine generates twice; the second time, as graphs are there.
-    fn decoded(name: &str, device: &Emulator, cuda: Cuda) -> (Vec<Vec<u32>>, Vec<Event>) {
+    fn decoded(
+        name: &str,
+        device: &Emulator,
+        cuda: Cuda,
+        options: &GenerateOptions,
+    ) -> (Vec<Vec<u32>>, Vec<Event>) {
         let case = Case::open(name);
         let model = case.model(cuda);
         let adapter = case.adapter(&model);
         let examples = case.examples();
         let tasks = case.rows.iter().map(|row| row.task);
         let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
-        let options = GenerateOptions { max_new_tokens: 8, ..Default::default() };
-        let first = engine.generate(&examples, &options, |_, _| ());
+        let first = engine.generate(&examples, options, |_, _| ());
         let _ = device.take_log();
-        let generated = engine.generate(&examples, &options, |_, _| ());
+        let generated = engine.generate(&examples, options, |_, _| ());
         assert_eq!(first, generated, "{name}");
         (generated, device.take_log())
+    }
+
+    fn greedy() -> GenerateOptions {
+        GenerateOptions { max_new_tokens: 8, ..Default::default() }
+    }
+
+    fn by_draws() -> GenerateOptions {
+        let (do_sample, seed) = (true, 5);
+        let rules = GenerateOptions { temperature: 1.5, top_k: 20, top_p: 0.9, ..greedy() };
+        GenerateOptions { do_sample, seed, min_new_tokens: 3, ..rules }
     }
 
     /// A decoding step's tokens are copied to the host and nothing else; and while no sequence ends, the
     /// next step is asked for before the host waits for them.
     #[test]
     fn a_decoding_step_is_asked_for_before_the_last_is_read() {
-        for name in ["tiny", "llama"] {
+        let (greedy, by_draws) = (greedy(), by_draws());
+        for (name, kernel, options) in [
+            ("tiny", "argmax", &greedy),
+            ("llama", "argmax", &greedy),
+            ("tiny", "sample", &by_draws),
+            ("llama", "sample", &by_draws),
+        ] {
             let Some(device) = emulator() else { return };
             let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
-            let (generated, log) = decoded(name, &device, cuda);
+            let (generated, log) = decoded(name, &device, cuda, options);
             let count = |wanted: &dyn Fn(&Event) -> bool| log.iter().filter(|e| wanted(e)).count();
-            let n_choices = count(&|e| *e == Event::Launch("argmax".into()));
+            let n_choices = count(&|e| *e == Event::Launch(kernel.into()));
             assert_eq!(count(&|e| matches!(e, Event::Read(_))), 0, "{name}");
             assert_eq!(count(&|e| matches!(e, Event::Fetch(_))), n_choices, "{name}");
             assert_eq!(count(&|e| *e == Event::Wait), n_choices, "{name}");
@@ -738,6 +758,25 @@ mod cuda {
         }
     }
 
+    /// A draw is of integers, and both have the same chances.
+    #[test]
+    fn draws_are_those_of_the_cpu() {
+        for name in ["tiny", "llama"] {
+            let Some(device) = emulator() else { return };
+            let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
+            let (found, _) = decoded(name, &device, cuda, &by_draws());
+            let case = Case::open(name);
+            let model = case.model(Cpu::new(Dtype::F32, 1).unwrap());
+            let adapter = case.adapter(&model);
+            let examples = case.examples();
+            let tasks = case.rows.iter().map(|row| row.task);
+            let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
+            let expected = engine.generate(&examples, &by_draws(), |_, _| ());
+            assert_eq!(found, expected, "{name}");
+            assert_ne!(found, engine.generate(&examples, &greedy(), |_, _| ()), "{name}");
+        }
+    }
+
     /// The same tokens; and once there are graphs, steps are nothing else, and small tables before them.
     #[test]
     fn graphs_decode_as_plain_launches_do() {
@@ -746,7 +785,7 @@ mod cuda {
             let (Some(plain), Some(graphs)) = (emulator(), emulator_with_graphs()) else { return };
             let on = |device: Arc<Emulator>| {
                 let cuda = Cuda::with_device(device.clone(), compute).unwrap();
-                decoded(name, &device, cuda)
+                decoded(name, &device, cuda, &greedy())
             };
             let ((expected, _), (generated, log)) = (on(plain), on(graphs));
             assert_eq!(generated, expected, "{name} {compute}");

@@ -11,7 +11,7 @@ use crate::{
     common::{Gen, check_steered},
     dense::{
         adamw, add, argmax, dropout, embed, gated, gather, head_loss, linear, linear_backward,
-        norm, norm_backward, rope, sum_of_squares,
+        norm, norm_backward, rope, sample, sum_of_squares,
     },
 };
 
@@ -19,7 +19,7 @@ use crate::{
 pub fn check(data: &[u8]) {
     let Some((&operation, rest)) = data.split_first() else { return };
     let random = Gen::steered(rest);
-    match operation % 14 {
+    match operation % 15 {
         0 => check_steered(random, linear),
         1 => check_steered(random, linear_backward),
         2 => check_steered(random, head_loss),
@@ -33,6 +33,7 @@ pub fn check(data: &[u8]) {
         10 => check_steered(random, dropout),
         11 => check_steered(random, add),
         12 => check_steered(random, sum_of_squares),
+        13 => check_steered(random, sample),
         _ => check_steered(random, adamw),
     }
 }

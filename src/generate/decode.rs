@@ -6,19 +6,22 @@
 //!                       read 1         read 2
 //! ```
 //!
-//! Where the next token is the most probable one and the backend queues what it is asked for, a step is asked
+//! Where the logits choose the next token and the backend queues what it is asked for, a step is asked
 //! for before the tokens of the one before it are known: it takes them where they were chosen. A sequence that
 //! has ended is in one step more, which is of no consequence: no row's bits depend on its neighbours. When one
 //! ends, the host catches up before others enter.
 
 use super::{
     Engine, GenerateOptions, Generated,
-    sample::{Draw, sample},
+    sample::{Draw, rules, sample},
     scores::{Progress, Scoring, largest},
     stepper::{Seats, Stepper},
 };
 use crate::{
-    kernels::{Backend, ops::Ids},
+    kernels::{
+        Backend,
+        ops::{Ids, Sample},
+    },
     model::Example,
     tensor::Tensor,
 };
@@ -176,7 +179,7 @@ impl<B: Backend> Decoder<'_, '_, B> {
             && self.running.len() == flight.slots.len()
             && self.running.iter().all(goes_on)
             && !self.stepper.is_reading()
-            && self.forbidden(&flight.slots, 1).is_some()
+            && self.is_chosen_there(&flight.slots, 1)
     }
 
     fn in_slot(&self, slot: usize) -> Option<&Running> {
@@ -207,19 +210,47 @@ impl<B: Backend> Decoder<'_, '_, B> {
         });
     }
 
-    /// The ids that none of these slots may choose after `n_unknown` tokens more, where the most probable
-    /// others are the next tokens.
-    fn forbidden(&self, slots: &[usize], n_unknown: usize) -> Option<&[u32]> {
-        let n_new = |&slot: &usize| self.in_slot(slot).map_or(0, Running::n_new) + n_unknown;
-        let mut all = slots.iter().map(|slot| self.scoring.forbidden(n_new(slot)));
-        let first = all.next().unwrap_or_default();
-        (self.scoring.is_plain() && all.all(|other| other == first)).then_some(first)
+    /// New tokens of a slot's sequence, `n_unknown` of them not known; of one that has ended, whatever.
+    fn n_new(&self, slot: usize, n_unknown: usize) -> usize {
+        self.in_slot(slot).map_or(0, Running::n_new) + n_unknown
     }
 
-    /// The next token of each slot, by its row of logits, where it is the most probable one.
+    /// Whether the backend chooses the tokens of these slots after `n_unknown` more.
+    fn is_chosen_there(&self, slots: &[usize], n_unknown: usize) -> bool {
+        let forbidden = |slot: &usize| self.scoring.forbidden(self.n_new(*slot, n_unknown));
+        let are_equal = || slots.windows(2).all(|pair| forbidden(&pair[0]) == forbidden(&pair[1]));
+        // The most probable token is the same wherever it is looked for; a draw's weights are not, so all draws of
+        // a call are made in one place.
+        self.scoring.is_plain() && (self.scoring.options.do_sample || are_equal())
+    }
+
+    /// The next token of each slot, by its row of logits, where the backend chooses it.
     fn chosen(&self, logits: &Tensor<B>, slots: &[usize], n_unknown: usize) -> Option<B::Chosen> {
-        let forbidden = self.forbidden(slots, n_unknown)?;
-        Some(self.engine.model.backend().argmax(logits, forbidden))
+        if !self.is_chosen_there(slots, n_unknown) {
+            return None;
+        }
+        let (backend, options) = (self.engine.model.backend(), self.scoring.options);
+        let n_new = |slot: &usize| self.n_new(*slot, n_unknown);
+        let forbidden = slots.iter().map(|slot| self.scoring.forbidden(n_new(slot)));
+        let forbids: Vec<bool> = forbidden.clone().map(|ids| !ids.is_empty()).collect();
+        let forbidden = forbidden.max_by_key(|ids| ids.len()).unwrap_or_default();
+        if !options.do_sample {
+            return Some(backend.argmax(logits, forbidden));
+        }
+        let uniform = |slot: &usize| {
+            let (row, sequence) = self.sequences[self.in_slot(*slot)?.sequence];
+            Some(Draw { row, sequence, n_new: n_new(slot) }.uniform(options.seed))
+        };
+        let uniforms: Vec<f64> = slots.iter().map(|slot| uniform(slot).unwrap_or(0.0)).collect();
+        let scale = f64::from(self.engine.model.network().head().scale) / options.temperature;
+        Some(backend.sample(&Sample {
+            logits,
+            scale: scale as f32,
+            forbidden,
+            forbids: &forbids,
+            rules: rules(options),
+            uniforms: &uniforms,
+        }))
     }
 
     /// The next token of each slot, by its row of logits.

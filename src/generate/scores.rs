@@ -21,13 +21,11 @@ pub(super) struct Progress<'a> {
 }
 
 impl Scoring<'_> {
-    /// Whether the most probable token is the next one as it is, but for ids that may not be: then
-    /// the scores need not leave the device.
+    /// Whether the logits choose the next token as they are, but for ids that may not be: then they need not
+    /// leave the device.
     pub(super) fn is_plain(&self) -> bool {
-        let GenerateOptions { do_sample, repetition_penalty, no_repeat_ngram_size, .. } =
-            *self.options;
-        !do_sample
-            && repetition_penalty == 1.0
+        let GenerateOptions { repetition_penalty, no_repeat_ngram_size, .. } = *self.options;
+        repetition_penalty == 1.0
             && no_repeat_ngram_size == 0
             && self.model.forced_bos_token_id.is_none()
             && self.model.forced_eos_token_id.is_none()

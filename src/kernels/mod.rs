@@ -8,6 +8,7 @@
 //!
 //! ```text
 //! embed  norm  rope  linear  shrink  attention  gated  gather  dropout  head_loss   activations
+//! argmax  sample                                                         the next token
 //! route  mix  lora_backward  unmix                                       the routed LoRA
 //! adamw  sum_of_squares                                                  the optimiser
 //! ```
@@ -22,6 +23,7 @@ pub mod ops;
 pub mod oracle;
 pub mod philox;
 pub mod planner;
+pub mod sampling;
 pub mod segments;
 pub mod sizes;
 
@@ -120,6 +122,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn head_loss(&self, args: HeadLoss<'_, Self>) -> Loss<Self>;
     /// The column of each row's largest value among those not forbidden; the first of equals.
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Self::Chosen;
+    /// A column of each row, drawn by its logits.
+    fn sample(&self, args: &Sample<'_, Self>) -> Self::Chosen;
     /// The tokens. A device is waited for: until it has chosen them, not until it has done what was asked
     /// of it since.
     fn tokens(&self, chosen: Self::Chosen) -> Vec<u32>;

@@ -108,11 +108,39 @@ pub struct Embed<'a, B: Backend> {
     pub scale: f32,
 }
 
+/// What a draw of a token leaves out, one rule over what the one before left, as transformers orders them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingRules {
+    /// So many of the most probable tokens, and equals of the last of them; 0: all.
+    pub top_k: usize,
+    /// The most probable tokens until their probabilities reach this sum; 1: all.
+    pub top_p: f64,
+    /// Tokens that are at least so probable, relative to the most probable one; 0: all.
+    pub min_p: f64,
+}
+
+/// Arguments of [`Backend::sample`]: the column of each row is drawn with probability
+/// `softmax(scale * logits)`, after the rules ([`sampling`](super::sampling)).
+pub struct Sample<'a, B: Backend> {
+    /// `[rows, columns]`, f32.
+    pub logits: &'a Tensor<B>,
+    /// Above 0: the head's scale over the temperature.
+    pub scale: f32,
+    /// Columns that are not drawn.
+    pub forbidden: &'a [u32],
+    /// Whether the forbidden columns are forbidden in a row, `[rows]`.
+    pub forbids: &'a [bool],
+    /// What else is not.
+    pub rules: SamplingRules,
+    /// The chance: a number in `[0, 1)` for each row.
+    pub uniforms: &'a [f64],
+}
+
 /// Ids that were given, or that were chosen on the device.
 pub enum Ids<'a, B: Backend> {
     /// Each below the vocabulary.
     Given(&'a [u32]),
-    /// By [`Backend::argmax`].
+    /// By [`Backend::argmax`] or [`Backend::sample`].
     Chosen(&'a B::Chosen),
 }
 

@@ -226,6 +226,10 @@ impl Backend for Sizes {
         vec![0; logits.rows]
     }
 
+    fn sample(&self, args: &Sample<'_, Self>) -> Vec<u32> {
+        vec![0; args.logits.rows]
+    }
+
     fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
         chosen
     }

@@ -260,6 +260,18 @@ impl Batch {
         self.ids.iter().map(|id| id % n as u32).collect()
     }
 
+    /// At most `n` tokens of it, of one sequence where it has more.
+    pub fn few(self, n: usize) -> Self {
+        let longest = (0..self.lens.len()).max_by_key(|&s| self.lens[s]);
+        match longest {
+            Some(sequence) if self.n_tokens() > n => {
+                let tokens = self.tokens_of(sequence);
+                self.only(sequence, tokens.start..tokens.end.min(tokens.start + n))
+            }
+            _ => self,
+        }
+    }
+
     fn tokens_of(&self, sequence: usize) -> Range<usize> {
         let start = self.lens[..sequence].iter().sum();
         start..start + self.lens[sequence]

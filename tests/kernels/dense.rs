@@ -3,7 +3,11 @@
 use std::ops::Range;
 
 use polytape::{
-    kernels::{Backend, Precision, ops, ops::Activation, oracle::Oracle},
+    kernels::{
+        Backend, Precision, ops,
+        ops::{Activation, SamplingRules},
+        oracle::Oracle,
+    },
     tensor::Tensor,
 };
 
@@ -736,6 +740,103 @@ pub fn argmax(random: &mut Gen, class: Class, batch: Batch) -> Case<Argmax> {
 #[test]
 fn argmaxes() {
     check("argmax", argmax);
+}
+
+#[derive(Clone, Debug)]
+pub struct Sample {
+    scale: f32,
+    rules: SamplingRules,
+    forbidden: Vec<u32>,
+}
+
+impl Sample {
+    /// By logits, chances, and whether anything is forbidden.
+    fn draw<B: Backend>(
+        &self,
+        backend: &B,
+        [logits, chance, forbids]: [&Tensor<B>; 3],
+    ) -> Vec<u32> {
+        let forbids: Vec<bool> = backend.download(forbids).iter().map(|&f| f > 0.0).collect();
+        backend.tokens(backend.sample(&ops::Sample {
+            logits,
+            scale: self.scale,
+            forbidden: &self.forbidden,
+            forbids: &forbids,
+            rules: self.rules,
+            uniforms: &backend.download(chance),
+        }))
+    }
+
+    /// Whether weights and chances that differ a little draw the same of a row: elsewhere backends may differ.
+    fn is_clear(&self, row: &[f64], chance: f64, forbids: f64) -> bool {
+        let draw = |[scale, top_p, min_p, chance_by]: [f64; 4]| {
+            let top_p = if self.rules.top_p < 1.0 { self.rules.top_p * top_p } else { 1.0 };
+            let rules = SamplingRules { top_p, min_p: self.rules.min_p * min_p, ..self.rules };
+            let scale = (f64::from(self.scale) * scale) as f32;
+            let upload = |values: &[f64]| Oracle.upload(values, 1, values.len(), Precision::Full);
+            let inputs = [row, &[chance * chance_by], &[forbids]].map(upload);
+            Self { scale, rules, ..self.clone() }.draw(&Oracle, inputs.each_ref())
+        };
+        let (less, more) = (1.0 - 1e-5, 1.0 + 1e-5);
+        let as_it_is = draw([1.0; 4]);
+        let by = |i: u32| [0, 1, 2, 3].map(|bit| if i >> bit & 1 > 0 { more } else { less });
+        (0..16).all(|i| draw(by(i)) == as_it_is)
+    }
+}
+
+impl Op for Sample {
+    const CUT: Cut = Cut::Token;
+
+    fn run<B: Backend>(&self, backend: &B, _: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
+        let columns = self.draw(backend, [&inputs.t[0], &inputs.t[1], &inputs.t[2]]);
+        vec![Output::numbers("column", columns.into_iter().map(f64::from).collect(), true)]
+    }
+
+    fn tolerance(&self, _: &Batch, _: &Inputs, expected: &[Output]) -> Vec<Vec<f64>> {
+        vec![vec![0.0; expected[0].values.len()]]
+    }
+}
+
+pub fn sample(random: &mut Gen, class: Class, batch: Batch) -> Case<Sample> {
+    let batch = batch.few(3); // The emulator takes its time for many threads that meet often.
+    let (cols, n) = (random.size(300), batch.n_tokens());
+    let infinities = [f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
+    let mut logits = activations(random, class, n * cols, &infinities);
+    if n > 0 && class == Class::Special {
+        logits[..cols].fill(f64::NEG_INFINITY);
+    }
+    let op = Sample {
+        scale: random.pick(&[0.125, 1.0, 1.6]),
+        rules: SamplingRules {
+            top_k: random.pick(&[0, 1, 5, 50]),
+            top_p: random.pick(&[1.0, 0.9, 0.3, 1e-3]),
+            min_p: random.pick(&[0.0, 0.05, 0.5]),
+        },
+        forbidden: (0..random.below(3)).map(|_| random.below(cols) as u32).collect(),
+    };
+    let (mut chances, mut forbids) = (Vec::with_capacity(n), Vec::with_capacity(n));
+    for row in logits.chunks_mut(cols) {
+        let forbidden = f64::from(u8::from(random.coin()));
+        let mut chance = || f64::from(random.unit() as f32);
+        let clear = (0..20).map(|_| chance()).find(|&u| op.is_clear(row, u, forbidden));
+        // Where the rules themselves are on an edge, one token is far above all others.
+        chances.push(clear.unwrap_or_else(|| {
+            row.fill(-100.0);
+            row[cols / 2] = 300.0;
+            0.5
+        }));
+        forbids.push(forbidden);
+    }
+    let mut inputs = Inputs::default();
+    inputs.tokens_full(&batch, cols, logits);
+    inputs.tokens_full(&batch, 1, chances);
+    inputs.tokens_full(&batch, 1, forbids);
+    Case { class, batch, inputs, op }
+}
+
+#[test]
+fn samples() {
+    check("sample", sample);
 }
 
 #[derive(Debug)]

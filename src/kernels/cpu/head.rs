@@ -1,4 +1,4 @@
-//! Head and cross-entropy in one, and argmax.
+//! Head and cross-entropy in one, argmax, and the draw of a token.
 //!
 //! ```text
 //! logits = (scale * x)·Wᵀ    p = softmax(logits)    nll = -ln p[label]
@@ -13,7 +13,11 @@
 use rayon::prelude::*;
 
 use super::{
-    super::{Precision, ops::*},
+    super::{
+        Precision,
+        ops::*,
+        sampling::{self, Candidate},
+    },
     Cpu, Slice, SliceMut,
     gemm::{
         Accumulator, COLS, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, run_tasks,
@@ -232,6 +236,51 @@ impl<E: Element> SimdOp for Argmax<'_, E> {
             start = wall + 1;
         }
         best.map_or(0, |(_, at)| at as u32)
+    }
+}
+
+pub(super) fn sample(cpu: &Cpu, args: &Sample<'_, Cpu>) -> Vec<u32> {
+    let Sample { logits, scale, forbidden, forbids, rules, uniforms } = *args;
+    let (rows, cols) = (logits.rows(), logits.cols());
+    assert!(cols > 0 && scale > 0.0, "a column, and logits in their order");
+    assert_eq!((forbids.len(), uniforms.len()), (rows, rows), "one for each row");
+    let draw = |(i, row): (usize, &[f32])| {
+        let mut weights = cpu.scratch(cols);
+        let weights = weights.as_mut_slice::<f32>();
+        weights.copy_from_slice(row);
+        let forbidden = if forbids[i] { forbidden } else { &[] };
+        for &id in forbidden {
+            // What is not there is not forbidden.
+            weights.get_mut(id as usize).into_iter().for_each(|w| *w = f32::NEG_INFINITY);
+        }
+        cpu.isa.run(Weigh { row: weights, scale });
+        let columns = (0..).zip(row.iter().zip(&*weights));
+        let candidates = columns.filter_map(|(id, (&x, &w))| Candidate::new(id, x, w.into()));
+        sampling::draw(candidates.collect(), &rules, uniforms[i])
+    };
+    logits.f32s().par_chunks(cols).enumerate().map(draw).collect()
+}
+
+/// `row = e^(scale (row - largest))`.
+struct Weigh<'a> {
+    row: &'a mut [f32],
+    scale: f32,
+}
+
+impl SimdOp for Weigh<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { row, scale } = self;
+        let (largest, scale) = (simd.splat(max::<S, f32>(simd, row)), simd.splat(scale));
+        let weight = |x| math::exp(simd, simd.mul(simd.sub(x, largest), scale));
+        let (whole, rest) = row.as_chunks_mut();
+        for v in whole {
+            simd.store(weight(simd.load(v)), v);
+        }
+        if !rest.is_empty() {
+            simd.store_part(weight(simd.load_part(rest, f32::NEG_INFINITY)), rest);
+        }
     }
 }
 

@@ -447,6 +447,10 @@ impl Backend for Cpu {
         let _timed = self.profile.time("argmax", || Work::over([logits]));
         self.scope(|| head::argmax(self, logits, forbidden))
     }
+    fn sample(&self, args: &Sample<'_, Self>) -> Vec<u32> {
+        let _timed = self.profile.time("sample", || Work::over([args.logits]));
+        self.scope(|| head::sample(self, args))
+    }
     fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
         chosen
     }

@@ -41,7 +41,7 @@ const HEADERS: [(&str, &str); 9] = sources![
 ];
 
 /// Files with kernels.
-const MODULES: [(&str, &str); 14] = sources![
+const MODULES: [(&str, &str); 15] = sources![
     "adamw.cu",
     "attention.cu",
     "elementwise.cu",
@@ -55,6 +55,7 @@ const MODULES: [(&str, &str); 14] = sources![
     "norm.cu",
     "rope.cu",
     "route.cu",
+    "sampling.cu",
     "shrink.cu",
 ];
 

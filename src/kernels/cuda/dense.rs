@@ -361,6 +361,8 @@ pub(super) fn add(cuda: &Cuda, a: Tensor<Cuda>, b: &Tensor<Cuda>) -> Tensor<Cuda
     y
 }
 
+/// `SAMPLE_THREADS` of `cuda/sampling.cu`.
+const SAMPLE_THREADS: u32 = 512;
 const HEAD_THREADS: u32 = 1024;
 
 pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
@@ -426,6 +428,25 @@ pub(super) fn argmax(cuda: &Cuda, logits: &Tensor<Cuda>, forbidden: &[u32]) -> C
     let kernel = kernel.arg(logits.full(n, n_columns)).arg(forbidden_buffer.address());
     let kernel = kernel.count(forbidden.len()).count(n_columns);
     kernel.launch([n, 1, 1], HEAD_THREADS);
+    let arrival = cuda.fetch(&columns, 4 * n);
+    Chosen { columns, n, n_columns, arrival }
+}
+
+pub(super) fn sample(cuda: &Cuda, args: &Sample<'_, Cuda>) -> Chosen {
+    let Sample { logits, scale, forbidden, forbids, ref rules, uniforms } = *args;
+    let (n, n_columns) = (logits.rows, logits.cols);
+    assert!(n_columns > 0 && scale > 0.0, "a column, and logits in their order");
+    assert_eq!((forbids.len(), uniforms.len()), (n, n), "one for each row");
+    let columns = cuda.take(4 * n);
+    let uniforms = cuda.buffer_of(uniforms);
+    let forbidden_buffer = cuda.indices(forbidden.iter().copied());
+    let n_forbidden = |&forbids: &bool| if forbids { narrow(forbidden.len()) } else { 0 };
+    let n_forbidden = cuda.indices(forbids.iter().map(n_forbidden));
+    let kernel = cuda.kernel("sampling", "sample").arg(columns.address());
+    let kernel = kernel.arg(logits.full(n, n_columns)).arg(uniforms.address());
+    let kernel = kernel.arg(forbidden_buffer.address()).arg(n_forbidden.address());
+    let kernel = kernel.count(n_columns).arg(scale).count(rules.top_k.min(n_columns));
+    kernel.arg(rules.top_p).arg(rules.min_weight()).launch([n, 1, 1], SAMPLE_THREADS);
     let arrival = cuda.fetch(&columns, 4 * n);
     Chosen { columns, n, n_columns, arrival }
 }

@@ -529,6 +529,9 @@ impl Backend for Cuda {
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Chosen {
         dense::argmax(self, logits, forbidden)
     }
+    fn sample(&self, args: &Sample<'_, Self>) -> Chosen {
+        dense::sample(self, args)
+    }
     fn tokens(&self, chosen: Chosen) -> Vec<u32> {
         let bytes = must(chosen.arrival.wait());
         bytes.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)).collect()

@@ -1,7 +1,13 @@
 //! Embedding, norm, linears, and the head with its loss.
 
 use super::{Oracle, kept, lora, sum};
-use crate::{kernels::ops::*, tensor::Tensor};
+use crate::{
+    kernels::{
+        ops::*,
+        sampling::{self, Candidate},
+    },
+    tensor::Tensor,
+};
 
 /// `y[t] = scale * table[ids[t]]`.
 pub(super) fn embed(args: Embed<'_, Oracle>) -> Tensor<Oracle> {
@@ -158,4 +164,21 @@ pub(super) fn argmax(logits: &Tensor<Oracle>, forbidden: &[u32]) -> Vec<u32> {
         allowed.reduce(larger).unwrap_or(0) as u32
     };
     (0..logits.rows).map(first_largest).collect()
+}
+
+/// A column of each row, drawn by its weights.
+pub(super) fn sample(args: &Sample<'_, Oracle>) -> Vec<u32> {
+    let Sample { logits, scale, forbidden, forbids, rules, uniforms } = *args;
+    let draw = |t: usize| {
+        let allowed = |&c: &usize| !(forbids[t] && forbidden.contains(&(c as u32)));
+        let columns = || (0..logits.cols).filter(allowed);
+        let largest = columns().map(|c| logits.at(t, c)).fold(f64::NEG_INFINITY, f64::max);
+        let candidates = columns().filter_map(|c| {
+            let logit = logits.at(t, c);
+            let weight = (f64::from(scale) * (logit - largest)).exp();
+            Candidate::new(c as u32, logit as f32, weight)
+        });
+        sampling::draw(candidates.collect(), &rules, uniforms[t])
+    };
+    (0..logits.rows).map(draw).collect()
 }

@@ -179,6 +179,9 @@ impl Backend for Oracle {
     fn argmax(&self, logits: &Tensor<Self>, forbidden: &[u32]) -> Vec<u32> {
         dense::argmax(logits, forbidden)
     }
+    fn sample(&self, args: &Sample<'_, Self>) -> Vec<u32> {
+        dense::sample(args)
+    }
     fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {
         chosen
     }
