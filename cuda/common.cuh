@@ -183,3 +183,21 @@ __device__ inline float block_max(float value, float* scratch) {
     __syncthreads();
     return largest;
 }
+
+// A value that another block of this launch wrote before `is_last_block`.
+__device__ inline float load_fresh(const float* from) { return *static_cast<const volatile float*>(from); }
+
+// Whether the `n` blocks that share a counter are all done with what comes before this: true in one of them, whichever is
+// last. The counter is 0 before the launch and after it. All threads.
+__device__ inline bool is_last_block(u32* counter, u32 n) {
+    SHARED(u32, is_last, 1);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        is_last[0] = atomicAdd(counter, 1u) == n - 1;
+        if (is_last[0]) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last[0];
+}

@@ -12,6 +12,8 @@
 // columns / 8, y = tokens / 8, z = siblings. In bf16 a block has 16 columns for 8 * TILES tokens, on tensor cores whose rows are the
 // columns; a warp adds every 8th 32 features in order, then the warps in order. Grid: x = columns / 16, y = tokens / (8 *
 // TILES), which changes no bits, z = siblings.
+// `expand_stacked` makes the low-rank part of stacked siblings before `linear` and `linear_wgmma` in bf16, whose tiles have no
+// place for it, where a split is whole runs of 16 columns; elsewhere it is added element by element.
 #include "gemm.cuh"
 #include "linear.cuh"
 
@@ -100,53 +102,61 @@ __device__ inline void add_dots(float (&sums)[TILES][4], const Item* x, const It
     }
 }
 
-// The low-rank part from the bank, of 16 columns of one split with 8 tokens a tile; a warp takes every 8th tile. Both factors,
-// w z and b, in two halves, as in `multiply_tail`: 2^-16 of each product is lost. to [tokens, DOT_PITCH].
-template <u32 TILES>
-__device__ inline void expand_stacked(float* to, const Expand& expand, u32 token0, u32 col0, u32 n_tokens) {
+// The low-rank part from the bank, of 16 columns of one split with 8 tokens, as an `mma` has it: columns by tokens. Both
+// factors, w z and b, in two halves, as in `multiply_tail`: 2^-16 of each product is lost. A warp.
+__device__ inline void expand_piece(float (&sums)[4], const Expand& expand, u32 token0, u32 col0, u32 n_tokens) {
     const Bank& bank = expand.bank;
     const u32 width = bank.d_out / bank.n_splits, own_split = col0 / width, depth = bank.n_skills * bank.rank;
     const float* b = bank.b + size_t(own_split) * depth * width + col0 % width;
-    const u32 g = lane() / 4, t = lane() % 4 * 2;
+    const u32 g = lane() / 4, t = lane() % 4 * 2, token = token0 + g;
+    const bool there = token < n_tokens;
+    const float* w = mixing(bank, there ? expand.token_rows[token] : 0, own_split);
+    const float* z = expand.z + size_t(there ? token : 0) * bank.rank;
 #pragma unroll 1
-    for (u32 tile = threadIdx.x / WARP; tile < TILES; tile += DOT_WARPS) {
-        const u32 token = token0 + tile * 8 + g;
-        if (token0 + tile * 8 >= n_tokens) break;  // A whole warp.
-        const bool there = token < n_tokens;
-        const float* w = mixing(bank, there ? expand.token_rows[token] : 0, own_split);
-        const float* z = expand.z + size_t(there ? token : 0) * bank.rank;
-        float sums[4] = {};
-#pragma unroll 1
-        for (u32 k0 = 0; k0 < depth; k0 += 16) {
-            u32 left_high[4], left_low[4], high[2], low[2], finite[2];
+    for (u32 k0 = 0; k0 < depth; k0 += 16) {
+        u32 left_high[4], left_low[4], high[2], low[2], finite[2];
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                float values[2];
+        for (u32 i = 0; i < 4; ++i) {
+            float values[2];
 #pragma unroll
-                for (u32 e = 0; e < 2; ++e) {
-                    const u32 k = k0 + t + i / 2 * 8 + e;
-                    values[e] = k < depth ? b[size_t(k) * width + g + i % 2 * 8] : 0.0f;
-                }
-                split(values[0], values[1], left_high[i], left_low[i]);
+            for (u32 e = 0; e < 2; ++e) {
+                const u32 k = k0 + t + i / 2 * 8 + e;
+                values[e] = k < depth ? b[size_t(k) * width + g + i % 2 * 8] : 0.0f;
             }
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                float values[2], finites[2];
-#pragma unroll
-                for (u32 e = 0; e < 2; ++e) {
-                    const u32 k = k0 + t + i * 8 + e;
-                    values[e] = there && k < depth ? w[k / bank.rank] * z[k % bank.rank] : 0.0f;
-                    finites[e] = fabsf(values[e]) == INFINITY ? 0.0f : values[e];
-                }
-                split(values[0], values[1], high[i], low[i]);
-                finite[i] = to_bf16s(finites[0], finites[1]);
-            }
-            mma(sums, left_high, high[0], high[1]);
-            mma(sums, left_low, finite[0], finite[1]);
-            mma(sums, left_high, low[0], low[1]);
+            split(values[0], values[1], left_high[i], left_low[i]);
         }
 #pragma unroll
-        for (u32 e = 0; e < 4; ++e) to[(tile * 8 + t + e % 2) * DOT_PITCH + g + e / 2 * 8] = sums[e];
+        for (u32 i = 0; i < 2; ++i) {
+            float values[2], finites[2];
+#pragma unroll
+            for (u32 e = 0; e < 2; ++e) {
+                const u32 k = k0 + t + i * 8 + e;
+                values[e] = there && k < depth ? w[k / bank.rank] * z[k % bank.rank] : 0.0f;
+                finites[e] = fabsf(values[e]) == INFINITY ? 0.0f : values[e];
+            }
+            split(values[0], values[1], high[i], low[i]);
+            finite[i] = to_bf16s(finites[0], finites[1]);
+        }
+        mma(sums, left_high, high[0], high[1]);
+        mma(sums, left_low, finite[0], finite[1]);
+        mma(sums, left_high, low[0], low[1]);
+    }
+}
+
+// The low-rank part of stacked siblings before the kernels of many tokens, whose tiles have no place for it. Grid: x =
+// columns / 16, y = tokens / (8 * DOT_WARPS), z = siblings.
+extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)
+expand_stacked(const __grid_constant__ Projections projections, u32 n_tokens) {
+    const Expand& expand = projections.of[blockIdx.z].epilogue.expand;
+    const u32 d_out = expand.bank.d_out, col0 = blockIdx.x * DOT_COLUMNS;
+    const u32 token0 = (blockIdx.y * DOT_WARPS + threadIdx.x / WARP) * 8;
+    if (!expand.ready || col0 >= d_out || token0 >= n_tokens) return;  // A whole warp.
+    float sums[4] = {};
+    expand_piece(sums, expand, token0, col0, n_tokens);
+#pragma unroll
+    for (u32 e = 0; e < 4; ++e) {
+        const u32 token = token0 + lane() % 4 * 2 + e % 2;
+        if (token < n_tokens) expand.ready[size_t(token) * d_out + col0 + lane() / 4 + e / 2 * 8] = sums[e];
     }
 }
 
@@ -169,7 +179,17 @@ __device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_t
             part[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = sums[tile][e];
     const Expand& expand = own.epilogue.expand;
     const bool stacked = expand.z && !expand.mixed_b && d_out / expand.bank.n_splits % DOT_COLUMNS == 0;
-    if (stacked) expand_stacked<TILES>(partials + DOT_WARPS * TOKENS * DOT_PITCH, expand, token0, col0, n_tokens);
+    if (stacked) {
+        float* to = partials + DOT_WARPS * TOKENS * DOT_PITCH;
+#pragma unroll 1
+        for (u32 tile = threadIdx.x / WARP; tile < TILES && token0 + tile * 8 < n_tokens; tile += DOT_WARPS) {
+            float own_sums[4] = {};
+            expand_piece(own_sums, expand, token0 + tile * 8, col0, n_tokens);
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e)
+                to[(tile * 8 + lane() % 4 * 2 + e % 2) * DOT_PITCH + lane() / 4 + e / 2 * 8] = own_sums[e];
+        }
+    }
     __syncthreads();
 #pragma unroll 1
     for (u32 at = threadIdx.x; at < TOKENS * DOT_COLUMNS; at += DOT_WARPS * WARP) {

@@ -8,6 +8,7 @@ struct Expand {
     const float* z;        // Null: no LoRA.
     const u32* token_rows;
     const float* mixed_b;  // Null: stacked.
+    float* ready;          // What `expand_stacked` of linear.cu made of a stacked one, [tokens, d_out]; null: nothing.
     Bank bank;             // Of a mixed one only rank and d_out count.
 };
 
@@ -15,6 +16,7 @@ struct Expand {
 __device__ inline float expand(const Expand& expand, u32 token, u32 col) {
     if (!expand.z) return 0.0f;
     const Bank& bank = expand.bank;
+    if (expand.ready) return expand.ready[size_t(token) * bank.d_out + col];
     const float* z = expand.z + size_t(token) * bank.rank;
     const u32 row = expand.token_rows[token];
     float sum = 0.0f;
@@ -79,21 +81,28 @@ __device__ inline void store_pair(float* to, float first, float second) {
 }
 
 // The results of `linear` by twos, for `for_each_pair`: where pairs lie at multiples of their size, and the sums have the
-// low-rank part.
+// low-rank part or it is ready.
 template <class Out>
 struct ForwardPairs {
     static const bool IS_SHORT = false;
     Out* y;
     const Epilogue& epilogue;
     u32 m, n;
-    __device__ bool are_possible(bool expanded) const { return n % 2 == 0 && (expanded || !epilogue.expand.z); }
-    __device__ bool are_plain() const { return !epilogue.bias && !epilogue.dropout.tokens; }
+    __device__ bool are_possible(bool expanded) const {
+        return n % 2 == 0 && (expanded || !epilogue.expand.z || epilogue.expand.ready);
+    }
+    __device__ bool are_plain() const { return !epilogue.bias && !epilogue.dropout.tokens && !epilogue.expand.ready; }
     __device__ u32 fetch(u32 row, u32 col) const {
         const bool there = epilogue.residual && row < m && col < n;
         return there ? load_4_bytes(epilogue.residual + size_t(row) * n + col) : 0;
     }
     __device__ void finish(u32 row, u32 col, float first, float second, u32 residual) const {
         if (row >= m || col >= n) return;
+        if (epilogue.expand.ready) {
+            const float* ready = epilogue.expand.ready + size_t(row) * n + col;
+            first += ready[0];
+            second += ready[1];
+        }
         if (epilogue.bias) {
             first += epilogue.bias[col];
             second += epilogue.bias[col + 1];

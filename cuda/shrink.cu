@@ -47,8 +47,9 @@ shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_
 #if POLYTAPE_BF16
 
 extern "C" __global__ void __launch_bounds__(STACKED_WARPS * WARP)
-shrink_stacked_tiles(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_tokens, float scale) {
-    thin_stacked(z, x, token_rows, bank, n_tokens, scale);
+shrink_stacked_tiles(float* z, const Item* x, const u32* token_rows, Bank bank, float* partials, u32* done,
+                     u32 n_tokens, float scale) {
+    thin_stacked(z, x, token_rows, bank, partials, done, n_tokens, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)

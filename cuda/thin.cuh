@@ -27,6 +27,7 @@ struct RunTile {
 __device__ inline float both_halves(float high, float low) { return fabsf(high) < INFINITY ? high + low : high; }
 
 const u32 THIN_TOKENS = 16, THIN_RANKS = 16, THIN_DEPTH = 32, THIN_WARPS = GEMM_THREADS / WARP;
+const u32 THIN_SUMS = THIN_TOKENS * THIN_RANKS;
 
 // Adds a warp's part, every n_parts-th 32 of the depth, of rows that are `pitch` apart: `high` and `low` are [16 tokens,
 // 8 * GROUPS ranks] as fragments of 8 ranks. Which of an instruction's 16 products are of which depth is free, as long as
@@ -80,10 +81,10 @@ __device__ inline void add_thin(float (&high)[2][4], float (&low)[2][4], const B
     }
 }
 
-// Adds up what the warps have of 16 tokens and ranks, in order. scratch [warps, 16 tokens, 16 ranks].
+// What the warps have of 16 tokens and ranks, added up in order: thread 16 t + r has the sum of token t and rank r, the
+// others nothing. scratch [warps, 16 tokens, 16 ranks].
 template <u32 WARPS>
-__device__ inline void thin_finish(float* z, const float (&sums)[2][4], float* scratch, u32 n_tokens, u32 rank,
-                                   u32 first_rank, float scale) {
+__device__ inline float thin_sum(const float (&sums)[2][4], float* scratch) {
     const u32 g = lane() / 4, t = lane() % 4 * 2;
 #pragma unroll
     for (u32 group = 0; group < 2; ++group)
@@ -93,12 +94,18 @@ __device__ inline void thin_finish(float* z, const float (&sums)[2][4], float* s
             scratch[token * THIN_RANKS + group * 8 + t + e % 2] = sums[group][e];
         }
     __syncthreads();
-    const u32 token = threadIdx.x / THIN_RANKS, r = threadIdx.x % THIN_RANKS;
-    if (token >= n_tokens || first_rank + r >= rank) return;
     float sum = 0.0f;
+    if (threadIdx.x < THIN_SUMS) {
 #pragma unroll
-    for (u32 warp = 0; warp < WARPS; ++warp) sum += scratch[(warp * THIN_TOKENS + token) * THIN_RANKS + r];
-    z[size_t(token) * rank + first_rank + r] = scale * sum;
+        for (u32 warp = 0; warp < WARPS; ++warp) sum += scratch[warp * THIN_SUMS + threadIdx.x];
+    }
+    return sum;
+}
+
+// Writes a thread's sum of `thin_sum`.
+__device__ inline void thin_finish(float* z, float sum, u32 n_tokens, u32 rank, u32 first_rank, float scale) {
+    const u32 token = threadIdx.x / THIN_RANKS, r = threadIdx.x % THIN_RANKS;
+    if (token < n_tokens && first_rank + r < rank) z[size_t(token) * rank + first_rank + r] = scale * sum;
 }
 
 template <bool ALONG_DEPTH>
@@ -117,29 +124,32 @@ __device__ inline void thin_product(float* z, const Bf16* lhs, const float* righ
         add_thin<ALONG_DEPTH, true, 1>(high, low, lhs, depth, right, tile.n, depth, rank, first_rank, warp, THIN_WARPS);
 #pragma unroll
     for (u32 at = 0; at < 8; ++at) high[at / 4][at % 4] = both_halves(high[at / 4][at % 4], low[at / 4][at % 4]);
-    thin_finish<THIN_WARPS>(z + size_t(tile.first) * rank, high, scratch, tile.n, rank, first_rank, scale);
+    thin_finish(z + size_t(tile.first) * rank, thin_sum<THIN_WARPS>(high, scratch), tile.n, rank, first_rank, scale);
 }
 
-const u32 STACKED_WARPS = 16;
+const u32 STACKED_WARPS = 16, STACKED_BLOCKS = 8;
 
 // z[t, r] = scale * sum_q,s w[row(t), q, s] sum_i x[t, i] a[q, s, i, r], i over the features of split q: the bank of all skills
-// at once, weighted in between. Each pair of a split and a skill has as many warps as there are for it, and they all in
-// turns; then the warps are added in order: that depends on the bank's shape alone. Splits are whole runs of 8 features.
-// Grid: x = tokens / 16, y = ranks / 16. Block: STACKED_WARPS.
-__device__ inline void thin_stacked(float* z, const Bf16* x, const u32* token_rows, const Bank& bank, u32 n_tokens,
-                                    float scale) {
+// at once, weighted in between. Each pair of a split and a skill has as many of the blocks' warps as there are for it, and they
+// all in turns; then a block's warps are added in order, and then the blocks, by the last one that is done: that depends on
+// the bank's shape alone. Splits are whole runs of 8 features.
+// Grid: x = tokens / 16, y = ranks / 16, z = STACKED_BLOCKS. Block: STACKED_WARPS.
+// partials [tiles, STACKED_BLOCKS, 16 tokens, 16 ranks]   done [tiles], zeros before and after
+__device__ inline void thin_stacked(float* z, const Bf16* x, const u32* token_rows, const Bank& bank, float* partials,
+                                    u32* done, u32 n_tokens, float scale) {
     SHARED(float, scratch, STACKED_WARPS * THIN_TOKENS * THIN_RANKS);
     const u32 first = blockIdx.x * THIN_TOKENS, n = min(THIN_TOKENS, n_tokens - first), rank = bank.rank;
     const u32 first_rank = blockIdx.y * THIN_RANKS, width = bank.d_in / bank.n_splits;
-    const u32 n_pairs = bank.n_splits * bank.n_skills, n_parts = max(1u, STACKED_WARPS / n_pairs);
-    const u32 n_slots = STACKED_WARPS / n_parts, slot = threadIdx.x / WARP / n_parts;
+    const u32 n_pairs = bank.n_splits * bank.n_skills, n_warps = STACKED_BLOCKS * STACKED_WARPS;
+    const u32 n_parts = max(1u, n_warps / n_pairs), n_slots = n_warps / n_parts;
+    const u32 warp = blockIdx.z * STACKED_WARPS + threadIdx.x / WARP, slot = warp / n_parts, part = warp % n_parts;
     u32 rows[2];  // Of this thread's two tokens.
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) rows[h] = token_rows[first + min(lane() / 4 + h * 8, n - 1)];
     float sums[2][4] = {};
 #pragma unroll 1
     for (u32 pair = slot; pair < n_pairs && slot < n_slots; pair += n_slots) {
-        const u32 split = pair / bank.n_skills, part = threadIdx.x / WARP % n_parts;
+        const u32 split = pair / bank.n_skills;
         const float* a = bank.a + size_t(pair) * width * rank;
         const Bf16* lhs = x + size_t(first) * bank.d_in + split * width;
         float high[2][4] = {}, low[2][4] = {};
@@ -157,7 +167,14 @@ __device__ inline void thin_stacked(float* z, const Bf16* x, const u32* token_ro
             }
         }
     }
-    thin_finish<STACKED_WARPS>(z + size_t(first) * rank, sums, scratch, n, rank, first_rank, scale);
+    const u32 tile = blockIdx.y * gridDim.x + blockIdx.x;
+    float* own = partials + size_t(tile) * STACKED_BLOCKS * THIN_SUMS + threadIdx.x;
+    const float sum = thin_sum<STACKED_WARPS>(sums, scratch);
+    if (threadIdx.x < THIN_SUMS) own[blockIdx.z * THIN_SUMS] = sum;
+    if (!is_last_block(&done[tile], STACKED_BLOCKS) || threadIdx.x >= THIN_SUMS) return;
+    float total = 0.0f;
+    for (u32 block = 0; block < STACKED_BLOCKS; ++block) total += load_fresh(own + block * THIN_SUMS);
+    thin_finish(z + size_t(first) * rank, total, n, rank, first_rank, scale);
 }
 
 const u32 OUTER_TOKENS = 32, OUTER_WIDTH = 128;

@@ -590,12 +590,13 @@ mod cuda {
     }
 
     /// The kernels that each adapted linear adds to those of the base.
-    const OF_ADAPTERS: [&str; 9] = [
+    const OF_ADAPTERS: [&str; 10] = [
         "mix",
         "unmix",
         "shrink",
         "shrink_tiles",
         "shrink_stacked",
+        "expand_stacked",
         "d_z",
         "d_z_tiles",
         "d_pair",

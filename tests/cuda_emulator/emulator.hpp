@@ -368,6 +368,10 @@ inline void __syncthreads() {
 }
 inline void __syncwarp(unsigned = 0xffffffff) { emulator::from_lane(0, 0); }
 
+// Threads run one at a time, and blocks one after the other.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned value) { return std::exchange(*at, *at + value); }
+
 template <class T>
 T __shfl_xor_sync(unsigned, T value, unsigned mask) {
     return emulator::from_lane(value, emulator::current->index % emulator::WARP_SIZE ^ mask);

@@ -146,7 +146,15 @@ pub(super) struct ExpandArg {
     z: u64,
     token_rows: u64,
     mixed_b: u64,
+    ready: u64,
     bank: BankArg,
+}
+
+impl ExpandArg {
+    /// Whether it is of a stacked one that is made before the products.
+    pub(super) fn is_ready(&self) -> bool {
+        self.ready != 0
+    }
 }
 
 /// `Epilogue` of `cuda/linear.cuh`.
@@ -155,7 +163,7 @@ pub(super) struct ExpandArg {
 pub(super) struct EpilogueArg {
     bias: u64,
     residual: u64,
-    expand: ExpandArg,
+    pub(super) expand: ExpandArg,
     dropout: DropoutArg,
 }
 
@@ -163,11 +171,21 @@ pub(super) struct EpilogueArg {
 struct Epilogue {
     arg: EpilogueArg,
     _token_rows: Option<Arc<Buffer>>,
+    _ready: Option<Tensor<Cuda>>,
     _dropout: DropoutTable,
 }
 
-fn epilogue(cuda: &Cuda, projection: &Projection<'_, Cuda>, tokens: usize) -> Epilogue {
+/// Columns that `expand_stacked` of `cuda/linear.cu` has at a time.
+pub(super) const EXPAND_COLUMNS: usize = 16;
+
+fn epilogue(
+    cuda: &Cuda,
+    projection: &Projection<'_, Cuda>,
+    tokens: usize,
+    order: Order,
+) -> Epilogue {
     let (d_out, _) = projection.weight.shape();
+    let mut ready = None;
     let (expand, token_rows) = match &projection.lora {
         None => (ExpandArg::zeroed(), None),
         Some(Expand { z, segments, rhs }) => {
@@ -180,12 +198,23 @@ fn epilogue(cuda: &Cuda, projection: &Projection<'_, Cuda>, tokens: usize) -> Ep
                 }
                 ExpandRhs::Stacked(stacked) => {
                     assert_eq!((stacked.bank.rank, stacked.bank.d_out), (rank, d_out));
+                    // By the shape alone: no bits change with how many tokens there are.
+                    let width = d_out / stacked.bank.n_splits;
+                    if order == Order::Panel
+                        && cuda.compute == Dtype::Bf16
+                        && width.is_multiple_of(EXPAND_COLUMNS)
+                    {
+                        ready = Some(cuda.alloc(tokens, d_out, Precision::Full));
+                    }
                     (0, BankArg::new(stacked, segments.n_rows()))
                 }
             };
             let token_rows = cuda.token_rows(segments);
             let z = z.full(tokens, rank);
-            (ExpandArg { z, token_rows: token_rows.address(), mixed_b, bank }, Some(token_rows))
+            let ready = ready.as_mut().map_or(0, Tensor::address_mut);
+            let token_rows_address = token_rows.address();
+            let arg = ExpandArg { z, token_rows: token_rows_address, mixed_b, ready, bank };
+            (arg, Some(token_rows))
         }
     };
     let dropout = cuda.dropout_arg(projection.dropout, tokens);
@@ -195,7 +224,7 @@ fn epilogue(cuda: &Cuda, projection: &Projection<'_, Cuda>, tokens: usize) -> Ep
         expand,
         dropout: dropout.arg,
     };
-    Epilogue { arg, _token_rows: token_rows, _dropout: dropout }
+    Epilogue { arg, _token_rows: token_rows, _ready: ready, _dropout: dropout }
 }
 
 pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
@@ -205,7 +234,7 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
         let mut tables = Vec::new(); // They live until the launch is queued.
         let own = siblings.iter().map(|projection| {
             let d_out = projection.weight.shape().0;
-            let epilogue = epilogue(cuda, projection, x.rows);
+            let epilogue = epilogue(cuda, projection, x.rows, order);
             let mut y = cuda.alloc(x.rows, d_out, output);
             let weight = projection.weight.matrix();
             let arg = ProjectionArg::new(y.address_mut(), weight, epilogue.arg, d_out);
@@ -233,7 +262,7 @@ pub(super) fn linear(cuda: &Cuda, args: Linear<'_, Cuda>) -> Vec<Tensor<Cuda>> {
 pub(super) struct ProjectionArg {
     y: u64,
     pub(super) weight: u64,
-    epilogue: EpilogueArg,
+    pub(super) epilogue: EpilogueArg,
     pub(super) d_out: u32,
     padding: u32,
 }

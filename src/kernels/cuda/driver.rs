@@ -38,6 +38,8 @@ pub struct Driver {
     max_shared_bytes: u32,
     /// See [`Device::hopper_multiprocessors`].
     hopper_multiprocessors: u32,
+    /// Whether memory comes in the order of the stream; virtual GPUs may not have that.
+    has_pools: bool,
     /// Whether every launch is waited for, so that a fault is put down to its kernel.
     synchronous: bool,
     /// Whether commands are collected to graphs.
@@ -158,6 +160,7 @@ impl Driver {
         let shared =
             ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let multiprocessors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let pools = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)?;
         let is_hopper = (major, minor) == (9, 0);
         let architecture = compile::architecture(major, minor);
         compile::check_ready(&architecture)?;
@@ -176,6 +179,7 @@ impl Driver {
             max_shared_bytes: u32::try_from(shared).unwrap_or(0),
             hopper_multiprocessors: u32::try_from(multiprocessors).unwrap_or(0)
                 * u32::from(is_hopper),
+            has_pools: pools != 0,
             synchronous,
             has_graphs: !synchronous,
             state: Mutex::default(),
@@ -536,14 +540,20 @@ unsafe impl Device for Driver {
     fn alloc(&self, bytes: usize) -> Result<u64> {
         self.shared.enter()?;
         // SAFETY: The stream is alive.
-        unsafe { result::malloc_async(self.shared.stream, bytes) }
-            .map_err(fault("cannot reserve memory"))
+        let reserved = match self.has_pools {
+            true => unsafe { result::malloc_async(self.shared.stream, bytes) },
+            false => unsafe { result::malloc_sync(bytes) },
+        };
+        reserved.map_err(fault("cannot reserve memory"))
     }
 
     unsafe fn free(&self, address: u64, _: usize) {
         let freed = self.shared.enter().and_then(|()| {
-            // SAFETY: The caller's promise.
-            let freed = unsafe { result::free_async(address, self.shared.stream) };
+            // SAFETY: The caller's promise. Without pools the driver waits for what uses the memory.
+            let freed = match self.has_pools {
+                true => unsafe { result::free_async(address, self.shared.stream) },
+                false => unsafe { result::free_sync(address) },
+            };
             freed.map_err(fault("cannot free memory"))
         });
         if let Err(error) = freed {

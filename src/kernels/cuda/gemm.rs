@@ -14,7 +14,7 @@ use bytemuck::{NoUninit, Zeroable};
 
 use super::{
     Cuda,
-    dense::{MAX_TERMS, ProjectionArg, TermsArg},
+    dense::{EXPAND_COLUMNS, MAX_TERMS, ProjectionArg, TermsArg},
     device::{BoxedMatrix, Device, TensorMap},
     must, narrow,
 };
@@ -135,6 +135,8 @@ fn tensor_map(cuda: &Cuda, address: u64, rows: usize, cols: usize, box_rows: usi
     must(cuda.device().tensor_map(&matrix))
 }
 
+/// Tokens of a block of `expand_stacked` of `cuda/linear.cu`.
+const EXPAND_TOKENS: usize = 64;
 /// `MAX_PROJECTIONS` of `cuda/linear.cuh`.
 pub(super) const MAX_PROJECTIONS: usize = 4;
 
@@ -190,6 +192,12 @@ impl Forward<'_> {
     pub(super) fn launch(self, cuda: &Cuda) {
         if self.tokens == 0 {
             return;
+        }
+        if self.projections.iter().any(|projection| projection.epilogue.expand.is_ready()) {
+            let kernel = cuda.kernel("linear", "expand_stacked").arg(self.arg());
+            let widest = self.widths().max().unwrap_or(0).div_ceil(EXPAND_COLUMNS);
+            let grid = [widest, self.tokens.div_ceil(EXPAND_TOKENS), self.projections.len()];
+            kernel.count(self.tokens).launch(grid, GEMM_THREADS);
         }
         let Some(width) = wgmma_width(cuda, self.tokens, self.widths(), [self.d_in]) else {
             let Tile { side, shared_bytes } = Tile::of(cuda);

@@ -15,8 +15,9 @@ const RANKS: usize = 8;
 /// Tokens and ranks of a block of `cuda/thin.cuh`.
 const THIN_TOKENS: u32 = 16;
 const THIN_RANKS: usize = 16;
-/// Threads of a block of `thin_stacked`.
+/// Threads of a block of `thin_stacked`, and blocks of a tile.
 const STACKED_THREADS: u32 = 512;
+const STACKED_BLOCKS: usize = 8;
 /// Elements of a block of `cuda/mix.cu`.
 const MIXED: usize = 1024;
 /// Features of a side of a tile of `d_pair`.
@@ -335,18 +336,25 @@ pub(super) fn shrink_stacked(cuda: &Cuda, args: ShrinkStacked<'_, Cuda>) -> Tens
     assert_eq!(segments.n_tokens(), tokens);
     let token_rows = cuda.token_rows(segments);
     let mut z = cuda.alloc(tokens, rank, Precision::Full);
+    let x = x.activation(cuda, tokens, stacked.bank.d_in);
+    let bank = BankArg::new(&stacked, segments.n_rows());
     // Which of the two depends on the bank's shape alone: no bits change with how many tokens there are.
     let width = stacked.bank.d_in / stacked.bank.n_splits;
-    let (name, grid, threads) = if cuda.compute == Dtype::Bf16 && width.is_multiple_of(8) {
-        let grid = [tokens.div_ceil(THIN_TOKENS as usize), rank.div_ceil(THIN_RANKS), 1];
-        ("shrink_stacked_tiles", grid, STACKED_THREADS)
-    } else {
-        ("shrink_stacked", token_grid(tokens, rank), 32 * TOKENS as u32)
-    };
-    let kernel = cuda.kernel("shrink", name).arg(z.address_mut());
-    let kernel = kernel.arg(x.activation(cuda, tokens, stacked.bank.d_in));
-    let kernel = kernel.arg(token_rows.address()).arg(BankArg::new(&stacked, segments.n_rows()));
-    kernel.count(tokens).arg(scale).launch(grid, threads);
+    let tiles = cuda.compute == Dtype::Bf16 && width.is_multiple_of(8);
+    let name = if tiles { "shrink_stacked_tiles" } else { "shrink_stacked" };
+    let kernel = cuda.kernel("shrink", name).arg(z.address_mut()).arg(x);
+    let kernel = kernel.arg(token_rows.address()).arg(bank);
+    if !tiles {
+        let grid = token_grid(tokens, rank);
+        kernel.count(tokens).arg(scale).launch(grid, 32 * TOKENS as u32);
+        return z;
+    }
+    let grid = [tokens.div_ceil(THIN_TOKENS as usize), rank.div_ceil(THIN_RANKS), STACKED_BLOCKS];
+    let (n_tiles, sums) = (grid[0] * grid[1], THIN_TOKENS as usize * THIN_RANKS);
+    let mut partials = cuda.alloc(n_tiles * STACKED_BLOCKS, sums, Precision::Full);
+    let done = cuda.counters(n_tiles);
+    let kernel = kernel.arg(partials.address_mut()).arg(done.address());
+    kernel.count(tokens).arg(scale).launch(grid, STACKED_THREADS);
     z
 }
 

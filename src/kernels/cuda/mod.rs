@@ -66,9 +66,14 @@ pub struct Cuda {
     queue: Arc<Queue>,
     arena: Arc<Arena>,
     tables: Arc<Tables>,
+    /// Zeros between launches: see [`Cuda::counters`].
+    counters: Arc<Buffer>,
     compute: Dtype,
     gemm: Gemm,
 }
+
+/// Counters that are kept.
+const N_COUNTERS: usize = 4096;
 
 /// A frozen weight in device memory. Cloning shares it.
 #[derive(Clone)]
@@ -127,6 +132,14 @@ fn must<T>(result: Result<T>) -> T {
     result.unwrap_or_else(|error| resume_unwind(Box::new(error)))
 }
 
+/// A buffer of zeros.
+fn zeroed(queue: &Queue, arena: &Arc<Arena>, bytes: usize) -> Result<Buffer> {
+    let buffer = arena.take(bytes, Use::Commands)?;
+    // SAFETY: The buffer has that many bytes.
+    unsafe { queue.push(Command::Fill { to: buffer.address(), byte: 0, bytes })? };
+    Ok(buffer)
+}
+
 impl Cuda {
     /// A backend on a device that computes in `compute` (f32 or bf16).
     ///
@@ -139,7 +152,8 @@ impl Cuda {
         let queue = Arc::new(Queue::new(device));
         let arena = Arc::new(Arena::new(Arc::clone(&queue)));
         let gemm = Gemm::from_env(queue.device())?;
-        Self { queue, arena, tables: Arc::default(), compute, gemm }.with_gemm(gemm)
+        let counters = Arc::new(zeroed(&queue, &arena, 4 * N_COUNTERS)?);
+        Self { queue, arena, tables: Arc::default(), counters, compute, gemm }.with_gemm(gemm)
     }
 
     /// Multiplies by frozen weights so.
@@ -264,6 +278,15 @@ impl Cuda {
             // SAFETY: The tensor's buffer has that many bytes.
             must(unsafe { self.queue.push(fill) });
         }
+    }
+
+    /// Counters by which the blocks of a launch know which one is the last (`is_last_block` of
+    /// `cuda/common.cuh`): zeros, which the launch leaves as such.
+    fn counters(&self, n: usize) -> Arc<Buffer> {
+        if n <= N_COUNTERS {
+            return Arc::clone(&self.counters);
+        }
+        Arc::new(must(zeroed(&self.queue, &self.arena, 4 * n)))
     }
 
     /// Starts a launch.
