@@ -40,13 +40,10 @@ __device__ inline u32 key_of(float value) {
     const u32 bits = __float_as_uint(value + 0.0f);
     return bits & 0x80000000 ? ~bits : bits | 0x80000000;
 }
-__device__ inline float value_of(u32 key) {
-    return __uint_as_float(key & 0x80000000 ? key ^ 0x80000000 : ~key);
-}
 
 // The sum over all columns of `amount(col, value, key)`, which is 0 of a NaN. All threads get it.
 template <class Amount>
-__device__ u64 sum_of(const Row& row, Amount amount, u64* scratch) {
+__device__ inline u64 sum_of(const Row& row, Amount amount, u64* scratch) {
     u64 sum = 0;
     for (u32 col = threadIdx.x; col < row.n_columns; col += SAMPLE_THREADS) {
         const float value = row.at(col);
@@ -77,7 +74,7 @@ __device__ inline u64 warp_sums(u64 (&sums)[TRIES]) {
 // not. Three bits a pass, from above: the last of eight thresholds that does. (The first pass has two bits: to its
 // other thresholds no key comes up.)
 template <class Amount>
-__device__ u32 select(const Row& row, u64 wanted, Amount amount, u64* scratch) {
+__device__ inline u32 select(const Row& row, u64 wanted, Amount amount, u64* scratch) {
     u32 chosen = 0;
     for (u32 shift = 30;; shift -= 3) {
         u64 sums[TRIES] = {}; // The first, of the threshold that is known to do, is left out.
@@ -112,7 +109,7 @@ __device__ u32 select(const Row& row, u64 wanted, Amount amount, u64* scratch) {
 // The first column at which the amounts of it and those before it exceed `target`, which is below their sum: each
 // warp adds up a part, and the part with that column is divided anew.
 template <class Amount>
-__device__ u32 find(const Row& row, u64 target, Amount amount, u64* scratch) {
+__device__ inline u32 find(const Row& row, u64 target, Amount amount, u64* scratch) {
     u32 first = 0, n = row.n_columns;
     while (n > 1) {
         const u32 part = (n + SAMPLE_WARPS - 1) / SAMPLE_WARPS;
@@ -134,7 +131,7 @@ __device__ u32 find(const Row& row, u64 target, Amount amount, u64* scratch) {
     return first;
 }
 
-extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
 sample(u32* columns, const float* logits, const double* uniforms, const u32* forbidden, const u32* n_forbidden,
        u32 n_columns, float scale, u32 top_k, double top_p, u64 min_weight) {
     SHARED(u64, scratch, TRIES * SAMPLE_WARPS);
@@ -152,14 +149,12 @@ sample(u32* columns, const float* logits, const double* uniforms, const u32* for
         if (total > 0) {
             const double share = top_p * double(total);
             u64 wanted = u64(share);
-            wanted = max(wanted + (double(wanted) < share ? 1 : 0), u64(1));
-            const u32 last = select(row, min(wanted, total), left, scratch);
+            wanted = min(max(wanted + (double(wanted) < share ? 1 : 0), u64(1)), total);
+            const u32 last = select(row, wanted, left, scratch);
             const auto larger = [&](u32, float value, u32 key) { return key > last ? row.weight(value) : u64(0); };
             const u64 before = sum_of(row, larger, scratch);
-            const u64 weight = row.weight(value_of(last));
-            const u64 n_equal = (min(wanted, total) - before + weight - 1) / weight;
-            const auto equal = [&](u32, float, u32 key) { return u64(key == last); };
-            last_equal = find(row, n_equal - 1, equal, scratch);
+            const auto equal = [&](u32, float value, u32 key) { return key == last ? row.weight(value) : u64(0); };
+            last_equal = find(row, wanted - before - 1, equal, scratch);
             least = last;
         }
     }
