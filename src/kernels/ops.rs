@@ -93,8 +93,8 @@ pub enum Order {
     /// In blocks of 256 along the input features, in sequence within a block: outer products over
     /// packed panels; on AMX in steps of 32. For many rows.
     Panel,
-    /// In 16 lanes along the input features: dot products that stream each weight row once. For up
-    /// to about 16 rows.
+    /// In 16 lanes along the input features: dot products that stream each weight row once; on AMX in steps
+    /// of 32. For up to about 16 rows.
     Dot,
 }
 

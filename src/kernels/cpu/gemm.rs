@@ -30,7 +30,7 @@ use super::{
     super::ops::{Dropout, TokenKey},
     Cpu,
     buffer::Buffer,
-    isa::{Element, ElementMut, Isa, LANES, Simd, SimdOp},
+    isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
 };
 use crate::{
     dtype::Dtype,
@@ -697,6 +697,17 @@ impl Cut {
         let packed = parts_of(rows, ((8 << 20) / k.max(1)).clamp(96, 1152));
         let task = if n >= 8 * COLS { packed } else { parts_of(packed.min(rows), 576) };
         Self { packed, task }
+    }
+
+    /// The same on AMX, where packing a weight anew for each task along the rows takes the longer: not where the
+    /// columns alone keep the threads busy, unless fewer rows of the left operand stay in the L2 cache for the next task.
+    pub(super) fn on_tiles(rows: usize, k: usize, n: usize, n_threads: usize) -> Self {
+        const HALF_L2: usize = 1 << 20;
+        let by = Self::new(rows, BLOCK_ROWS, k, n);
+        let n_tasks = n.div_ceil(COLS);
+        let n_turns = n_tasks.div_ceil(n_threads) * n_threads;
+        let stays = by.task * k * size_of::<bf16>() <= HALF_L2;
+        if stays || n_turns - n_tasks > n_tasks / 8 { by } else { Self { task: by.packed, ..by } }
     }
 }
 

@@ -731,7 +731,7 @@ mod tests {
         for cpu in others.chain(amx()) {
             for exact in [true, false] {
                 let mut data = Data::new(21, exact);
-                for (m, k, n) in [(37, 4200, 20), (20, 40, 2040), (9, 2090, 140)] {
+                for (m, k, n) in [(37, 4200, 20), (20, 40, 2040), (9, 2090, 140), (620, 1700, 20)] {
                     let rank = 8;
                     let x = data.tensor(&cpu, m, k, Precision::Activation);
                     let w = weight(&mut data, n, k);

@@ -17,7 +17,7 @@ use super::{
         run_tasks, task_cols, tile_shape,
     },
     gemm_amx::{self, Lhs, Part, RankRhs},
-    isa::{Amx, BLOCK_ROWS, ElementMut, Isa, LANES, Simd, SimdOp},
+    isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
 };
 use crate::{dtype::Dtype, tensor::Tensor};
 
@@ -144,7 +144,7 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
         })
         .collect();
     let n = projections.iter().map(|p| p.weight.rows()).sum();
-    let by = Cut::new(x.rows, BLOCK_ROWS, x.cols, n);
+    let by = Cut::on_tiles(x.rows, x.cols, n, cpu.n_threads());
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
         let lhs = [Lhs::rows(cpu, amx, x.part_rows(rows.clone()), start)];
@@ -487,7 +487,7 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
         })
         .collect();
     let k = terms.iter().map(|t| t.weight.rows()).sum();
-    let by = Cut::new(n_rows, BLOCK_ROWS, k, cols);
+    let by = Cut::on_tiles(n_rows, k, cols, cpu.n_threads());
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let pack = |t: &LinearBackwardTerm<'_, Cpu>| {

@@ -389,7 +389,7 @@ impl Backend for Cpu {
     }
     fn linear(&self, args: Linear<'_, Self>) -> Vec<Tensor<Self>> {
         let weights = || args.projections.iter().map(|p| p.weight);
-        let tiles = || gemm_amx::takes(self, weights()).filter(|_| args.order == Order::Panel);
+        let tiles = || gemm_amx::takes(self, weights());
         let _timed = self.profile.time("linear", || Work::linear(&args).on(tiles()));
         self.scope(|| linear::linear(self, args))
     }
