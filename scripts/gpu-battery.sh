@@ -201,6 +201,7 @@ bench llama-8b train --batch 16 --src 1024 --steps 3
 bench llama-8b train --batch 16 --src 1024 --steps 3 --target-modules all-linear
 bench llama-8b eval --batch 16 --src 1024 --steps 3
 bench llama-8b generate --batch 128 --n-tasks 128 --src 16 --new 32 --steps 2
+bench llama-8b generate --batch 128 --n-tasks 128 --src 16 --new 32 --steps 2 --do-sample
 
 {
     echo

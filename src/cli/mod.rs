@@ -119,7 +119,9 @@ enum Device {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnOff {
+    #[value(alias = "true")]
     On,
+    #[value(alias = "false")]
     Off,
 }
 

@@ -48,6 +48,9 @@ pub(super) struct ModelBench {
     /// Tokens to generate.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     new: u32,
+    /// Generate by draws, of the 50 most probable tokens up to 0.95 of their probability, instead of greedily.
+    #[arg(long)]
+    do_sample: bool,
     /// With a Poly adapter, or the base alone.
     #[arg(long, default_value = "poly")]
     adapter: AdapterFlag,
@@ -336,8 +339,15 @@ impl ModelBench {
         let tasks = examples.iter().map(|example| example.task);
         let engine = Engine::new(model, adapter, tasks, examples.len());
         let new = self.new as usize;
-        let options =
-            GenerateOptions { max_new_tokens: new, min_new_tokens: new, ..Default::default() };
+        let (top_k, top_p) = if self.do_sample { (50, 0.95) } else { (0, 1.0) };
+        let options = GenerateOptions {
+            max_new_tokens: new,
+            min_new_tokens: new,
+            do_sample: self.do_sample,
+            top_k,
+            top_p,
+            ..Default::default()
+        };
         let mut loss = 0.0;
         for _ in 0..WARM_UP + self.steps {
             timer.time(|| match self.what {
