@@ -683,6 +683,8 @@ mod cuda {
             );
             assert!(forward <= 2 * n_linears, "{name}: {forward} for {n_linears} linears");
             assert!(backward <= 3 * n_linears, "{name}: {backward} for {n_linears} linears");
+            // So no linear has a fourth: `d_z`, `d_pair` and `unmix` are left.
+            assert_eq!(count(&launches[middle..], &["mix"]), 0, "{name}: small pairs are kept");
         }
     }
 

@@ -3,8 +3,9 @@
 //!
 //! Siblings (q, k, v; gate and up) are one operation, so that their input is read, packed and saved
 //! once. Saved: nothing for a frozen linear; for an adapted one `x` (computed again where that is
-//! cheap) and `z = x·Â / r`, `[tokens, r]`. The mixed pairs are not saved: mixing again costs
-//! `S/tokens` of using them.
+//! cheap) and `z = x·Â / r`, `[tokens, r]`. The mixed pairs are not saved, as mixing again costs
+//! `S/tokens` of using them; but where an operation is a launch, whose cost is that of the launch, they are, as long
+//! as they are small ([`keeps_pair`]).
 
 use std::sync::Arc;
 
@@ -56,6 +57,8 @@ struct LinearNode<'m, B: Backend> {
     x_id: Option<usize>,
     /// By linear: its rank-space activation.
     z: Vec<Option<Tensor<B>>>,
+    /// By linear, where they are kept.
+    pairs: Vec<Option<MixedPair<B>>>,
     segments: Option<Arc<Segments>>,
     dropout: Option<Dropout>,
     residual_id: Option<usize>,
@@ -133,12 +136,22 @@ impl<'m, B: Backend> Tape<'m, B> {
             .map(|(tensor, &id)| Var { tensor, id, again: None })
             .collect();
         if y_ids.iter().any(Option::is_some) {
+            let is_adapted = lora.is_some();
+            let (z, mut pairs) = lora.map_or_else(Default::default, |lora| (lora.z, lora.pairs));
+            for (pair, bank) in pairs.iter_mut().zip(&banks) {
+                let n_rows = self.adapted.map_or(0, |adapted| adapted.mixture.n_rows);
+                pair.take_if(|_| {
+                    !self.backend.is_queued()
+                        || !bank.is_some_and(|bank| keeps_pair(&bank, n_rows, segments.n_tokens()))
+                });
+            }
             self.push(LinearNode {
                 linears,
-                x: lora.is_some().then(|| x.save()),
+                x: is_adapted.then(|| x.save()),
                 x_id: x.id(),
-                segments: lora.is_some().then(|| Arc::clone(segments)),
-                z: lora.map_or_else(Vec::new, |lora| lora.z),
+                segments: is_adapted.then(|| Arc::clone(segments)),
+                z,
+                pairs,
                 dropout,
                 residual_id: residual.and_then(Var::id),
                 y_ids,
@@ -186,6 +199,14 @@ impl<'m, B: Backend> Tape<'m, B> {
         lora.z = banks.iter().map(|bank| bank.and_then(|_| z.next())).collect();
         Some(lora)
     }
+}
+
+/// Whether the mixed pairs of a linear are small: 2 MiB at most, or an eighth of its input and output in f32.
+fn keeps_pair(bank: &Bank, n_rows: usize, n_tokens: usize) -> bool {
+    const SMALL: usize = 2 << 20;
+    let Bank { d_in, d_out, rank, .. } = *bank;
+    let bytes = |rows: usize| rows * (d_in + d_out) * size_of::<f32>();
+    bytes(n_rows * rank) <= SMALL.max(bytes(n_tokens) / 8)
 }
 
 /// The routed LoRA of a sibling group between its two halves.
@@ -238,6 +259,7 @@ impl<'m, B: Backend> Operation<'m, B> for LinearNode<'m, B> {
                 linear,
                 d_y,
                 z: self.z.get(i).and_then(Option::as_ref),
+                pair: self.pairs.get(i).and_then(Option::as_ref),
                 lora: None,
             });
         }
@@ -272,6 +294,8 @@ struct Sibling<'a, B: Backend> {
     linear: &'a FrozenLinear<B>,
     d_y: Tensor<B>,
     z: Option<&'a Tensor<B>>,
+    /// If it was kept.
+    pair: Option<&'a MixedPair<B>>,
     /// `d_z` and the mixed `Â`, once known.
     lora: Option<(Tensor<B>, Tensor<B>)>,
 }
@@ -297,7 +321,8 @@ impl<'m, B: Backend> LinearNode<'m, B> {
             .collect();
         let banks: Vec<Bank> = routed.iter().map(|&(_, bank, _)| bank).collect();
         let Some(rank) = banks.first().map(|bank| bank.rank) else { return };
-        let pairs = adapted.pairs(backend, &banks);
+        let kept: Option<Vec<_>> = routed.iter().map(|(s, ..)| s.pair.cloned()).collect();
+        let pairs = kept.unwrap_or_else(|| adapted.pairs(backend, &banks));
         let x = pass.value(saved);
         let terms: Vec<_> = routed
             .iter()
