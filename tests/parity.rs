@@ -22,7 +22,7 @@ use polytape::{
     },
     model::{Adapter, Batch, Example, Model, network::Sides},
     tape::Tape,
-    train::{RouterSampling, Schedule, TrainConfig, Trainer},
+    train::{RouterSampling, Schedule, TrainConfig, Trainer, checkpoint::OPTIMIZER_FILE},
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -964,6 +964,51 @@ mod cuda {
                 for n in 1..if on == "gpu" { 20 } else { 2 } {
                     assert!(run() == first, "{on} {compute}: run {n} differs");
                 }
+            }
+        }
+    }
+
+    /// A checkpoint has all that a run needs to go on: the files that it ends with are the same.
+    #[test]
+    fn a_resumed_run_is_the_same_run() {
+        let case = Case::open("tiny");
+        for compute in [Dtype::F32, Dtype::Bf16] {
+            for (on, cuda) in backends(compute) {
+                let name = format!("polytape-resumed-{}-{on}-{compute}", std::process::id());
+                let folder = std::env::temp_dir().join(name);
+                let model = case.model(cuda);
+                let save = |trainer: &Trainer<'_, Cuda>, name: &str| {
+                    let dir = folder.join(name);
+                    std::fs::create_dir_all(&dir).unwrap();
+                    trainer.adapter().save_peft(model.backend(), &dir).unwrap();
+                    trainer.save_optimizer(&dir.join(OPTIMIZER_FILE)).unwrap();
+                    dir
+                };
+                let train = |trainer: &mut Trainer<'_, Cuda>| {
+                    for _ in 0..2 {
+                        trainer.step(&case.examples()).unwrap();
+                    }
+                };
+                let config = TrainConfig { dropout: Some(0.1), ..train_config(&case, true) };
+                let mut trainer =
+                    Trainer::new(&model, case.adapter(&model), config.clone()).unwrap();
+                train(&mut trainer);
+                let half = save(&trainer, "half");
+                train(&mut trainer);
+                let whole = save(&trainer, "whole");
+
+                let adapter = Adapter::open(&model, &half).unwrap();
+                let mut trainer = Trainer::new(&model, adapter, config).unwrap();
+                trainer.restore(&half, 2).unwrap();
+                train(&mut trainer);
+                let resumed = save(&trainer, "resumed");
+                for file in ["adapter_model.safetensors", OPTIMIZER_FILE] {
+                    let [half, whole, resumed] =
+                        [&half, &whole, &resumed].map(|dir| std::fs::read(dir.join(file)).unwrap());
+                    assert!(whole == resumed, "{on} {compute}: {file} differs");
+                    assert!(whole != half, "{on} {compute}: {file} is what it was");
+                }
+                std::fs::remove_dir_all(&folder).unwrap();
             }
         }
     }
