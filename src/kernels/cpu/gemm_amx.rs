@@ -186,7 +186,7 @@ fn pack_transposed<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut
         let (bytes, stride) = rows.lines();
         for (step, tile) in tiles.iter_mut().enumerate() {
             if step < n_whole {
-                store_transposed(simd, &bytes[step * LINE..], stride, tile);
+                simd.transpose_rows(&bytes[step * LINE..], stride, bytemuck::cast_mut(tile));
                 continue;
             }
             let mut part = Tile::zeroed();
@@ -194,17 +194,8 @@ fn pack_transposed<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut
                 let items = rows.row::<Bf16Bytes>(row).get(step * TILE_K..).unwrap_or_default();
                 *line = bytemuck::cast(padded::<TILE_K>(&items[..items.len().min(TILE_K)]));
             }
-            store_transposed(simd, bytemuck::bytes_of(&part), LINE, tile);
+            simd.transpose_rows(bytemuck::bytes_of(&part), LINE, bytemuck::cast_mut(tile));
         }
-    }
-}
-
-/// `tile[i][j] = bytes[j * stride + 4 i ..]`, pairs of bf16.
-#[inline(always)]
-fn store_transposed<S: Simd>(simd: S, bytes: &[u8], stride: usize, tile: &mut Tile) {
-    let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
-    for (line, v) in lines.iter_mut().zip(simd.load_transposed(bytes, stride)) {
-        simd.store(v, line);
     }
 }
 

@@ -7,8 +7,8 @@
 //!
 //! The logits of a chunk of tokens become, in place, the left operand of `d_x`'s product: for each
 //! tile of rows exponentials, then gradients, then the packed form. No more than 32 MiB of them
-//! exist at a time; on AMX 48 MiB more, as each gradient becomes three bf16 that add up to it. Rows
-//! do not meet, so the chunks do not change a bit.
+//! exist at a time; on AMX those of 256 rows where that is more, and half as much again, as each gradient becomes three
+//! bf16 that add up to it. Rows do not meet, so the chunks do not change a bit.
 
 use rayon::prelude::*;
 
@@ -31,6 +31,9 @@ use crate::tensor::{Frozen, Tensor};
 
 /// Logits that exist at a time.
 const LOGITS: usize = 8 << 20;
+/// Rows of them at least on AMX, where packing a weight takes as long as its products with 50 rows, and bringing it
+/// from memory as long as those with 200.
+const ROWS_ON_TILES: usize = 256;
 /// Exponentials that are added in f32 before their sum is added to the others in f64.
 const SUM_BLOCK: usize = 64 * LANES;
 
@@ -41,10 +44,11 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
     assert!(labels.iter().all(|&label| (label as usize) < vocabulary), "labels are ids");
     let mut nll = vec![0.0; x.rows()];
     let mut d_x = d_nll.map(|_| cpu.alloc(x.rows(), x.cols(), Precision::Activation));
+    let amx = gemm_amx::takes(cpu, [weight].into_iter());
     let n_rows = (LOGITS / vocabulary.max(1) / 12 * 12).clamp(12, 1152);
+    let n_rows = if amx.is_some() { n_rows.max(ROWS_ON_TILES) } else { n_rows };
     for start in (0..x.rows()).step_by(n_rows) {
         let rows = start..x.rows().min(start + n_rows);
-        let amx = gemm_amx::takes(cpu, [weight].into_iter());
         let mut logits = logits(cpu, Matrix::tensor(x).part_rows(rows.clone()), weight);
         let mr = tile_shape(cpu.isa).0;
         let nll = nll[rows.clone()].par_chunks_mut(mr);

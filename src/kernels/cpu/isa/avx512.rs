@@ -59,24 +59,23 @@ macro_rules! intrinsics {
     }};
 }
 
-/// Bytes ahead in its row that [`load_transposed`] asks for.
+/// Bytes ahead in its row that [`transpose_rows`] asks for.
 const AHEAD: usize = 512;
 
-/// [`Simd::load_transposed`], by quarters: four numbers of rows `i`, `i + 4`, `i + 8` and `i + 12` stand side by side
+/// [`Simd::transpose_rows`], by quarters: four numbers of rows `i`, `i + 4`, `i + 8` and `i + 12` stand side by side
 /// as they are loaded, which spares half of the shuffles. (Loads under a mask, because the compiler
 /// makes a shuffle of every insertion; and the rows' next lines asked for, because they lie in as many pages.)
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn load_transposed(bytes: &[u8], stride: usize) -> [__m512; LANES] {
+fn transpose_rows(bytes: &[u8], stride: usize, to: &mut [[f32; LANES]; LANES]) {
     assert!(bytes.len() >= size_of::<[f32; LANES]>(), "a first row");
     assert!(stride <= (bytes.len() - size_of::<[f32; LANES]>()) / (LANES - 1), "a last row");
-    let mut columns = [_mm512_setzero_ps(); LANES];
     for i in 0..LANES {
         // A prefetch may be of any address.
         let line = bytes.as_ptr().wrapping_add(i * stride + AHEAD);
         intrinsics!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
     }
-    for (quarter, columns) in columns.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+    for (quarter, to) in to.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         let mut rows = [_mm512_setzero_ps(); 4];
         for (i, row) in rows.iter_mut().enumerate() {
             // SAFETY: each of the four loads is of 16 bytes of a row from byte `16 quarter` on; the
@@ -104,12 +103,16 @@ fn load_transposed(bytes: &[u8], stride: usize) -> [__m512; LANES] {
         let high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
         let more_low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
         let more_high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
-        columns[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, more_low));
-        columns[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, more_low));
-        columns[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, more_high));
-        columns[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, more_high));
+        let columns = [
+            _mm512_unpacklo_pd(low, more_low),
+            _mm512_unpackhi_pd(low, more_low),
+            _mm512_unpacklo_pd(high, more_high),
+            _mm512_unpackhi_pd(high, more_high),
+        ];
+        for (to, column) in to.iter_mut().zip(columns) {
+            intrinsics!(_mm512_storeu_ps(to.as_mut_ptr(), _mm512_castpd_ps(column)));
+        }
     }
-    columns
 }
 
 impl Simd for Avx512 {
@@ -260,9 +263,9 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn load_transposed(self, bytes: &[u8], stride: usize) -> [Self::V; LANES] {
+    fn transpose_rows(self, bytes: &[u8], stride: usize, to: &mut [[f32; LANES]; LANES]) {
         // SAFETY: the token is the proof of these features.
-        unsafe { load_transposed(bytes, stride) }
+        unsafe { transpose_rows(bytes, stride, to) }
     }
     #[inline(always)]
     fn sum(self, v: Self::V) -> f32 {

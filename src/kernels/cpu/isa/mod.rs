@@ -92,18 +92,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES];
 
-    /// [`Simd::transpose`] of 16 rows of 64 bytes in memory, each `stride` bytes after the one before. What
+    /// [`Simd::transpose`] from 16 rows of 64 bytes in memory, each `stride` bytes after the one before, to memory. What
     /// follows in the rows may be fetched into the cache meanwhile.
     ///
     /// # Panics
     /// If the last row is not there.
     #[inline(always)]
-    fn load_transposed(self, bytes: &[u8], stride: usize) -> [Self::V; LANES] {
+    fn transpose_rows(self, bytes: &[u8], stride: usize, to: &mut [[f32; LANES]; LANES]) {
         let mut rows = [self.splat(0.0); LANES];
         for (i, row) in rows.iter_mut().enumerate() {
             *row = self.load_f32_bytes(bytes[i * stride..].first_chunk().expect("a whole row"));
         }
-        self.transpose(rows)
+        for (to, column) in to.iter_mut().zip(self.transpose(rows)) {
+            self.store(column, to);
+        }
     }
 
     /// The lanes' sum, as a tree: `i + (i + 8)`, then `+ 4`, `+ 2`, `+ 1`.
