@@ -540,9 +540,11 @@ unsafe impl Device for Driver {
     fn alloc(&self, bytes: usize) -> Result<u64> {
         self.shared.enter()?;
         // SAFETY: The stream is alive.
-        let reserved = match self.has_pools {
-            true => unsafe { result::malloc_async(self.shared.stream, bytes) },
-            false => unsafe { result::malloc_sync(bytes) },
+        let reserved = unsafe {
+            match self.has_pools {
+                true => result::malloc_async(self.shared.stream, bytes),
+                false => result::malloc_sync(bytes),
+            }
         };
         reserved.map_err(fault("cannot reserve memory"))
     }
@@ -550,9 +552,11 @@ unsafe impl Device for Driver {
     unsafe fn free(&self, address: u64, _: usize) {
         let freed = self.shared.enter().and_then(|()| {
             // SAFETY: The caller's promise. Without pools the driver waits for what uses the memory.
-            let freed = match self.has_pools {
-                true => unsafe { result::free_async(address, self.shared.stream) },
-                false => unsafe { result::free_sync(address) },
+            let freed = unsafe {
+                match self.has_pools {
+                    true => result::free_async(address, self.shared.stream),
+                    false => result::free_sync(address),
+                }
             };
             freed.map_err(fault("cannot free memory"))
         });
