@@ -13,7 +13,7 @@
 
 use super::{
     Engine, GenerateOptions, Generated,
-    sample::{Draw, rules, sample},
+    sample::{Draw, rules, sample, sharpness},
     scores::{Progress, Scoring, largest},
     stepper::{Seats, Stepper},
 };
@@ -242,10 +242,9 @@ impl<B: Backend> Decoder<'_, '_, B> {
             Some(Draw { row, sequence, n_new: n_new(slot) }.uniform(options.seed))
         };
         let uniforms: Vec<f64> = slots.iter().map(|slot| uniform(slot).unwrap_or(0.0)).collect();
-        let scale = f64::from(self.engine.model.network().head().scale) / options.temperature;
         Some(backend.sample(&Sample {
             logits,
-            scale: scale as f32,
+            scale: sharpness(options, self.engine.model.network().head().scale),
             forbidden,
             forbids: &forbids,
             rules: rules(options),

@@ -36,6 +36,12 @@ pub(super) fn rules(options: &GenerateOptions) -> SamplingRules {
     SamplingRules { top_k, top_p, min_p }
 }
 
+/// What multiplies logits before a draw: the head's scale over the temperature, above 0 and finite for any temperature.
+pub(super) fn sharpness(options: &GenerateOptions, scale: f32) -> f32 {
+    let exact = f64::from(scale) / options.temperature;
+    exact.clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX)) as f32
+}
+
 /// Draws an id by scores that were changed on the host, `[vocabulary]`.
 pub(super) fn sample(options: &GenerateOptions, draw: Draw, scores: &[f64]) -> u32 {
     let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -67,6 +73,18 @@ mod tests {
             // Five standard deviations.
             let bound = 5.0 * (n as f64 * p * (1.0 - p)).sqrt();
             assert!((f64::from(count) - n as f64 * p).abs() < bound, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn any_temperature_has_a_sharpness() {
+        for temperature in [f64::MIN_POSITIVE, 1e-300, 1e-40, 1.0, 1e40, 1e300, f64::MAX] {
+            let options = GenerateOptions { temperature, ..Default::default() };
+            options.check().unwrap();
+            for scale in [1.0, 768.0_f32.powf(-0.5)] {
+                let sharpness = sharpness(&options, scale);
+                assert!(sharpness > 0.0 && sharpness.is_finite(), "{temperature}: {sharpness}");
+            }
         }
     }
 
