@@ -761,7 +761,7 @@ mod cuda {
         }
     }
 
-    /// A draw is of integers, and both have the same chances.
+    /// Weights may differ in the last place; of these draws none falls between two.
     #[test]
     fn draws_are_those_of_the_cpu() {
         for name in ["tiny", "llama"] {

@@ -120,7 +120,8 @@ pub struct SamplingRules {
 }
 
 /// Arguments of [`Backend::sample`]: the column of each row is drawn with probability
-/// `softmax(scale * logits)`, after the rules ([`sampling`](super::sampling)).
+/// `softmax(scale * logits)`, after the rules ([`sampling`](super::sampling)); never one of less than 2^-40 of the largest
+/// probability. Backends may differ where weights of f32 differ in the last place and a draw falls between them.
 pub struct Sample<'a, B: Backend> {
     /// `[rows, columns]`, f32.
     pub logits: &'a Tensor<B>,

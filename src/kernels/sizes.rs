@@ -5,9 +5,9 @@
 //! Model on Sizes -> Trainer -> step on the longest rows -> Sizes::peak    bytes, in a millisecond or two
 //! ```
 //!
-//! The tensors are those of the CPU's and the GPU's steps, because the same model makes them. What is not
-//! in the count is what a kernel needs while it runs: packed panels and chunks of logits, some MiB a
-//! thread.
+//! The tensors are those of the CPU's and the GPU's steps, because the same model makes them, and keeps for the
+//! backward what it keeps there. What is not in the count is what a kernel needs while it runs: packed panels, some MiB a
+//! thread, and chunks of logits.
 
 use std::sync::{
     Arc,
@@ -24,6 +24,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Sizes {
     activations: Dtype,
+    is_queued: bool,
     count: Arc<Count>,
 }
 
@@ -54,9 +55,10 @@ pub struct Shape {
 }
 
 impl Sizes {
-    /// With activations of a type.
-    pub fn new(activations: Dtype) -> Self {
-        Self { activations, count: Arc::default() }
+    /// In the place of a backend: with its activations, and queued as it is.
+    pub fn instead_of<B: Backend>(backend: &B) -> Self {
+        let activations = backend.dtype(Precision::Activation);
+        Self { activations, is_queued: backend.is_queued(), count: Arc::default() }
     }
 
     /// The most bytes that were alive at a time.
@@ -228,6 +230,10 @@ impl Backend for Sizes {
 
     fn sample(&self, args: &Sample<'_, Self>) -> Vec<u32> {
         vec![0; args.logits.rows]
+    }
+
+    fn is_queued(&self) -> bool {
+        self.is_queued
     }
 
     fn tokens(&self, chosen: Vec<u32>) -> Vec<u32> {

@@ -3,7 +3,7 @@
 use super::{TrainConfig, Trainer};
 use crate::{
     error::Result,
-    kernels::{Backend, Precision, sizes::Sizes},
+    kernels::{Backend, sizes::Sizes},
     model::{Example, Model},
 };
 
@@ -18,7 +18,7 @@ pub fn step_bytes<B: Backend>(
     wrong: Option<&[&[Example]]>,
 ) -> Result<u64> {
     let base = trainer.model();
-    let sizes = Sizes::new(base.backend().dtype(Precision::Activation));
+    let sizes = Sizes::instead_of(base.backend());
     let model = Model::open_on(sizes.clone(), base.dir())?;
     let adapter = trainer.adapter().on(&model);
     let config = TrainConfig { batch_size: examples.len().max(1), ..trainer.config().clone() };

@@ -678,7 +678,7 @@ pub(super) fn cut<T>(
     all
 }
 
-/// How the rows of an operation are cut. By shape alone; the bits of a row do not depend on it.
+/// How the rows of an operation are cut. By shape, and on AMX by the number of threads; the bits of a row do not depend on it.
 pub(super) struct Cut {
     /// Rows whose left operands are packed at a time.
     pub(super) packed: usize,

@@ -17,7 +17,7 @@
 //!
 //! What limits it, as measured on a Xeon (benches/results/2026-11-27-amx.md): the tile unit is busy for half of a
 //! product's time at best, as nothing that is loaded beside it is hidden. Sums that are stored and loaded again cost as much
-//! as four steps; a right tile takes as long to arrive from memory as products of 200 rows, and to pack as those of 50.
+//! as one step or two; a right tile from memory takes as long to arrive and to be packed as products of 150 rows at the peak.
 
 use std::{ops::Range, vec};
 

@@ -7,8 +7,8 @@
 //!
 //! The logits of a chunk of tokens become, in place, the left operand of `d_x`'s product: for each
 //! tile of rows exponentials, then gradients, then the packed form. No more than 32 MiB of them
-//! exist at a time; on AMX those of 256 rows where that is more, and half as much again, as each gradient becomes three
-//! bf16 that add up to it. Rows do not meet, so the chunks do not change a bit.
+//! exist at a time; on AMX those of 256 rows where that is more, and while they are made three times as much again, as each
+//! gradient becomes three bf16 that add up to it, in rows and then in tiles. Rows do not meet, so the chunks do not change a bit.
 
 use rayon::prelude::*;
 
@@ -31,8 +31,8 @@ use crate::tensor::{Frozen, Tensor};
 
 /// Logits that exist at a time.
 const LOGITS: usize = 8 << 20;
-/// Rows of them at least on AMX, where packing a weight takes as long as its products with 50 rows, and bringing it
-/// from memory as long as those with 200.
+/// Rows of them at least on AMX, where a weight takes as long to arrive and to be packed as products with 150 rows at the
+/// peak.
 const ROWS_ON_TILES: usize = 256;
 /// Exponentials that are added in f32 before their sum is added to the others in f64.
 const SUM_BLOCK: usize = 64 * LANES;

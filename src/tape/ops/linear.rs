@@ -138,12 +138,13 @@ impl<'m, B: Backend> Tape<'m, B> {
         if y_ids.iter().any(Option::is_some) {
             let is_adapted = lora.is_some();
             let (z, mut pairs) = lora.map_or_else(Default::default, |lora| (lora.z, lora.pairs));
-            for (pair, bank) in pairs.iter_mut().zip(&banks) {
-                let n_rows = self.adapted.map_or(0, |adapted| adapted.mixture.n_rows);
-                pair.take_if(|_| {
-                    !self.backend.is_queued()
-                        || !bank.is_some_and(|bank| keeps_pair(&bank, n_rows, segments.n_tokens()))
-                });
+            // All of them or none: mixing again is one launch for all.
+            let n_rows = self.adapted.map_or(0, |adapted| adapted.mixture.n_rows);
+            let mut adapted = banks.iter().flatten();
+            let are_kept = self.backend.is_queued()
+                && adapted.all(|bank| keeps_pair(bank, n_rows, segments.n_tokens()));
+            if !are_kept {
+                pairs.clear();
             }
             self.push(LinearNode {
                 linears,

@@ -428,8 +428,8 @@ impl Tiles {
     }
 
     /// Adds the product of rows that are read from where they lie and up to 16 columns, a right tile for
-    /// each 32 `k`, or writes it where `overwrite`. What follows the rows is fetched into the L2 cache meanwhile, as
-    /// much as they are: tiles ask for lines of 16 rows in turn, which prefetchers do not follow.
+    /// each 32 `k`, or writes it where `overwrite`. With [`STRIP_ROWS`] rows the same number of bytes after them is
+    /// fetched into the L2 cache meanwhile: tiles ask for lines of 16 rows in turn, which prefetchers do not follow.
     ///
     /// # Panics
     /// If the rows or the sums are not there, or there is no `k`.
