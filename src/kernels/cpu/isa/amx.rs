@@ -238,6 +238,21 @@ impl Amx {
     pub(crate) const SPIN_FLOPS: usize = 4 * 2 * TILE_ROWS * TILE_COLS * TILE_K;
 }
 
+/// The start of a product with four tiles of sums: zeros where `overwrite`, then to label 3; else what follows, which
+/// loads them.
+macro_rules! zeros_or_else {
+    () => {
+        "test {overwrite:e}, {overwrite:e}
+        jz 2f
+        tilezero tmm0
+        tilezero tmm1
+        tilezero tmm2
+        tilezero tmm3
+        jmp 3f
+        2:"
+    };
+}
+
 impl Tiles {
     /// Four independent products of tiles, `n` times, nothing from memory: how fast the unit is.
     pub(crate) fn spin(&mut self, n: usize) {
@@ -307,14 +322,7 @@ impl Tiles {
         // sums' 32 rows from `to.col` on are inside the block by the assertions.
         unsafe {
             asm!(
-                "test {overwrite:e}, {overwrite:e}",
-                "jz 2f",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "jmp 3f",
-                "2:",
+                zeros_or_else!(),
                 "tileloadd tmm0, [{c} + {c_stride}*1]",
                 "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
                 "tileloadd tmm2, [{c2} + {c_stride}*1]",
@@ -377,14 +385,7 @@ impl Tiles {
         // inside the tile, and as many rows of sums.
         unsafe {
             asm!(
-                "test {overwrite:e}, {overwrite:e}",
-                "jz 2f",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "jmp 3f",
-                "2:",
+                zeros_or_else!(),
                 "tileloadd tmm0, [{c} + {c_stride}*1]",
                 "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
                 "tileloadd tmm2, [{c} + {c_stride}*1 + 128]",
@@ -455,14 +456,7 @@ impl Tiles {
             // 64 rows has the bytes of `right.len()` steps; the strip has 64 rows of 64 bytes.
             unsafe {
                 asm!(
-                    "test {overwrite:e}, {overwrite:e}",
-                    "jz 2f",
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "jmp 3f",
-                    "2:",
+                    zeros_or_else!(),
                     "tileloadd tmm0, [{c} + {line}*1]",
                     "tileloadd tmm1, [{c} + {line}*1 + 1024]",
                     "tileloadd tmm2, [{c} + {line}*1 + 2048]",
