@@ -688,6 +688,20 @@ mod cuda {
         }
     }
 
+    /// Calls `work` with an engine for a case's examples.
+    fn with_engine<B: Backend, R>(
+        name: &str,
+        backend: B,
+        work: impl FnOnce(&Engine<'_, B>, &[&Example]) -> R,
+    ) -> R {
+        let case = Case::open(name);
+        let model = case.model(backend);
+        let adapter = case.adapter(&model);
+        let examples = case.examples();
+        let tasks = case.rows.iter().map(|row| row.task);
+        work(&Engine::new(&model, Some(&adapter), tasks, examples.len()), &examples)
+    }
+
     /// What the device is asked for while an engine generates twice; the second time, as graphs are there.
     fn decoded(
         name: &str,
@@ -695,17 +709,13 @@ mod cuda {
         cuda: Cuda,
         options: &GenerateOptions,
     ) -> (Vec<Vec<u32>>, Vec<Event>) {
-        let case = Case::open(name);
-        let model = case.model(cuda);
-        let adapter = case.adapter(&model);
-        let examples = case.examples();
-        let tasks = case.rows.iter().map(|row| row.task);
-        let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
-        let first = engine.generate(&examples, options, |_, _| ());
-        let _ = device.take_log();
-        let generated = engine.generate(&examples, options, |_, _| ());
-        assert_eq!(first, generated, "{name}");
-        (generated, device.take_log())
+        with_engine(name, cuda, |engine, examples| {
+            let first = engine.generate(examples, options, |_, _| ());
+            let _ = device.take_log();
+            let generated = engine.generate(examples, options, |_, _| ());
+            assert_eq!(first, generated, "{name}");
+            (generated, device.take_log())
+        })
     }
 
     fn greedy() -> GenerateOptions {
@@ -768,15 +778,11 @@ mod cuda {
             let Some(device) = emulator() else { return };
             let cuda = Cuda::with_device(device.clone(), Dtype::F32).unwrap();
             let (found, _) = decoded(name, &device, cuda, &by_draws());
-            let case = Case::open(name);
-            let model = case.model(Cpu::new(Dtype::F32, 1).unwrap());
-            let adapter = case.adapter(&model);
-            let examples = case.examples();
-            let tasks = case.rows.iter().map(|row| row.task);
-            let engine = Engine::new(&model, Some(&adapter), tasks, examples.len());
-            let expected = engine.generate(&examples, &by_draws(), |_, _| ());
-            assert_eq!(found, expected, "{name}");
-            assert_ne!(found, engine.generate(&examples, &greedy(), |_, _| ()), "{name}");
+            with_engine(name, Cpu::new(Dtype::F32, 1).unwrap(), |engine, examples| {
+                let expected = engine.generate(examples, &by_draws(), |_, _| ());
+                assert_eq!(found, expected, "{name}");
+                assert_ne!(found, engine.generate(examples, &greedy(), |_, _| ()), "{name}");
+            });
         }
     }
 
