@@ -17,8 +17,8 @@ use super::{
     gemm::{Matrix, with_element},
     gemm_amx::{self, PackColumns, padded},
     isa::{
-        Amx, Bf16Bytes, Element, LANES, MemoryRows, STRIP_ROWS, Simd, SimdOp, TILE_COLS, TILE_K,
-        TILE_ROWS, Tile, Tiles,
+        Amx, Bf16Bytes, Element, LANES, MemoryRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS,
+        Tile, Tiles,
     },
 };
 use crate::tensor::Frozen;
@@ -56,8 +56,8 @@ impl FewRows {
         };
         assert_eq!(y.len(), m * stride);
         amx.with_tiles(|registers| {
-            for first in (0..weight.rows).step_by(STRIP_ROWS) {
-                let rows = weight.part_rows(first..weight.rows.min(first + STRIP_ROWS));
+            for first in (0..weight.rows).step_by(TILE_ROWS) {
+                let rows = weight.part_rows(first..weight.rows.min(first + TILE_ROWS));
                 let of_columns = tiles.chunks(gemm_amx::steps(weight.cols));
                 for (right, y) in of_columns.zip(y.chunks_mut(TILE_COLS * stride)) {
                     let sums = strip(registers, rows, right);
@@ -68,34 +68,29 @@ impl FewRows {
     }
 }
 
-/// Sums of up to 64 weight rows with 16 rows of x.
+/// Sums of up to 16 weight rows with 16 rows of x.
 #[repr(align(64))]
-struct Strip([[f32; TILE_COLS]; STRIP_ROWS]);
+struct Strip([[f32; TILE_COLS]; TILE_ROWS]);
 
 /// The products of weight rows and a column of right tiles.
 fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -> Strip {
-    let mut sums = Strip([[0.0; TILE_COLS]; STRIP_ROWS]);
+    let mut sums = Strip([[0.0; TILE_COLS]; TILE_ROWS]);
     let (whole, rest) = right.split_at(weight.cols / TILE_K);
-    let at_once = if weight.rows == STRIP_ROWS { STRIP_ROWS } else { TILE_ROWS };
-    for first in (0..weight.rows).step_by(at_once) {
-        let weight = weight.part_rows(first..weight.rows.min(first + at_once));
-        let (n, sums) = (weight.rows, &mut sums.0[first..first + weight.rows]);
-        if !whole.is_empty() {
-            let (bytes, stride) = weight.lines();
-            registers.multiply_rows(MemoryRows { bytes, stride, n }, whole, sums, true);
+    let (n, to) = (weight.rows, &mut sums.0[..weight.rows]);
+    if !whole.is_empty() {
+        let (bytes, stride) = weight.lines();
+        registers.multiply_rows(MemoryRows { bytes, stride, n }, whole, to, true);
+    }
+    if !rest.is_empty() {
+        // What follows a row's end in memory must not even meet a zero.
+        let mut ends = Tile::zeroed();
+        for (row, line) in ends.0.iter_mut().enumerate().take(n) {
+            let items = &weight.row::<Bf16Bytes>(row)[whole.len() * TILE_K..];
+            *line = bytemuck::cast(padded::<TILE_K>(items));
         }
-        if !rest.is_empty() {
-            // What follows a row's end in memory must not even meet a zero.
-            let mut ends = [Tile::zeroed(); STRIP_ROWS / TILE_ROWS];
-            let lines = ends.iter_mut().flat_map(|tile| &mut tile.0);
-            for (row, line) in lines.enumerate().take(n) {
-                let items = &weight.row::<Bf16Bytes>(row)[whole.len() * TILE_K..];
-                *line = bytemuck::cast(padded::<TILE_K>(items));
-            }
-            let (bytes, stride) = (bytemuck::bytes_of(&ends), size_of::<[u16; TILE_K]>());
-            let rows = MemoryRows { bytes, stride, n };
-            registers.multiply_rows(rows, rest, sums, whole.is_empty());
-        }
+        let (bytes, stride) = (bytemuck::bytes_of(&ends), size_of::<[u16; TILE_K]>());
+        let rows = MemoryRows { bytes, stride, n };
+        registers.multiply_rows(rows, rest, to, whole.is_empty());
     }
     sums
 }
@@ -114,18 +109,12 @@ impl SimdOp for Put<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { sums, n, y, stride, first } = self;
-        for (i, sums) in sums.0.as_chunks::<LANES>().0.iter().enumerate() {
-            let at = i * LANES;
-            if at >= n {
-                return;
-            }
-            let columns = simd.transpose(sums.each_ref().map(|row| simd.load(row)));
-            for (v, y) in columns.into_iter().zip(y.chunks_mut(stride)) {
-                let y = &mut y[first + at..first + n.min(at + LANES)];
-                match y.as_chunks_mut().0 {
-                    [whole] => simd.store(v, whole),
-                    _ => simd.store_part(v, y),
-                }
+        let columns = simd.transpose(sums.0.each_ref().map(|row| simd.load(row)));
+        for (v, y) in columns.into_iter().zip(y.chunks_mut(stride)) {
+            let y = &mut y[first..first + n];
+            match y.as_chunks_mut().0 {
+                [whole] => simd.store(v, whole),
+                _ => simd.store_part(v, y),
             }
         }
     }

@@ -128,14 +128,18 @@ impl SimdOp for PackRows<'_> {
         let Self { matrix, first_row, out } = self;
         let steps = steps(matrix.cols);
         let rows = first_row..matrix.rows.min(first_row + BLOCK_ROWS);
-        for (i, row) in rows.enumerate() {
-            let (tiles, within) = (&mut out[i / TILE_ROWS * steps..][..steps], i % TILE_ROWS);
-            let (whole, rest) = matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>();
-            for (tile, items) in tiles.iter_mut().zip(whole) {
-                tile.0[within] = bytemuck::cast(*items);
-            }
-            if !rest.is_empty() {
-                tiles[whole.len()].0[within] = bytemuck::cast(padded::<TILE_K>(rest));
+        let mut rows = rows.map(|row| matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>());
+        for tiles in out.chunks_exact_mut(steps.max(1)) {
+            let mut some = [(&[][..], &[][..]); TILE_ROWS];
+            let n = some.iter_mut().zip(&mut rows).map(|(to, row)| *to = row).count();
+            let some = &some[..n];
+            for (step, tile) in tiles.iter_mut().enumerate() {
+                for (line, (whole, rest)) in tile.0.iter_mut().zip(some) {
+                    *line = match whole.get(step) {
+                        Some(items) => bytemuck::cast(*items),
+                        None => bytemuck::cast(padded::<TILE_K>(rest)),
+                    };
+                }
             }
         }
     }

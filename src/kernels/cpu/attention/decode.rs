@@ -24,6 +24,8 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
         const COLUMNS: usize = 4;
+        /// Keys that are fetched before their turn.
+        const AHEAD: usize = 16;
         let Self { pair, mut o, mut lse, mut scratch } = self;
         let (from, limit) = (pair.first(0) / LANES * LANES, pair.limit(0));
         let n_vectors = pair.head_dim.div_ceil(LANES);
@@ -36,6 +38,11 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
                 s.store(load::<S, T>(s, row, i), q);
             }
             for (j, score) in scores.iter_mut().enumerate().take(limit).skip(from) {
+                // A head's piece of a row is too short, and the next row's too far away, for prefetchers.
+                s.prefetch(pair.of_key(pair.k, (j + AHEAD).min(limit - 1)));
+                if g == 0 {
+                    s.prefetch(pair.of_key(pair.v, j));
+                }
                 let (row, tail) = pair.of_key(pair.k, j).as_chunks::<LANES>();
                 let mut sum = s.splat(0.0);
                 for (q, k) in q.iter().zip(row) {

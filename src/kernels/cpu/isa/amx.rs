@@ -17,7 +17,7 @@
 //! 2 x 2 tiles of sums use all eight registers: per 32 `k` four tile loads (4 KiB) feed four
 //! products, 64 cycles of the unit at 16 each, and four chains of sums cover a product's latency of
 //! about 52 cycles. Up to 16 rows 1 x 4 tiles do the same with five loads. Where the right operand has 16
-//! columns at most, 4 x 1 tiles do, and the left ones are read from rows in memory as they lie there.
+//! columns at most, the left ones are read from rows in memory as they lie there, one at a time, which is faster than memory.
 
 #![allow(unsafe_code)]
 
@@ -53,9 +53,6 @@ pub(crate) const BLOCK_COLS: usize = 128;
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(crate) struct Block(pub(crate) [[f32; BLOCK_COLS]; BLOCK_ROWS]);
-
-/// Rows of weights that [`Tiles::multiply_rows`] takes at once.
-pub(crate) const STRIP_ROWS: usize = 4 * TILE_ROWS;
 
 /// The token of AMX with bf16, on a CPU that has AVX-512 too, in a process that may use tiles.
 #[derive(Clone, Copy, Debug)]
@@ -226,7 +223,7 @@ pub(crate) struct MemoryRows<'a> {
     pub(crate) bytes: &'a [u8],
     /// Bytes from a row to the next.
     pub(crate) stride: usize,
-    /// The number of rows: [`STRIP_ROWS`], or [`TILE_ROWS`] at most.
+    /// The number of rows, [`TILE_ROWS`] at most.
     pub(crate) n: usize,
 }
 
@@ -429,8 +426,7 @@ impl Tiles {
     }
 
     /// Adds the product of rows that are read from where they lie and up to 16 columns, a right tile for
-    /// each 32 `k`, or writes it where `overwrite`. With [`STRIP_ROWS`] rows the same number of bytes after them is
-    /// fetched into the L2 cache meanwhile: tiles ask for lines of 16 rows in turn, which prefetchers do not follow.
+    /// each 32 `k`, or writes it where `overwrite`. Nothing is prefetched: CPUs follow 16 rows, but not 64.
     ///
     /// # Panics
     /// If the rows or the sums are not there, or there is no `k`.
@@ -444,71 +440,13 @@ impl Tiles {
     ) {
         const LINE: usize = size_of::<[u16; TILE_K]>();
         let MemoryRows { bytes, stride, n } = rows;
-        assert!(n == STRIP_ROWS || (1..=TILE_ROWS).contains(&n));
         assert_eq!(sums.len(), n);
         assert!(!right.is_empty() && right.len() * LINE <= bytes.len());
         assert!(n == 1 || stride <= (bytes.len() - right.len() * LINE) / (n - 1));
-        let next = bytes.as_ptr().wrapping_add(n * stride);
-        let c = sums.as_mut_ptr();
-        if n == STRIP_ROWS {
-            self.configure(TILE_ROWS);
-            // SAFETY: the configuration above is what the instructions want; by the assertions the last of the
-            // 64 rows has the bytes of `right.len()` steps; the strip has 64 rows of 64 bytes.
-            unsafe {
-                asm!(
-                    zeros_or_else!(),
-                    "tileloadd tmm0, [{c} + {line}*1]",
-                    "tileloadd tmm1, [{c} + {line}*1 + 1024]",
-                    "tileloadd tmm2, [{c} + {line}*1 + 2048]",
-                    "tileloadd tmm3, [{c} + {line}*1 + 3072]",
-                    "3:",
-                    ".irp i, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
-                    "prefetcht1 [{next} + 64 * \\i]",
-                    "prefetcht1 [{next} + 64 * \\i + 1024]",
-                    "prefetcht1 [{next} + 64 * \\i + 2048]",
-                    "prefetcht1 [{next} + 64 * \\i + 3072]",
-                    ".endr",
-                    "tileloadd tmm7, [{b} + {line}*1]",
-                    "tileloadd tmm4, [{a0} + {stride}*1]",
-                    "tdpbf16ps tmm0, tmm4, tmm7",
-                    "tileloadd tmm5, [{a1} + {stride}*1]",
-                    "tdpbf16ps tmm1, tmm5, tmm7",
-                    "tileloadd tmm6, [{a2} + {stride}*1]",
-                    "tdpbf16ps tmm2, tmm6, tmm7",
-                    "tileloadd tmm4, [{a3} + {stride}*1]",
-                    "tdpbf16ps tmm3, tmm4, tmm7",
-                    "add {a0}, {line}",
-                    "add {a1}, {line}",
-                    "add {a2}, {line}",
-                    "add {a3}, {line}",
-                    "add {b}, 1024",
-                    "add {next}, 4096",
-                    "dec {n}",
-                    "jnz 3b",
-                    "tilestored [{c} + {line}*1], tmm0",
-                    "tilestored [{c} + {line}*1 + 1024], tmm1",
-                    "tilestored [{c} + {line}*1 + 2048], tmm2",
-                    "tilestored [{c} + {line}*1 + 3072], tmm3",
-                    overwrite = in(reg) u32::from(overwrite),
-                    c = in(reg) c,
-                    line = in(reg) LINE,
-                    a0 = inout(reg) bytes.as_ptr() => _,
-                    a1 = inout(reg) bytes.as_ptr().add(TILE_ROWS * stride) => _,
-                    a2 = inout(reg) bytes.as_ptr().add(2 * TILE_ROWS * stride) => _,
-                    a3 = inout(reg) bytes.as_ptr().add(3 * TILE_ROWS * stride) => _,
-                    stride = in(reg) stride,
-                    b = inout(reg) right.as_ptr() => _,
-                    next = inout(reg) next => _,
-                    n = inout(reg) right.len() => _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                );
-            }
-            return;
-        }
         self.configure(n);
-        // SAFETY: as above, with `n` rows of one left tile and of the sums.
+        // SAFETY: the configuration above, of one row at least and 16 at most, is what the instructions want; by the
+        // assertions the last of the rows has the bytes of `right.len()` steps, and there is a row of 64 bytes of
+        // sums for each.
         unsafe {
             asm!(
                 "test {overwrite:e}, {overwrite:e}",
@@ -527,7 +465,7 @@ impl Tiles {
                 "jnz 3b",
                 "tilestored [{c} + {line}*1], tmm0",
                 overwrite = in(reg) u32::from(overwrite),
-                c = in(reg) c,
+                c = in(reg) sums.as_mut_ptr(),
                 line = in(reg) LINE,
                 a = inout(reg) bytes.as_ptr() => _,
                 stride = in(reg) stride,

@@ -15,7 +15,7 @@ mod scalar;
 
 pub use amx::Amx;
 pub(super) use amx::{
-    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, STRIP_ROWS, TILE_COLS, TILE_K,
+    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, TILE_COLS, TILE_K,
     TILE_ROWS, Tile, Tiles,
 };
 pub use avx2::Avx2;
