@@ -109,8 +109,11 @@ impl SimdOp for Put<'_> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { sums, n, y, stride, first } = self;
-        let columns = simd.transpose(sums.0.each_ref().map(|row| simd.load(row)));
-        for (v, y) in columns.into_iter().zip(y.chunks_mut(stride)) {
+        let mut rows = [simd.splat(0.0); LANES];
+        for (v, row) in rows.iter_mut().zip(&sums.0) {
+            *v = simd.load(row);
+        }
+        for (v, y) in simd.transpose(rows).into_iter().zip(y.chunks_mut(stride)) {
             let y = &mut y[first..first + n];
             match y.as_chunks_mut().0 {
                 [whole] => simd.store(v, whole),

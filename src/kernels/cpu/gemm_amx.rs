@@ -239,7 +239,10 @@ impl SimdOp for PackTransposed<'_> {
         // A line has two rows of 16 columns: transposed as pairs, a line has a column of 32 rows.
         for tile in out {
             let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
-            let pairs = lines.each_ref().map(|line| simd.load(line));
+            let mut pairs = [simd.splat(0.0); LANES];
+            for (v, line) in pairs.iter_mut().zip(&*lines) {
+                *v = simd.load(line);
+            }
             for (line, v) in lines.iter_mut().zip(simd.transpose(pairs)) {
                 simd.store(v, line);
             }

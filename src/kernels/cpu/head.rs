@@ -277,13 +277,15 @@ impl SimdOp for Weigh<'_> {
     fn eval<S: Simd>(self, simd: S) {
         let Self { row, scale } = self;
         let (largest, scale) = (simd.splat(max::<S, f32>(simd, row)), simd.splat(scale));
-        let weight = |x| math::exp(simd, simd.mul(simd.sub(x, largest), scale));
         let (whole, rest) = row.as_chunks_mut();
         for v in whole {
-            simd.store(weight(simd.load(v)), v);
+            let x = simd.mul(simd.sub(simd.load(v), largest), scale);
+            simd.store(math::exp(simd, x), v);
         }
         if !rest.is_empty() {
-            simd.store_part(weight(simd.load_part(rest, f32::NEG_INFINITY)), rest);
+            let x = simd.load_part(rest, f32::NEG_INFINITY);
+            let x = simd.mul(simd.sub(x, largest), scale);
+            simd.store_part(math::exp(simd, x), rest);
         }
     }
 }

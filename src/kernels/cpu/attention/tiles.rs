@@ -410,7 +410,10 @@ fn write_transposed<S: Simd>(
         for (tile, keys) in keys.chunks_mut(TILE_COLS).enumerate() {
             for j in 0..keys[0].len().div_ceil(LANES) {
                 let (rows, _) = blocks[j / 2].0.as_chunks::<LANES>();
-                let square = rows[j % 2].each_ref().map(|row| s.load(&row.as_chunks().0[tile]));
+                let mut square = [s.splat(0.0); LANES];
+                for (v, row) in square.iter_mut().zip(&rows[j % 2]) {
+                    *v = s.load(&row.as_chunks().0[tile]);
+                }
                 for (v, to) in s.transpose(square).into_iter().zip(&mut *keys) {
                     store::<S, bf16>(s, s.mul(v, s.splat(scale)), to, j);
                 }
