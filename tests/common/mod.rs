@@ -693,7 +693,14 @@ fn emulated() -> Vec<Subject> {
 fn subjects() -> &'static [Subject] {
     static SUBJECTS: OnceLock<Vec<Subject>> = OnceLock::new();
     SUBJECTS.get_or_init(|| {
+        const NAMES: [&str; 4] = ["cpu", "emulated-cpu", "emulated", "gpu"];
         let wanted = std::env::var("POLYTAPE_BACKENDS");
+        for name in wanted.iter().flat_map(|list| list.split(',')) {
+            assert!(
+                NAMES.contains(&name),
+                "POLYTAPE_BACKENDS has {name:?}, which is none of {NAMES:?}"
+            );
+        }
         let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
         let own = if wanted("cpu") { Isa::available() } else { vec![] };
         let foreign = if wanted("emulated-cpu") { lacking() } else { vec![] };

@@ -210,7 +210,7 @@ impl Foreign for Instruction {
         use Mnemonic::*;
         matches!(
             self.mnemonic(),
-            Ldtilecfg | Tileloadd | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
+            Ldtilecfg | Tileloadd | Tileloaddt1 | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
         )
     }
 

@@ -36,7 +36,7 @@ impl Machine<'_> {
                 let (n, _) = self.tile(instruction.op0_register());
                 self.state.tiles.values[n] = [[0; ROW]; ROWS];
             }
-            Tileloadd => {
+            Tileloadd | Tileloaddt1 => {
                 let (n, (rows, bytes)) = self.tile(instruction.op0_register());
                 let (start, stride) = self.rows(instruction);
                 self.state.tiles.values[n] = [[0; ROW]; ROWS];

@@ -15,9 +15,10 @@
 //! six largest of their nine products ([`LEFT`], [`RIGHT`]) lie side by side as `6 rank` more k. What
 //! is left out is below 2^-26 of a product. At rank 8 these are 48 k, two steps.
 //!
-//! What limits it, as measured on a Xeon (benches/results/2026-11-27-amx.md): the tile unit is busy for half of a
-//! product's time at best, as nothing that is loaded beside it is hidden. Sums that are stored and loaded again cost as much
-//! as one step or two; a right tile from memory takes as long to arrive and to be packed as products of 150 rows at the peak.
+//! What limits it, as measured on two Xeons (benches/results/2026-11-27-amx.md and 2026-11-27-amx-2-cores.md): the L2 cache, which
+//! both operands come from at the rate at which tiles take them, and lines of sums and outputs that leave L1
+//! written: each costs a dozen cycles while tiles stream in. A right tile from memory takes as long to arrive and to be packed as
+//! products of 150 rows at the peak.
 
 use std::{ops::Range, vec};
 

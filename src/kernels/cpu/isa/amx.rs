@@ -16,7 +16,8 @@
 //!
 //! 2 x 2 tiles of sums use all eight registers: per 32 `k` four tile loads (4 KiB) feed four
 //! products, 64 cycles of the unit at 16 each, and four chains of sums cover a product's latency of
-//! about 52 cycles. Up to 16 rows 1 x 4 tiles do the same with five loads. Where the right operand has 16
+//! about 52 cycles. The right tiles are loaded as what is used once (`tileloaddt1`), so that L1 keeps the left
+//! ones for the next columns. Up to 16 rows 1 x 4 tiles do the same with five loads. Where the right operand has 16
 //! columns at most, the left ones are read from rows in memory as they lie there, one at a time, which is faster than memory.
 
 #![allow(unsafe_code)]

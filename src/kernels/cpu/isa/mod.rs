@@ -15,8 +15,8 @@ mod scalar;
 
 pub use amx::Amx;
 pub(super) use amx::{
-    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, TILE_COLS, TILE_K,
-    TILE_ROWS, Tile, Tiles,
+    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, TILE_COLS, TILE_K, TILE_ROWS,
+    Tile, Tiles,
 };
 pub use avx2::Avx2;
 pub use avx512::Avx512;
