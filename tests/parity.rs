@@ -6,6 +6,8 @@
 
 #[path = "cuda_emulator/mod.rs"]
 mod cuda_emulator;
+#[path = "common/wanted.rs"]
+mod wanted;
 #[path = "x86_emulator/mod.rs"]
 mod x86_emulator;
 
@@ -500,16 +502,11 @@ mod cuda {
 
     use super::{
         cuda_emulator::{Emulator, Event},
+        wanted::is_wanted,
         *,
     };
 
     const CASES: [&str; 2] = ["tiny", "v10-hub"];
-
-    /// Whether `POLYTAPE_BACKENDS` has it, as for the kernels' tests.
-    fn is_wanted(name: &str) -> bool {
-        let wanted = std::env::var("POLYTAPE_BACKENDS");
-        wanted.map_or(true, |list| list.split(',').any(|n| n == name))
-    }
 
     /// The emulator, where it is wanted; says so if there is none.
     fn emulator() -> Option<Arc<Emulator>> {

@@ -23,6 +23,7 @@
 #[path = "../cuda_emulator/mod.rs"]
 mod cuda_emulator;
 pub mod guard;
+mod wanted;
 #[cfg(test)]
 #[path = "../x86_emulator/mod.rs"]
 mod x86_emulator;
@@ -50,6 +51,7 @@ use polytape::{
     },
     tensor::{Bytes, Frozen, Tensor},
 };
+use wanted::is_wanted;
 #[cfg(test)]
 use {polytape::kernels::cuda::Gemm, x86_emulator::lacking};
 
@@ -693,17 +695,8 @@ fn emulated() -> Vec<Subject> {
 fn subjects() -> &'static [Subject] {
     static SUBJECTS: OnceLock<Vec<Subject>> = OnceLock::new();
     SUBJECTS.get_or_init(|| {
-        const NAMES: [&str; 4] = ["cpu", "emulated-cpu", "emulated", "gpu"];
-        let wanted = std::env::var("POLYTAPE_BACKENDS");
-        for name in wanted.iter().flat_map(|list| list.split(',')) {
-            assert!(
-                NAMES.contains(&name),
-                "POLYTAPE_BACKENDS has {name:?}, which is none of {NAMES:?}"
-            );
-        }
-        let wanted = |name| wanted.as_ref().map_or(true, |list| list.split(',').any(|n| n == name));
-        let own = if wanted("cpu") { Isa::available() } else { vec![] };
-        let foreign = if wanted("emulated-cpu") { lacking() } else { vec![] };
+        let own = if is_wanted("cpu") { Isa::available() } else { vec![] };
+        let foreign = if is_wanted("emulated-cpu") { lacking() } else { vec![] };
         let isas = own.into_iter().map(|isa| (isa, Emulate::Nothing));
         let isas = isas.chain(foreign.into_iter().map(|isa| (isa, Emulate::All)));
         let triples =
@@ -716,8 +709,8 @@ fn subjects() -> &'static [Subject] {
             };
             Subject { name, compute, variants: [2, 1, 3, 7].map(on).into(), emulated }
         });
-        let emulated = if wanted("emulated") { emulated() } else { vec![] };
-        let gpu = if wanted("gpu") { gpu() } else { vec![] };
+        let emulated = if is_wanted("emulated") { emulated() } else { vec![] };
+        let gpu = if is_wanted("gpu") { gpu() } else { vec![] };
         cpus.chain(emulated).chain(gpu).collect()
     })
 }

@@ -32,7 +32,7 @@ use super::{
     gemm::{Accumulator, Finish, Matrix, ROWS_AHEAD, Rectangle, run_tasks},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
-        LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles,
+        LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
     },
 };
 use crate::{
@@ -129,18 +129,14 @@ impl SimdOp for PackRows<'_> {
         let Self { matrix, first_row, out } = self;
         let steps = steps(matrix.cols);
         let rows = first_row..matrix.rows.min(first_row + BLOCK_ROWS);
-        let mut rows = rows.map(|row| matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>());
-        for tiles in out.chunks_exact_mut(steps.max(1)) {
-            let mut some = [(&[][..], &[][..]); TILE_ROWS];
-            let n = some.iter_mut().zip(&mut rows).map(|(to, row)| *to = row).count();
-            let some = &some[..n];
-            for (step, tile) in tiles.iter_mut().enumerate() {
-                for (line, (whole, rest)) in tile.0.iter_mut().zip(some) {
-                    *line = match whole.get(step) {
-                        Some(items) => bytemuck::cast(*items),
-                        None => bytemuck::cast(padded::<TILE_K>(rest)),
-                    };
-                }
+        for (i, row) in rows.enumerate() {
+            let (tiles, within) = (&mut out[i / TILE_ROWS * steps..][..steps], i % TILE_ROWS);
+            let (whole, rest) = matrix.row::<Bf16Bytes>(row).as_chunks::<TILE_K>();
+            for (tile, items) in tiles.iter_mut().zip(whole) {
+                tile.0[within] = bytemuck::cast(*items);
+            }
+            if !rest.is_empty() {
+                tiles[whole.len()].0[within] = bytemuck::cast(padded::<TILE_K>(rest));
             }
         }
     }
@@ -240,10 +236,7 @@ impl SimdOp for PackTransposed<'_> {
         // A line has two rows of 16 columns: transposed as pairs, a line has a column of 32 rows.
         for tile in out {
             let lines: &mut [[f32; LANES]; TILE_ROWS] = bytemuck::cast_mut(tile);
-            let mut pairs = [simd.splat(0.0); LANES];
-            for (v, line) in pairs.iter_mut().zip(&*lines) {
-                *v = simd.load(line);
-            }
+            let pairs = load_rows(simd, lines.iter());
             for (line, v) in lines.iter_mut().zip(simd.transpose(pairs)) {
                 simd.store(v, line);
             }

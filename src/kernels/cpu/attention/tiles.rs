@@ -28,7 +28,7 @@ use super::{
         gemm_amx::{Left, PackColumns, PackRows, PackTransposed, column_tiles, multiply, steps},
         isa::{
             BLOCK_COLS, BLOCK_ROWS, Block, LANES, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,
-            Tiles,
+            Tiles, load_rows,
         },
     },
     Gradients, Pair, carve,
@@ -410,10 +410,7 @@ fn write_transposed<S: Simd>(
         for (tile, keys) in keys.chunks_mut(TILE_COLS).enumerate() {
             for j in 0..keys[0].len().div_ceil(LANES) {
                 let (rows, _) = blocks[j / 2].0.as_chunks::<LANES>();
-                let mut square = [s.splat(0.0); LANES];
-                for (v, row) in square.iter_mut().zip(&rows[j % 2]) {
-                    *v = s.load(&row.as_chunks().0[tile]);
-                }
+                let square = load_rows(s, rows[j % 2].iter().map(|row| &row.as_chunks().0[tile]));
                 for (v, to) in s.transpose(square).into_iter().zip(&mut *keys) {
                     store::<S, bf16>(s, s.mul(v, s.splat(scale)), to, j);
                 }

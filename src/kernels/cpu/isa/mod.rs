@@ -257,6 +257,20 @@ impl ElementMut for bf16 {
     }
 }
 
+/// Loads some rows of 16 numbers. In a loop: in a closure, as `array::map` has it, intrinsics are compiled without the
+/// instruction set, each to a call.
+#[inline(always)]
+pub(super) fn load_rows<'a, S: Simd>(
+    simd: S,
+    rows: impl Iterator<Item = &'a [f32; LANES]>,
+) -> [S::V; LANES] {
+    let mut square = [simd.splat(0.0); LANES];
+    for (v, row) in square.iter_mut().zip(rows) {
+        *v = simd.load(row);
+    }
+    square
+}
+
 /// f32 in a file.
 pub struct F32Bytes;
 /// bf16 in a file.
