@@ -73,6 +73,17 @@ __device__ inline u32 to_bf16s(float first, float second) {
 }
 #endif
 
+// 2^x to 2 units of f32, by one instruction; results under 2^-126 may be 0.
+#ifndef POLYTAPE_EMULATOR
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#else
+__device__ inline float exp2_fast(float x) { return exp2f(x); }
+#endif
+
 __device__ inline float low_value(u32 bits) { return __uint_as_float(bits << 16); }
 __device__ inline float high_value(u32 bits) { return __uint_as_float(bits & 0xffff0000); }
 

@@ -828,6 +828,10 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
                 // From a few units of f32 to 2^-16 of the terms' sizes.
                 tolerance.iter_mut().flatten().for_each(|bound| *bound *= 43.0);
             }
+            let more = case.op.rounding_on_tiles(&case.batch, &inputs, &expected);
+            for (bounds, more) in tolerance.iter_mut().zip(more.into_iter().flatten()) {
+                bounds.iter_mut().zip(more).for_each(|(bound, more)| *bound += more);
+            }
             (inputs, (expected, tolerance))
         });
         let on_tiles = || {

@@ -16,10 +16,11 @@ use crate::{
 
 /// Queries (or keys) of a block: a warp each.
 const WARPS: u32 = 8;
-/// Of the kernels for tensor cores: queries (or keys) of a block, which has two threads each, and rows
-/// of the other side in its shared memory.
+/// Of the kernels for tensor cores, as `cuda/attention_tiles.cu` has them: queries (or keys) of a block, which has two threads
+/// each; rows of the other side that pass through its shared memory at a time.
 const TILE_QUERIES: u32 = 64;
-const TILE_KEYS: u32 = 32;
+const FORWARD_KEYS: usize = 64;
+const BACKWARD_OTHERS: usize = 32;
 const WARP: usize = 32;
 
 /// `Attention` of `cuda/attention.cu`.
@@ -106,17 +107,16 @@ fn zeros_unless_covered(cuda: &Cuda, like: &Tensor<Cuda>, spans: &Spans) -> Tens
 
 /// Which of its versions a kernel runs in.
 struct Version {
-    /// On tensor cores.
-    is_tiled: bool,
+    module: &'static str,
     /// Rows of a block.
     height: u32,
     threads: u32,
-    /// What follows the kernel's name.
+    /// What follows the kernels' names.
     suffix: String,
-    /// Bytes of a row of a head in shared memory.
-    row_bytes: usize,
-    /// Rows of the other side in shared memory.
-    others: usize,
+    /// Of the forward and the backward.
+    shared_bytes: [usize; 2],
+    /// The forward's kernel where no sequence has more than one query, if there is one, and its shared memory.
+    one: Option<(String, usize)>,
 }
 
 impl Version {
@@ -131,38 +131,49 @@ impl Version {
         };
         // Wider heads do not fit in the registers of the tensor cores' kernels.
         if cuda.compute == Dtype::Bf16 && columns < 8 {
+            let row_bytes = 2 * columns * WARP;
+            // Rows of two matrices, and the next ones on their way.
+            let rows = |own: usize, others: usize| own * TILE_QUERIES as usize + 4 * others;
+            // Two statistics of a query and of the next.
+            let stats_bytes = 4 * 4 * BACKWARD_OTHERS;
             Self {
-                is_tiled: true,
+                module: "attention_tiles",
                 height: TILE_QUERIES,
                 threads: 2 * TILE_QUERIES,
                 suffix: format!("_tiles_{columns}"),
-                row_bytes: 2 * columns * WARP,
-                others: 2 * TILE_KEYS as usize, // The next ones are on their way.
+                shared_bytes: [
+                    rows(1, FORWARD_KEYS) * row_bytes,
+                    rows(2, BACKWARD_OTHERS) * row_bytes + stats_bytes,
+                ],
+                // Without what tiles need, more blocks fit. The query, and of each warp a result and two statistics.
+                one: Some((format!("attention_one_{columns}"), 4 * (5 * columns * WARP + 8))),
             }
         } else {
+            // Keys and values take turns in the forward.
+            let (row_bytes, own) = (4 * (head_dim + 1), WARPS as usize);
             Self {
-                is_tiled: false,
+                module: "attention",
                 height: WARPS,
                 threads: WARPS * 32,
                 suffix: format!("_{columns}"),
-                row_bytes: 4 * (head_dim + 1),
-                others: WARP,
+                shared_bytes: [own + WARP, 2 * (own + WARP)].map(|rows| rows * row_bytes),
+                one: None,
             }
         }
     }
 }
 
 pub(super) fn attention(cuda: &Cuda, args: &Attention<'_, Cuda>) -> Attended<Cuda> {
-    let Version { is_tiled, height, threads, suffix, row_bytes, others } =
+    let Version { module, height, threads, suffix, shared_bytes, one } =
         Version::of(cuda, args.head_dim);
+    let is_decoding = args.queries.lens.iter().all(|&len| len <= 1);
+    let tiles = (format!("attention{suffix}"), shared_bytes[0]);
+    let (name, shared_bytes) = one.filter(|_| is_decoding).unwrap_or(tiles);
     let prepared = Prepared::new(cuda, args, &args.queries.lens, height);
     let mut o = zeros_unless_covered(cuda, args.q, args.queries);
     let mut lse = cuda.alloc(args.q.rows, args.n_heads, Precision::Full);
-    let name = format!("attention{suffix}");
-    // On CUDA cores keys and values take turns.
-    let others = if is_tiled { 2 * others } else { others };
-    let kernel = cuda.kernel("attention", name).arg(o.address_mut()).arg(lse.address_mut());
-    let kernel = kernel.arg(prepared.arg).shared_bytes((height as usize + others) * row_bytes);
+    let kernel = cuda.kernel(module, name).arg(o.address_mut()).arg(lse.address_mut());
+    let kernel = kernel.arg(prepared.arg).shared_bytes(shared_bytes);
     kernel.launch([prepared.n_tiles, args.n_heads, 1], threads);
     Attended { o, lse }
 }
@@ -180,24 +191,21 @@ pub(super) fn attention_backward(
     let kernel = kernel.arg(d_o).arg(o).count(q.rows * n_heads).count(head_dim);
     kernel.launch([(q.rows * n_heads).div_ceil(4 * WARPS as usize), 1, 1], WARPS * 32);
 
-    let Version { is_tiled, height, threads, suffix, row_bytes, others } =
+    let Version { module, height, threads, suffix, shared_bytes: [_, shared_bytes], .. } =
         Version::of(cuda, head_dim);
-    let shared_bytes = 2 * (height as usize + others) * row_bytes;
     let mut d_q = zeros_unless_covered(cuda, q, queries);
     let prepared = Prepared::new(cuda, forward, &queries.lens, height);
     let name = format!("attention_backward_queries{suffix}");
-    let kernel = cuda.kernel("attention", name).arg(d_q.address_mut()).arg(d_o).arg(lse);
+    let kernel = cuda.kernel(module, name).arg(d_q.address_mut()).arg(d_o).arg(lse);
     let kernel = kernel.arg(inner.address()).arg(prepared.arg).shared_bytes(shared_bytes);
     kernel.launch([prepared.n_tiles, n_heads, 1], threads);
 
     let [mut d_k, mut d_v] = [0, 1].map(|_| zeros_unless_covered(cuda, k, keys));
     let prepared = Prepared::new(cuda, forward, &keys.lens, height);
     let name = format!("attention_backward_keys{suffix}");
-    let kernel = cuda.kernel("attention", name).arg(d_k.address_mut()).arg(d_v.address_mut());
+    let kernel = cuda.kernel(module, name).arg(d_k.address_mut()).arg(d_v.address_mut());
     let kernel = kernel.arg(d_o).arg(lse).arg(inner.address()).arg(prepared.arg);
-    // On tensor cores a block makes one of the two.
-    let n_parts = if is_tiled { 2 } else { 1 };
     let kernel = kernel.shared_bytes(shared_bytes);
-    kernel.launch([prepared.n_tiles, n_kv_heads, n_parts], threads);
+    kernel.launch([prepared.n_tiles, n_kv_heads, 1], threads);
     [d_q, d_k, d_v]
 }

@@ -28,7 +28,8 @@ macro_rules! sources {
 }
 
 /// Files that others include.
-const HEADERS: [(&str, &str); 9] = sources![
+const HEADERS: [(&str, &str); 10] = sources![
+    "attention.cuh",
     "bank.cuh",
     "common.cuh",
     "gemm.cuh",
@@ -41,9 +42,10 @@ const HEADERS: [(&str, &str); 9] = sources![
 ];
 
 /// Files with kernels.
-const MODULES: [(&str, &str); 15] = sources![
+const MODULES: [(&str, &str); 16] = sources![
     "adamw.cu",
     "attention.cu",
+    "attention_tiles.cu",
     "elementwise.cu",
     "embed.cu",
     "gated.cu",
