@@ -562,7 +562,7 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
 
 // `attention_one`: where no sequence has more than one query.
 #define ATTENTION_TILES(columns)                                                                     \
-    extern "C" __global__ void __launch_bounds__(TILE_THREADS, 8)                                    \
+    extern "C" __global__ void __launch_bounds__(TILE_THREADS, 6)                                    \
     attention_one_##columns(Item* o, float* lse, const __grid_constant__ Attention args) {           \
         attend_one<columns * WARP>(o, lse, args, args.spans[args.tiles[blockIdx.x].x]);              \
     }                                                                                                \

@@ -260,56 +260,72 @@ __device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared
         finish(at / N, at % N, staged[at / N * PITCH + at % N]);
 }
 
-// Calls results.finish(row, col, first, second, fetched) for each two neighbours in a row of some parts of a tile, straight
-// from the registers that hold them; `fetched` is what results.fetch(row, col) gave. A part is 16 sums of a thread, in row
-// `row` and the eighth after it, columns `col` and every eighth after it. Four are fetched before any of them is
-// finished, or each load would wait for the store before it. Registers have no index: where the text of `finish` is long, it
-// is there once, and a part is chosen for it, which takes longer than to finish a short one.
+// Of four fragments of 8 columns, a lane has in `pairs` two neighbours each, as `mma` leaves them: lane t of the four of a row
+// those at 2 t. It gets all 8 of fragment t, so that what is stored are whole sectors of memory.
+__device__ inline void gather_run(float (&run)[8], const float (&pairs)[4][2]) {
+    const bool odd = lane() % 2 == 1, upper = lane() % 4 >= 2;
+    // Fragment 2 i + odd: columns 4 upper + 2 lane + e.
+    float halves[2][2][2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i)
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+            const float first = pairs[2 * i][e], second = pairs[2 * i + 1][e];
+            const float other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
+            halves[i][0][e] = odd ? other : first;
+            halves[i][1][e] = odd ? second : other;
+        }
+#pragma unroll
+    for (u32 at = 0; at < 4; ++at) {
+        const float first = halves[0][at / 2][at % 2], second = halves[1][at / 2][at % 2];
+        const float other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
+        run[at] = upper ? other : first;
+        run[4 + at] = upper ? second : other;
+    }
+}
+
+// Calls results.finish(row, col, run, fetched) for each 8 neighbours in a row of some parts of a tile, from registers;
+// `fetched` is what results.fetch(row, col) gave, a part ahead. A part is 16 rows of 32 columns of a warp.
+// sums_of(part, values): a thread's four fragments. place_of(part, row, col): where a part starts. A whole warp.
 template <u32 PARTS, class Results, class Sums, class Place>
-__device__ inline void for_each_pair(const Results& results, const Sums& sums_of, const Place& place_of) {
-    const auto finish_part = [&](const float (&values)[16], u32 row, u32 col) {
+__device__ inline void for_each_run(const Results& results, const Sums& sums_of, const Place& place_of) {
+    const u32 g = lane() / 4, t = lane() % 4;
+    uint4 ahead[2];
+    const auto fetch = [&](u32 part) {
+        u32 row, col;
+        place_of(part, row, col);
 #pragma unroll
-        for (u32 half = 0; half < 8; half += 4) {
-            u32 fetched[4];
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) fetched[i] = results.fetch(row + i % 2 * 8, col + (half + i) / 2 * 8);
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) {
-                const float first = values[2 * (half + i)], second = values[2 * (half + i) + 1];
-                results.finish(row + i % 2 * 8, col + (half + i) / 2 * 8, first, second, fetched[i]);
-            }
-            keep_order();
-        }
+        for (u32 h = 0; h < 2; ++h) ahead[h] = results.fetch(row + g + 8 * h, col + 8 * t);
     };
-    float values[16];
-    u32 row, col;
-    if (Results::IS_SHORT) {
+    fetch(0);
 #pragma unroll
-        for (u32 part = 0; part < PARTS; ++part) {
-            sums_of(part, values);
-            place_of(part, row, col);
-            finish_part(values, row, col);
-        }
-    } else {
-#pragma unroll 1
-        for (u32 chosen = 0; chosen < PARTS; ++chosen) {
+    for (u32 part = 0; part < PARTS; ++part) {
+        const uint4 fetched[2] = {ahead[0], ahead[1]};
+        if (part + 1 < PARTS) fetch(part + 1);
+        float values[4][4];
+        u32 row, col;
+        sums_of(part, values);
+        place_of(part, row, col);
 #pragma unroll
-            for (u32 part = 0; part < PARTS; ++part)
-                if (part == chosen) sums_of(part, values);
-            place_of(chosen, row, col);
-            finish_part(values, row, col);
+        for (u32 h = 0; h < 2; ++h) {
+            float run[8];
+            const float pairs[4][2] = {{values[0][2 * h], values[0][2 * h + 1]}, {values[1][2 * h], values[1][2 * h + 1]},
+                                       {values[2][2 * h], values[2][2 * h + 1]}, {values[3][2 * h], values[3][2 * h + 1]}};
+            gather_run(run, pairs);
+            results.finish(row + g + 8 * h, col + 8 * t, run, fetched[h]);
         }
+        keep_order();
     }
 }
 
 template <class Results>
-__device__ inline void for_each_pair(const MmaTile& tile, const Results& results, u32 row0, u32 col0) {
-    const auto sums_of = [&](u32 part, float (&values)[16]) {
+__device__ inline void for_each_run(const MmaTile& tile, const Results& results, u32 row0, u32 col0) {
+    const auto sums_of = [&](u32 part, float (&values)[4][4]) {
 #pragma unroll
-        for (u32 at = 0; at < 16; ++at) values[at] = tile.values[part][at / 4][at % 4];
+        for (u32 at = 0; at < 16; ++at) values[at / 4][at % 4] = tile.values[part][at / 4][at % 4];
     };
-    for_each_pair<4>(results, sums_of, [&](u32 part, u32& row, u32& col) {
-        row = row0 + warp_row() + lane() / 4 + part * 16, col = col0 + warp_col() + lane() % 4 * 2;
+    for_each_run<4>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0 + warp_row() + part * 16, col = col0 + warp_col();
     });
 }
 

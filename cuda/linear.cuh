@@ -72,86 +72,63 @@ __device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, f
 
 #if POLYTAPE_BF16
 
-__device__ inline void store_pair(Bf16* to, float first, float second) {
-    store_4_bytes(to, to_bf16s(first, second));
+// Eight words' halves added to eight values, as those of a residual.
+__device__ inline void add_residual(float (&run)[8], uint4 residual) {
+    const u32 words[4] = {residual.x, residual.y, residual.z, residual.w};
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) run[i] += i % 2 == 0 ? low_value(words[i / 2]) : high_value(words[i / 2]);
 }
-__device__ inline void store_pair(float* to, float first, float second) {
-    store(to, first);
-    store(to + 1, second);
+__device__ inline uint4 fetch_residual(const Item* residual, u32 row, u32 col, u32 m, u32 n) {
+    const bool there = residual && row < m && col < n;
+    return there ? load_16_bytes(residual + size_t(row) * n + col) : uint4{0, 0, 0, 0};
 }
 
-// The results of `linear` by twos, for `for_each_pair`: where pairs lie at multiples of their size, and the sums have the
-// low-rank part or it is ready.
+// The results of `linear` by eights, for `for_each_run`: where rows are whole runs of 8, and the sums have the low-rank part or
+// it is ready.
 template <class Out>
-struct ForwardPairs {
-    static const bool IS_SHORT = false;
+struct ForwardRuns {
     Out* y;
     const Epilogue& epilogue;
     u32 m, n;
     __device__ bool are_possible(bool expanded) const {
-        return n % 2 == 0 && (expanded || !epilogue.expand.z || epilogue.expand.ready);
+        return n % 8 == 0 && (expanded || !epilogue.expand.z || epilogue.expand.ready);
     }
-    __device__ bool are_plain() const { return !epilogue.bias && !epilogue.dropout.tokens && !epilogue.expand.ready; }
-    __device__ u32 fetch(u32 row, u32 col) const {
-        const bool there = epilogue.residual && row < m && col < n;
-        return there ? load_4_bytes(epilogue.residual + size_t(row) * n + col) : 0;
-    }
-    __device__ void finish(u32 row, u32 col, float first, float second, u32 residual) const {
+    __device__ uint4 fetch(u32 row, u32 col) const { return fetch_residual(epilogue.residual, row, col, m, n); }
+    __device__ void finish(u32 row, u32 col, float (&run)[8], uint4 residual) const {
         if (row >= m || col >= n) return;
+        float more[8];
         if (epilogue.expand.ready) {
-            const float* ready = epilogue.expand.ready + size_t(row) * n + col;
-            first += ready[0];
-            second += ready[1];
+            load_run<8>(more, epilogue.expand.ready + size_t(row) * n + col);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) run[i] += more[i];
         }
         if (epilogue.bias) {
-            first += epilogue.bias[col];
-            second += epilogue.bias[col + 1];
+            load_run<8>(more, epilogue.bias + col);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) run[i] += more[i];
         }
         if (epilogue.dropout.tokens) {
-            float factors[2];
-            dropout_factors(epilogue.dropout, row, col, factors);
-            first = factors[0] == 0.0f ? 0.0f : factors[0] * first;
-            second = factors[1] == 0.0f ? 0.0f : factors[1] * second;
+            dropout_factors(epilogue.dropout, row, col / 8, more);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) run[i] = more[i] == 0.0f ? 0.0f : more[i] * run[i];
         }
-        if (epilogue.residual) {
-            first += low_value(residual);
-            second += high_value(residual);
-        }
-        store_pair(y + size_t(row) * n + col, first, second);
+        if (epilogue.residual) add_residual(run, residual);
+        store_run<8>(y + size_t(row) * n + col, run);
     }
 };
 
-// Those that are only added to a residual: of `linear_backward`, and of `linear` without bias and dropout. Short enough to be
-// there for each part of a tile.
-template <class Out>
-struct PlainPairs {
-    static const bool IS_SHORT = true;
-    Out* y;
-    const Item* residual;
+// Those of `linear_backward`.
+struct BackwardRuns {
+    Item* d_x;
+    const Item* d_residual;
     u32 m, n;
-    __device__ u32 fetch(u32 row, u32 col) const {
-        return residual && row < m && col < n ? load_4_bytes(residual + size_t(row) * n + col) : 0;
-    }
-    __device__ void finish(u32 row, u32 col, float first, float second, u32 fetched) const {
-        if (residual) {
-            first += low_value(fetched);
-            second += high_value(fetched);
-        }
-        if (row < m && col < n) store_pair(y + size_t(row) * n + col, first, second);
+    __device__ uint4 fetch(u32 row, u32 col) const { return fetch_residual(d_residual, row, col, m, n); }
+    __device__ void finish(u32 row, u32 col, float (&run)[8], uint4 residual) const {
+        if (row >= m || col >= n) return;
+        if (d_residual) add_residual(run, residual);
+        store_run<8>(d_x + size_t(row) * n + col, run);
     }
 };
-
-// Finishes a whole tile of `linear` by twos; false where it has to be done one by one.
-template <class Tile, class Out>
-__device__ inline bool finish_pairs(const Tile& tile, Out* y, const Epilogue& epilogue, bool expanded, u32 m, u32 n,
-                                    u32 row0, u32 col0) {
-    const ForwardPairs<Out> pairs = {y, epilogue, m, n};
-    if (!pairs.are_possible(expanded)) return false;
-    const PlainPairs<Out> plain = {y, epilogue.residual, m, n};
-    if (pairs.are_plain()) for_each_pair(tile, plain, row0, col0);
-    else for_each_pair(tile, pairs, row0, col0);
-    return true;
-}
 
 #endif
 

@@ -187,13 +187,13 @@ __device__ inline void for_each(const WgmmaTile<N>& tile, Finish finish, float* 
 }
 
 template <u32 N, class Results>
-__device__ inline void for_each_pair(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0) {
-    const auto sums_of = [&](u32 part, float (&values)[16]) {
+__device__ inline void for_each_run(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0) {
+    const auto sums_of = [&](u32 part, float (&values)[4][4]) {
 #pragma unroll
-        for (u32 at = 0; at < 16; ++at) values[at] = tile.values[part * PART_COLS / 2 + at];
+        for (u32 at = 0; at < 16; ++at) values[at / 4][at % 4] = tile.values[part * PART_COLS / 2 + at];
     };
-    for_each_pair<N / PART_COLS>(results, sums_of, [&](u32 part, u32& row, u32& col) {
-        row = row0 + lane() / 4, col = col0 + lane() % 4 * 2 + part * PART_COLS;
+    for_each_run<N / PART_COLS>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0, col = col0 + part * PART_COLS;
     });
 }
 
@@ -313,7 +313,8 @@ struct Forward {
         const Projection& own = projections.of[place.linear];
         const bool expanded = is_expanded(own.epilogue.expand);
         Out* y = static_cast<Out*>(own.y);
-        if (finish_pairs(tile, y, own.epilogue, expanded, m, own.d_out, place.row0, place.col0)) return;
+        const ForwardRuns<Out> runs = {y, own.epilogue, m, own.d_out};
+        if (runs.are_possible(expanded)) return for_each_run(tile, runs, place.row0, place.col0);
         const auto finish_one = [&](u32 row, u32 col, float value) {
             if (place.row0 + row < m && place.col0 + col < own.d_out)
                 ::finish(y, own.epilogue, expanded, value, place.row0 + row, place.col0 + col, own.d_out);
@@ -350,7 +351,7 @@ struct Backward {
     template <u32 N>
     __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float*) const {
         // Rows are whole chunks: `copy_box`.
-        for_each_pair(tile, PlainPairs<Item>{d_x, d_residual, m, n}, place.row0, place.col0);
+        for_each_run(tile, BackwardRuns{d_x, d_residual, m, n}, place.row0, place.col0);
     }
 };
 

@@ -181,11 +181,13 @@ pub fn architecture(major: i32, minor: i32) -> String {
     if (major, minor) == (9, 0) { "sm_90a".into() } else { format!("sm_{major}{minor}") }
 }
 
-fn options(arch: &str, bf16: bool) -> [String; 3] {
+fn options(arch: &str, bf16: bool) -> [String; 4] {
     [
         format!("--gpu-architecture={arch}"),
         format!("-DPOLYTAPE_BF16={}", u8::from(bf16)),
         "--std=c++17".into(),
+        // Generic lambdas, which cannot say where they run.
+        "--device-as-default-execution-space".into(),
     ]
 }
 

@@ -69,7 +69,7 @@ pub(super) fn rope(cuda: &Cuda, args: Rope<'_, Cuda>) -> Tensor<Cuda> {
     let kernel = cuda.kernel("rope", "rope").arg(y.address()).arg(from);
     let kernel = kernel.arg(rotary.table.full(n_positions, head_dim)).arg(positions.address());
     let kernel = kernel.count(width).count(head_dim).arg(if inverse { -1.0_f32 } else { 1.0 });
-    kernel.launch([rows, (width / 2).div_ceil(128), 1], 128);
+    kernel.launch([rows, (width / 2).div_ceil(8 * 128), 1], 128);
     y
 }
 
