@@ -21,6 +21,7 @@ struct Group {
 
 extern "C" __global__ void __launch_bounds__(256)
 adamw(float* params, float* m, float* v, const float* grads, const Group* groups, AdamW f, const float* clipped) {
+    after_previous();
     const float grad_scale = clipped ? *clipped : f.grad_scale;
     if (grad_scale != grad_scale) return;
     const Group group = groups[blockIdx.x];
@@ -51,22 +52,26 @@ __device__ inline void squares(double* partial, const T* x, u64 n, u32 block, u3
 
 extern "C" __global__ void __launch_bounds__(256)
 sum_of_squares(double* partials, const Item* x, u64 n) {
+    after_previous();
     squares(&partials[blockIdx.x], x, n, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 sum_of_squares_full(double* partials, const float* x, u64 n) {
+    after_previous();
     squares(&partials[blockIdx.x], x, n, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 sum_of_squares_in(double* partials, const float* x, const u64* ranges) {
+    after_previous();
     const u64 first = ranges[2 * blockIdx.x], n = ranges[2 * blockIdx.x + 1];
     squares(&partials[size_t(blockIdx.x) * gridDim.y + blockIdx.y], x + first, n, blockIdx.y, gridDim.y);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 add_up(double* sum, const double* numbers, u32 n, u32 adds) {
+    after_previous();
     SHARED(double, scratch, 256 / WARP);
     double mine = 0.0;
     for (u32 at = threadIdx.x; at < n; at += blockDim.x) mine += numbers[at];
@@ -76,6 +81,7 @@ add_up(double* sum, const double* numbers, u32 n, u32 adds) {
 
 extern "C" __global__ void __launch_bounds__(32)
 clip_scale(float* clipped, const double* squares, const double* loss, double max_norm) {
+    after_previous();
     if (threadIdx.x != 0) return;
     const double largest = 1.7976931348623157e308, norm = sqrt(*squares);
     const double scale = max_norm > 0.0 ? max_norm / (norm + 1e-6) : 1.0;

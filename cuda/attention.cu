@@ -218,6 +218,7 @@ __device__ inline void attend_backward_keys(Item* d_k, Item* d_v, const Item* d_
 // inner[t, head] = sum_c d_o[t, head, c] o[t, head, c]. Grid: x = tokens * heads / 32, eight lanes each.
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * WARP)
 attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_dim) {
+    after_previous();
     const u32 at = (blockIdx.x * blockDim.x + threadIdx.x) / 8, own = threadIdx.x % 8;
     float sum = 0.0f;
     if (at < n) {
@@ -242,16 +243,19 @@ attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_di
 #define ATTENTION_KERNELS(columns)                                                              \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_##columns(Item* o, float* lse, Attention args) {                                  \
+        after_previous();                                                                       \
         attend<columns>(o, lse, args);                                                          \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_backward_queries_##columns(Item* d_q, const Item* d_o, const float* lse,          \
                                          const float* inner, Attention args) {                  \
+        after_previous();                                                                       \
         attend_backward_queries<columns>(d_q, d_o, lse, inner, args);                           \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS* WARP, 2)                      \
     attention_backward_keys_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse,  \
                                       const float* inner, Attention args) {                     \
+        after_previous();                                                                       \
         attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \
     }
 

@@ -564,22 +564,26 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
 #define ATTENTION_TILES(columns)                                                                     \
     extern "C" __global__ void __launch_bounds__(TILE_THREADS, 6)                                    \
     attention_one_##columns(Item* o, float* lse, const __grid_constant__ Attention args) {           \
+        after_previous();                                                                            \
         attend_one<columns * WARP>(o, lse, args, args.spans[args.tiles[blockIdx.x].x]);              \
     }                                                                                                \
     extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2)                                    \
     attention_tiles_##columns(Item* o, float* lse, const __grid_constant__ Attention args) {         \
+        after_previous();                                                                            \
         attend_tiles<columns * WARP>(o, lse, args);                                                  \
     }                                                                                                \
     extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2)                                    \
     attention_backward_queries_tiles_##columns(Item* d_q, const Item* d_o, const float* lse,         \
                                                const float* inner,                                   \
                                                const __grid_constant__ Attention args) {             \
+        after_previous();                                                                            \
         attend_backward_queries_tiles<columns * WARP>(d_q, d_o, lse, inner, args);                   \
     }                                                                                                \
     extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2)                                    \
     attention_backward_keys_tiles_##columns(Item* d_k, Item* d_v, const Item* d_o, const float* lse, \
                                             const float* inner,                                      \
                                             const __grid_constant__ Attention args) {                \
+        after_previous();                                                                            \
         attend_backward_keys_tiles<columns * WARP>(d_k, d_v, d_o, lse, inner, args);                 \
     }
 

@@ -149,6 +149,15 @@ __device__ inline void store_run(float* to, const float (&values)[RUN]) {
                                      __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])});
 }
 
+// What every kernel starts with. Where a graph lets it start while the kernel before it ends (sm_90 on), it waits here until that
+// one is done and what it wrote is seen, and lets the next one start.
+__device__ inline void after_previous() {
+#if !defined(POLYTAPE_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // No load moves before this: unrolled loops would ask for more at once than there are registers.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 

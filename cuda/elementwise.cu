@@ -7,6 +7,7 @@
 
 extern "C" __global__ void __launch_bounds__(128)
 dropout(Item* y, const Item* x, Dropout dropout, u32 d) {
+    after_previous();
     const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
     if (group * 8 >= d) return;
     float factors[8];
@@ -21,6 +22,7 @@ dropout(Item* y, const Item* x, Dropout dropout, u32 d) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) add(Item* y, const Item* a, const Item* b, u64 n) {
+    after_previous();
     const u64 at = u64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (at < n) store(&y[at], widen(a[at]) + widen(b[at]));
 }

@@ -22,10 +22,12 @@ __device__ inline void write_row(Item* to, const Item* from, u32 d, float scale)
 
 extern "C" __global__ void __launch_bounds__(128)
 embed(Item* y, const Item* table, const u32* ids, u32 d, float scale) {
+    after_previous();
     write_row(y + size_t(blockIdx.x) * d, table + size_t(ids[blockIdx.x]) * d, d, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
 cache_write(Item* cache, const Item* source, const u32* rows, u32 d) {
+    after_previous();
     write_row(cache + size_t(rows[blockIdx.x]) * d, source + size_t(blockIdx.x) * d, d, 1.0f);
 }

@@ -49,6 +49,7 @@ __device__ inline void gate_run(Item* h, const Item* gate, const Item* up, const
 
 extern "C" __global__ void __launch_bounds__(128)
 gated(Item* h, const Item* gate, const Item* up, Dropout dropout, u32 f, u32 d) {
+    after_previous();
     const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
     if (group * 8 >= d) return;
     float factors[8];
@@ -81,6 +82,7 @@ __device__ inline void gate_run_backward(Item* d_gate, Item* d_up, const Item* d
 extern "C" __global__ void __launch_bounds__(128)
 gated_backward(Item* d_gate, Item* d_up, const Item* d_h, const Item* gate, const Item* up,
                Dropout dropout, u32 f, u32 d) {
+    after_previous();
     const u32 group = blockIdx.y * blockDim.x + threadIdx.x, token = blockIdx.x;
     if (group * 8 >= d) return;
     float factors[8];

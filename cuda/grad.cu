@@ -16,6 +16,7 @@
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 d_z_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u32 rank, float scale) {
+    after_previous();
     const ThinProduct& own = products.of[blockIdx.z];
     thin_product<true>(own.z, own.lhs, own.right, tiles[blockIdx.x], own.depth, rank, scale);
 }
@@ -23,6 +24,7 @@ d_z_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 d_pair_tiles(const __grid_constant__ PairGradients pairs, const Item* x, const u32* row_segments,
              const uint2* row_runs, u32 d_in, u32 rank, u32 n_rows) {
+    after_previous();
     const PairGradient& own = pairs.of[blockIdx.z / n_rows];
     const u32 row = blockIdx.z % n_rows, a_blocks = (d_in + OUTER_WIDTH - 1) / OUTER_WIDTH;
     // Both in one text: its registers are there once.
@@ -41,6 +43,7 @@ const u32 GRAD_RANKS = 8;   // Sums of a lane.
 
 extern "C" __global__ void __launch_bounds__(GRAD_TOKENS * WARP)
 d_z(const __grid_constant__ ThinProducts products, const u32* token_rows, u32 n_tokens, u32 rank, float scale) {
+    after_previous();
     const ThinProduct& own = products.of[blockIdx.z];
     const u32 d_out = own.depth;
     const u32 token = blockIdx.x * GRAD_TOKENS + threadIdx.x / WARP;
@@ -120,6 +123,7 @@ __device__ inline void outer(float* out, const L* left, const R* right, const u3
 extern "C" __global__ void __launch_bounds__(256)
 d_pair(const __grid_constant__ PairGradients pairs, const Item* x, const u32* row_segments,
        const uint2* row_runs, u32 d_in, u32 rank, u32 n_rows) {
+    after_previous();
     const PairGradient& own = pairs.of[blockIdx.z / n_rows];
     const u32 row = blockIdx.z % n_rows, a_blocks = (d_in + OUTER_TILE - 1) / OUTER_TILE;
     if (blockIdx.x < a_blocks) {

@@ -14,6 +14,7 @@ const u32 HEAD_THREADS = 1024;
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
 head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,
              float scale, float d_nll, u32 wants_gradient) {
+    after_previous();
     SHARED(float, scratch, HEAD_THREADS / WARP);
     float* row = raw + size_t(blockIdx.x) * n_vocabulary;
     float largest = -INFINITY;
@@ -42,6 +43,7 @@ head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labe
 #if !POLYTAPE_BF16
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 head_backward(Item* d_x, const float* d_raw, const Item* weight, u32 n_tokens, u32 d_model, u32 n_vocabulary) {
+    after_previous();
     ScalarTile tile = {};
     DYNAMIC_SHARED(float, shared);
     const u32 row0 = blockIdx.y * ScalarTile::M, col0 = blockIdx.x * ScalarTile::N;
@@ -75,6 +77,7 @@ __device__ inline bool is_forbidden(const u32* forbidden, u32 n_forbidden, u32 c
 
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
 argmax(u32* columns, const float* logits, const u32* forbidden, u32 n_forbidden, u32 n_columns) {
+    after_previous();
     SHARED(Choice, scratch, HEAD_THREADS / WARP);
     const float* row = logits + size_t(blockIdx.x) * n_columns;
     Choice best = {0.0f, n_columns};

@@ -54,11 +54,13 @@ __device__ inline void linear_tile(const Projection& own, const Item* x, u32 n_t
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 linear(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    after_previous();
     linear_tile<Item>(projections.of[blockIdx.z], x, n_tokens, d_in);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 linear_full(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    after_previous();
     linear_tile<float>(projections.of[blockIdx.z], x, n_tokens, d_in);
 }
 
@@ -148,6 +150,7 @@ __device__ inline void expand_piece(float (&sums)[4], const Expand& expand, u32 
 // columns / 16, y = tokens / (8 * DOT_WARPS), z = siblings.
 extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)
 expand_stacked(const __grid_constant__ Projections projections, u32 n_tokens) {
+    after_previous();
     const Expand& expand = projections.of[blockIdx.z].epilogue.expand;
     const u32 d_out = expand.bank.d_out, col0 = blockIdx.x * DOT_COLUMNS;
     const u32 token0 = (blockIdx.y * DOT_WARPS + threadIdx.x / WARP) * 8;
@@ -207,6 +210,7 @@ __device__ inline void dot_columns(const Projection& own, const Item* x, u32 n_t
 #define LINEAR_DOT(name, Out, tiles)                                                            \
     extern "C" __global__ void __launch_bounds__(DOT_WARPS* WARP)                               \
     name(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) { \
+        after_previous();                                                                          \
         dot_columns<Out, tiles>(projections.of[blockIdx.z], x, n_tokens, d_in);                 \
     }
 LINEAR_DOT(linear_dot_1, Item, 1)
@@ -252,6 +256,7 @@ __device__ inline void add_dots(float (&sums)[DOT_TOKENS], const Item* x, const 
 
 extern "C" __global__ void __launch_bounds__(DOT_COLUMNS * WARP)
 linear_dot(const __grid_constant__ Projections projections, const Item* x, u32 n_tokens, u32 d_in) {
+    after_previous();
     const Projection& own_linear = projections.of[blockIdx.z];
     const u32 col = blockIdx.x * DOT_COLUMNS + threadIdx.x / WARP, token0 = blockIdx.y * DOT_TOKENS;
     if (col >= own_linear.d_out) return;  // A whole warp.
@@ -289,6 +294,7 @@ __device__ inline bool expand_tile(MmaTile& tile, const Term& term, u32 n_tokens
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u32 d_in) {
+    after_previous();
     ItemTile tile = {};
     DYNAMIC_SHARED(float, shared);
     const u32 row0 = blockIdx.y * ItemTile::M, col0 = blockIdx.x * ItemTile::N;

@@ -359,6 +359,7 @@ struct Backward {
     extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1)                                              \
     name(const __grid_constant__ Projections projections, const __grid_constant__ TensorMap x,                  \
          const __grid_constant__ WeightMaps weights, u32 n_tokens, u32 d_in) {                                  \
+        after_previous();                                                                                       \
         multiply_all<true, N>(Forward<Out>{projections, x, weights, n_tokens, d_in});                           \
     }
 LINEAR_WGMMA(linear_wgmma_64, Item, 64)
@@ -372,6 +373,7 @@ LINEAR_WGMMA(linear_full_wgmma_256, float, 256)
     extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1)                                         \
     name(Item* d_x, const Item* d_residual, const __grid_constant__ TermMaps maps,                         \
          const __grid_constant__ Terms terms, u32 n_tokens, u32 d_in) {                                    \
+        after_previous();                                                                                  \
         multiply_all<false, N>(Backward{d_x, d_residual, maps, terms, n_tokens, d_in});                    \
     }
 LINEAR_BACKWARD_WGMMA(linear_backward_wgmma_64, 64)

@@ -47,6 +47,7 @@ __device__ inline void mix_run(const MixedPair& pair, u32 at, u32 row) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) mix(const __grid_constant__ MixedPairs pairs) {
+    after_previous();
     const MixedPair& pair = pairs.of[blockIdx.z];
     const u32 len = (pair.bank.d_in + pair.bank.d_out) * pair.bank.rank, row = blockIdx.y;
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, n_threads = gridDim.x * blockDim.x;
@@ -122,6 +123,7 @@ __device__ inline void unmix_weight(const Unmixed& one, u32 row, u32 col) {
 }
 
 extern "C" __global__ void __launch_bounds__(256) unmix(const __grid_constant__ UnmixedAll all, u32 n_rows) {
+    after_previous();
     const Unmixed& one = all.of[blockIdx.y];
     const u32 width = one.bank.n_splits * one.bank.n_skills, n_sums = n_rows * width;
     const bool aligned = ((reinterpret_cast<size_t>(one.d_a) | reinterpret_cast<size_t>(one.d_b)) & 15) == 0;

@@ -59,6 +59,7 @@ __device__ inline void norm_row(Item* y, float* rstd, float* mean, const Item* x
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 norm_rows(Item* y, float* rstd, float* mean, const Item* x, const float* weight, const float* bias,
           float eps, u32 d) {
+    after_previous();
     const size_t row = size_t(blockIdx.x) * d;
     float *own_rstd = rstd + blockIdx.x, *own_mean = mean ? mean + blockIdx.x : nullptr;
     if (d % 8 == 0)
@@ -70,6 +71,7 @@ norm_rows(Item* y, float* rstd, float* mean, const Item* x, const float* weight,
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 norm_again(Item* y, const float* rstd, const float* mean, const Item* x, const float* weight,
            const float* bias, u32 d) {
+    after_previous();
     const size_t row = size_t(blockIdx.x) * d;
     const float r = rstd[blockIdx.x], center = mean ? mean[blockIdx.x] : 0.0f;
     if (d % 8 == 0)
@@ -116,6 +118,7 @@ __device__ inline void norm_row_backward(Item* d_x, const Item* d_residual, cons
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 norm_backward(Item* d_x, const Item* d_residual, const Item* d_y, const Item* x, const float* weight,
               const float* rstd, const float* mean, u32 d) {
+    after_previous();
     const size_t row = size_t(blockIdx.x) * d;
     const float r = rstd[blockIdx.x], center = mean ? mean[blockIdx.x] : 0.0f;
     const Item* residual = d_residual ? d_residual + row : nullptr;

@@ -28,6 +28,7 @@ __device__ inline void rotate_run(Item* y, const Item* x, const float* angles, u
 extern "C" __global__ void __launch_bounds__(128)
 rope(Item* y, const Item* x, const float* table, const u32* positions, u32 width, u32 head_dim,
      float sign) {
+    after_previous();
     const u32 half = head_dim / 2, token = blockIdx.x, pair = (blockIdx.y * blockDim.x + threadIdx.x) * 8;
     if (pair >= width / 2) return;
     const float* angles = table + size_t(positions[token]) * head_dim;

@@ -72,6 +72,7 @@ __device__ inline float normalizer(const Route& route, float sum) {
 
 extern "C" __global__ void __launch_bounds__(128)
 route(float* weights, float* samples, Route route) {
+    after_previous();
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 split = index % route.n_splits, at = index / route.n_splits;
     if (at >= route.n_linears * route.n_rows) return;
@@ -93,6 +94,7 @@ route(float* weights, float* samples, Route route) {
 extern "C" __global__ void __launch_bounds__(128)
 route_backward(float* d_logits, const float* d_weights, const float* weights, const float* samples,
                Route route) {
+    after_previous();
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
     const u32 split = index % route.n_splits, at = index / route.n_splits;
     if (at >= route.n_linears * route.n_rows) return;
@@ -114,6 +116,7 @@ route_backward(float* d_logits, const float* d_weights, const float* weights, co
 
 extern "C" __global__ void __launch_bounds__(128)
 route_sum(float* grads, const float* d_logits, const u64* routers, u32 n_routers, Route route) {
+    after_previous();
     const u32 index = blockIdx.x * blockDim.x + threadIdx.x, width = route.n_splits * route.n_skills;
     const u32 col = index % width, row = index / width % route.n_rows, router = index / width / route.n_rows;
     if (router >= n_routers) return;

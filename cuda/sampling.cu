@@ -134,6 +134,7 @@ __device__ inline u32 find(const Row& row, u64 target, Amount amount, u64* scrat
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
 sample(u32* columns, const float* logits, const double* uniforms, const u32* forbidden, const u32* n_forbidden,
        u32 n_columns, float scale, u32 top_k, double top_p, u64 min_weight) {
+    after_previous();
     SHARED(u64, scratch, TRIES * SAMPLE_WARPS);
     Row row = {logits + size_t(blockIdx.x) * n_columns, forbidden, n_forbidden[blockIdx.x], n_columns, scale, 0.0f};
     float largest = -INFINITY;

@@ -22,6 +22,7 @@ __device__ inline void shrink_finish(float* z, float* sums, u32 token, u32 first
 
 extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
 shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_tokens, float scale) {
+    after_previous();
     const u32 token = blockIdx.x * SHRINK_TOKENS + threadIdx.x / WARP;
     const u32 first = blockIdx.y * SHRINK_RANKS;
     if (token >= n_tokens) return;  // A whole warp.
@@ -49,11 +50,13 @@ shrink_stacked(float* z, const Item* x, const u32* token_rows, Bank bank, u32 n_
 extern "C" __global__ void __launch_bounds__(STACKED_WARPS * WARP)
 shrink_stacked_tiles(float* z, const Item* x, const u32* token_rows, Bank bank, float* partials, u32* done,
                      u32 n_tokens, float scale) {
+    after_previous();
     thin_stacked(z, x, token_rows, bank, partials, done, n_tokens, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS)
 shrink_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles, u32 rank, float scale) {
+    after_previous();
     const ThinProduct& own = products.of[blockIdx.z];
     thin_product<false>(own.z, own.lhs, own.right, tiles[blockIdx.x], own.depth, rank, scale);
 }
@@ -62,6 +65,7 @@ shrink_tiles(const __grid_constant__ ThinProducts products, const RunTile* tiles
 
 extern "C" __global__ void __launch_bounds__(SHRINK_TOKENS * WARP)
 shrink(const __grid_constant__ ThinProducts products, const u32* token_rows, u32 n_tokens, u32 rank, float scale) {
+    after_previous();
     const ThinProduct& own = products.of[blockIdx.z];
     const u32 d_in = own.depth;
     const u32 token = blockIdx.x * SHRINK_TOKENS + threadIdx.x / WARP;

@@ -216,3 +216,21 @@ fn what_does_not_fit_is_seen() {
         compile::compile_source("test", "int f() { return x; }", &[]).unwrap_err().to_string();
     assert!(error.contains("identifier \"x\" is undefined"), "{error}");
 }
+
+/// One that does not may read what the kernel before it has not written yet, and only on a GPU, now and then.
+#[test]
+fn every_kernel_starts_by_waiting_for_the_one_before() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
+    let mut n = 0;
+    for file in std::fs::read_dir(folder).unwrap() {
+        let file = file.unwrap().path();
+        let text = std::fs::read_to_string(&file).unwrap();
+        for kernel in text.split("__global__").skip(1) {
+            let (head, body) = kernel.split_once('{').unwrap();
+            let first = body.trim_start_matches([' ', '\n', '\\']);
+            assert!(first.starts_with("after_previous();"), "{}: {head}", file.display());
+            n += 1;
+        }
+    }
+    assert!(n > 40, "{n} kernels");
+}

@@ -44,6 +44,8 @@ pub struct Driver {
     synchronous: bool,
     /// Whether commands are collected to graphs.
     has_graphs: bool,
+    /// Whether a kernel of a graph starts while the one before it ends: `after_previous` of `cuda/common.cuh`.
+    overlaps: bool,
     state: Mutex<State>,
 }
 
@@ -173,6 +175,7 @@ impl Driver {
         let capture = Mutex::new(result::stream::create(kind()).map_err(failed(&name))?);
         let synchronous = std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty());
         let (recent, slots) = (Mutex::default(), Mutex::default());
+        let graphs = std::env::var("POLYTAPE_CUDA_GRAPHS").unwrap_or_default();
         let driver = Self {
             shared: Arc::new(Shared { context, stream, capture, name, recent, slots }),
             architecture,
@@ -182,10 +185,10 @@ impl Driver {
             has_pools: pools != 0,
             synchronous,
             has_graphs: !synchronous,
+            overlaps: major >= 9 && driver_version()? >= 12_030 && graphs != "serial",
             state: Mutex::default(),
         };
-        let is_off = std::env::var_os("POLYTAPE_CUDA_GRAPHS").is_some_and(|v| v == "off");
-        Ok(if is_off { driver.without_graphs() } else { driver })
+        Ok(if graphs == "off" { driver.without_graphs() } else { driver })
     }
 
     /// The GPU with every kernel launched by itself.
@@ -377,6 +380,18 @@ fn with_params<R>(
     })
 }
 
+/// How a command follows the one before: when that is done, or for two kernels, `overlapping` its end.
+fn edge(overlapping: bool) -> sys::CUgraphEdgeData {
+    let (port, kind) = if overlapping {
+        let kind = sys::CUgraphDependencyType_enum::CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC;
+        (sys::CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC, kind)
+    } else {
+        let kind = sys::CUgraphDependencyType_enum::CU_GRAPH_DEPENDENCY_TYPE_DEFAULT;
+        (sys::CU_GRAPH_KERNEL_NODE_PORT_DEFAULT, kind)
+    };
+    sys::CUgraphEdgeData { from_port: port as u8, to_port: 0, type_: kind as u8, reserved: [0; 5] }
+}
+
 /// Commands as a CUDA graph.
 struct Chain {
     shared: Arc<Shared>,
@@ -402,19 +417,17 @@ impl Chain {
         // SAFETY: A place to write to, which outlives the call.
         unsafe { sys::cuGraphCreate(&mut graph, 0) }.result().map_err(refused())?;
         let template = Template(graph);
-        let mut nodes: Vec<(sys::CUgraphNode, _)> = Vec::with_capacity(commands.len());
+        let mut nodes: Vec<(sys::CUgraphNode, Option<sys::CUfunction>)> = Vec::with_capacity(commands.len());
         let mut kernels = BTreeSet::new();
         for command in commands {
-            let before = nodes.last().map_or(ptr::null(), |(node, _)| ptr::from_ref(node));
-            let n_before = usize::from(!nodes.is_empty());
             let mut node = ptr::null_mut();
             let function = match command {
                 Command::Launch(launch) => {
                     let function = driver.function(launch)?;
-                    // SAFETY: The graph is alive, the node before is one of it, and the parameters are
-                    // as many as the kernel has, which the driver copies.
+                    // SAFETY: The graph is alive, and the parameters are as many as the kernel has, which the
+                    // driver copies.
                     let added = with_params(launch, function, |params| unsafe {
-                        sys::cuGraphAddKernelNode_v2(&mut node, graph, before, n_before, params)
+                        sys::cuGraphAddKernelNode_v2(&mut node, graph, ptr::null(), 0, params)
                     });
                     added.result().map_err(refused())?;
                     kernels.insert(launch.kernel.clone());
@@ -425,13 +438,21 @@ impl Chain {
                     let child = unsafe { shared.captured(command) }.map_err(refused())?;
                     // SAFETY: As above; the child is copied.
                     unsafe {
-                        sys::cuGraphAddChildGraphNode(&mut node, graph, before, n_before, child.0)
+                        sys::cuGraphAddChildGraphNode(&mut node, graph, ptr::null(), 0, child.0)
                     }
                     .result()
                     .map_err(refused())?;
                     None
                 }
             };
+            if let Some(&(before, kernel_before)) = nodes.last() {
+                let overlaps = driver.overlaps && kernel_before.is_some() && function.is_some();
+                let edge = edge(overlaps);
+                // SAFETY: Both nodes are of this graph; the driver copies the edge.
+                unsafe { sys::cuGraphAddDependencies_v2(graph, &before, &node, &edge, 1) }
+                    .result()
+                    .map_err(refused())?;
+            }
             nodes.push((node, function));
         }
         // SAFETY: The graph is whole.
