@@ -149,11 +149,6 @@ __device__ inline void store_run(float* to, const float (&values)[RUN]) {
                                      __float_as_uint(values[i + 2]), __float_as_uint(values[i + 3])});
 }
 
-// Two neighbours at a multiple of 8 bytes, in one instruction.
-__device__ inline void store_pair(float* to, float first, float second) {
-    *reinterpret_cast<uint2*>(to) = uint2{__float_as_uint(first), __float_as_uint(second)};
-}
-
 // What every kernel starts with. Where a graph lets it start while the kernel before it ends (sm_90 on), it waits here until that
 // one is done and what it wrote is seen, and lets the next one start.
 __device__ inline void after_previous() {

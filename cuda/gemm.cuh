@@ -241,56 +241,92 @@ __device__ inline void multiply_tail(MmaTile& tile, const float* z, const float*
     }
 }
 
-// A tile's sums in shared memory, rows of N + 4 in f32.
-__device__ inline const float* stage(const MmaTile& tile, void* shared) {
+template <class Finish>
+__device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared) {
     float* staged = static_cast<float*>(shared);
-    const u32 PITCH = MmaTile::N + 4, g = lane() / 4, t = lane() % 4 * 2;
+    const u32 M = MmaTile::M, N = MmaTile::N, PITCH = N + 4, g = lane() / 4, t = lane() % 4 * 2;
     __syncthreads();  // The products still read this memory.
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
 #pragma unroll
         for (u32 j = 0; j < 4; ++j)
 #pragma unroll
-            for (u32 e = 0; e < 4; e += 2)
-                store_pair(staged + (warp_row() + i * 16 + g + e / 2 * 8) * PITCH + warp_col() + j * 8 + t,
-                           tile.values[i][j][e], tile.values[i][j][e + 1]);
+            for (u32 e = 0; e < 4; ++e)
+                staged[(warp_row() + i * 16 + g + e / 2 * 8) * PITCH + warp_col() + j * 8 + t + e % 2] =
+                    tile.values[i][j][e];
     __syncthreads();
-    return staged;
-}
-
-template <class Finish>
-__device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared) {
-    const u32 M = MmaTile::M, N = MmaTile::N, PITCH = N + 4;
-    const float* staged = stage(tile, shared);
 #pragma unroll 1
     for (u32 at = threadIdx.x; at < M * N; at += GEMM_THREADS)
         finish(at / N, at % N, staged[at / N * PITCH + at % N]);
 }
 
-// Eight sums in f32, from two places at multiples of 16 bytes.
-__device__ inline void load_sums(float (&run)[8], const float* first, const float* second) {
-    const uint4 words[2] = {load_16_bytes(first), load_16_bytes(second)};
+// Of four fragments of 8 columns, a lane has in `pairs` two neighbours each, as `mma` leaves them: lane t of the four of a row
+// those at 2 t. It gets all 8 of fragment t, so that what is stored are whole sectors of memory.
+__device__ inline void gather_run(float (&run)[8], const float (&pairs)[4][2]) {
+    const bool odd = lane() % 2 == 1, upper = lane() % 4 >= 2;
+    // Fragment 2 i + odd: columns 4 upper + 2 lane + e.
+    float halves[2][2][2];
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-        run[4 * i] = __uint_as_float(words[i].x), run[4 * i + 1] = __uint_as_float(words[i].y);
-        run[4 * i + 2] = __uint_as_float(words[i].z), run[4 * i + 3] = __uint_as_float(words[i].w);
+    for (u32 i = 0; i < 2; ++i)
+#pragma unroll
+        for (u32 e = 0; e < 2; ++e) {
+            const float first = pairs[2 * i][e], second = pairs[2 * i + 1][e];
+            const float other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
+            halves[i][0][e] = odd ? other : first;
+            halves[i][1][e] = odd ? second : other;
+        }
+#pragma unroll
+    for (u32 at = 0; at < 4; ++at) {
+        const float first = halves[0][at / 2][at % 2], second = halves[1][at / 2][at % 2];
+        const float other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
+        run[at] = upper ? other : first;
+        run[4 + at] = upper ? second : other;
     }
 }
 
-// Calls results.finish(row, col, run, results.fetch(row, col)) for each 8 neighbours in a row of a tile: what is stored are
-// whole sectors of memory.
-template <class Results>
-__device__ inline void for_each_run(const MmaTile& tile, const Results& results, u32 row0, u32 col0, void* shared) {
-    const float* staged = stage(tile, shared);
-    const u32 M = MmaTile::M, CHUNKS = MmaTile::N / 8, PITCH = MmaTile::N + 4;
-#pragma unroll 2
-    for (u32 at = threadIdx.x; at < M * CHUNKS; at += GEMM_THREADS) {
-        const u32 row = at / CHUNKS, col = at % CHUNKS * 8;
-        float run[8];
-        const uint4 fetched = results.fetch(row0 + row, col0 + col);
-        load_sums(run, staged + row * PITCH + col, staged + row * PITCH + col + 4);
-        results.finish(row0 + row, col0 + col, run, fetched);
+// Calls results.finish(row, col, run, fetched) for each 8 neighbours in a row of some parts of a tile, from registers;
+// `fetched` is what results.fetch(row, col) gave, a part ahead. A part is 16 rows of 32 columns of a warp.
+// sums_of(part, values): a thread's four fragments. place_of(part, row, col): where a part starts. A whole warp.
+template <u32 PARTS, class Results, class Sums, class Place>
+__device__ inline void for_each_run(const Results& results, const Sums& sums_of, const Place& place_of) {
+    const u32 g = lane() / 4, t = lane() % 4;
+    uint4 ahead[2];
+    const auto fetch = [&](u32 part) {
+        u32 row, col;
+        place_of(part, row, col);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) ahead[h] = results.fetch(row + g + 8 * h, col + 8 * t);
+    };
+    fetch(0);
+#pragma unroll
+    for (u32 part = 0; part < PARTS; ++part) {
+        const uint4 fetched[2] = {ahead[0], ahead[1]};
+        if (part + 1 < PARTS) fetch(part + 1);
+        float values[4][4];
+        u32 row, col;
+        sums_of(part, values);
+        place_of(part, row, col);
+#pragma unroll
+        for (u32 h = 0; h < 2; ++h) {
+            float run[8];
+            const float pairs[4][2] = {{values[0][2 * h], values[0][2 * h + 1]}, {values[1][2 * h], values[1][2 * h + 1]},
+                                       {values[2][2 * h], values[2][2 * h + 1]}, {values[3][2 * h], values[3][2 * h + 1]}};
+            gather_run(run, pairs);
+            results.finish(row + g + 8 * h, col + 8 * t, run, fetched[h]);
+        }
+        keep_order();
     }
+}
+
+template <class Results>
+__device__ inline void for_each_run(const MmaTile& tile, const Results& results, u32 row0, u32 col0) {
+    const auto sums_of = [&](u32 part, float (&values)[4][4]) {
+#pragma unroll
+        for (u32 at = 0; at < 16; ++at) values[at / 4][at % 4] = tile.values[part][at / 4][at % 4];
+    };
+    for_each_run<4>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0 + warp_row() + part * 16, col = col0 + warp_col();
+    });
 }
 
 typedef MmaTile ItemTile;  // What frozen weights are multiplied in.

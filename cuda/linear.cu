@@ -43,7 +43,7 @@ __device__ inline void linear_tile(const Projection& own, const Item* x, u32 n_t
     const bool expanded = expand_tile(tile, epilogue.expand, n_tokens, d_out, row0, col0, shared);
 #if POLYTAPE_BF16
     const ForwardRuns<Out> runs = {y, epilogue, n_tokens, d_out};
-    if (runs.are_possible(expanded)) return for_each_run(tile, runs, row0, col0, shared);
+    if (runs.are_possible(expanded)) return for_each_run(tile, runs, row0, col0);
 #endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_out)
@@ -305,7 +305,7 @@ linear_backward(Item* d_x, const Item* d_residual, Terms terms, u32 n_tokens, u3
         if (term.d_z) expanded = expand_tile(tile, term, n_tokens, d_in, row0, col0, shared);
     }
 #if POLYTAPE_BF16
-    if (d_in % 8 == 0) return for_each_run(tile, BackwardRuns{d_x, d_residual, n_tokens, d_in}, row0, col0, shared);
+    if (d_in % 8 == 0) return for_each_run(tile, BackwardRuns{d_x, d_residual, n_tokens, d_in}, row0, col0);
 #endif
     const auto finish_one = [&](u32 row, u32 col, float value) {
         if (row0 + row < n_tokens && col0 + col < d_in)

@@ -4,7 +4,8 @@
 // linear.cu. An element's bits depend neither on its place in a tile nor on the other rows.
 //
 //   warps 0..8, two warpgroups    a tile's upper and lower 64 rows: wait for a stage, multiply, give it back;
-//                                 then the LoRA, and `finish` by way of 16 x 64 sums a warp in shared memory, by eights
+//                                 then the LoRA, and `finish` from registers by twos, or where it must be one by one by
+//                                 way of 16 x 32 sums a warp in shared memory
 //   warp 8, its first thread      copies boxes into the stages, as many ahead as there are, also of the next tile
 //
 // Stage s has two barriers: `full` ends a phase when both boxes have come, `empty` when each of the eight
@@ -30,14 +31,14 @@ const u32 PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * BLOCK_REGISTERS, "more registers than the block has");
 const u32 LINE = 64;                                 // Elements of a line of shared memory: 128 bytes.
 const u32 GROUP_BYTES = 8 * 128;                     // After which the swizzle repeats.
-const u32 PART_COLS = 64;                            // Of a warp's sums, what is finished at a time;
-const u32 TAIL_COLS = 32;                            // what the low-rank part is added to at a time.
+const u32 PART_COLS = 32;                            // Of a warp's sums, what is worked on at a time;
+const u32 STAGED_PITCH = PART_COLS + 8;              // in shared memory without bank conflicts.
 
 template <u32 N>
 struct Stages {
     static const u32 M = 128, K = LINE, COUNT = N == 64 ? 8 : 4;
     static const u32 LEFT_BYTES = 2 * M * K, BYTES = LEFT_BYTES + 2 * N * K;
-    static const u32 STAGED_BYTES = 4 * WGMMA_WARPS * 16 * PART_COLS;
+    static const u32 STAGED_BYTES = 4 * WGMMA_WARPS * 16 * STAGED_PITCH;
     // The first GROUP_BYTES are for the start to be a multiple of that.
     static const u32 SHARED_BYTES = GROUP_BYTES + COUNT * BYTES + STAGED_BYTES + COUNT * 2 * sizeof(u64);
     static_assert((COUNT & (COUNT - 1)) == 0, "a count that wraps goes on with stage 0");
@@ -125,32 +126,32 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
             }
             // The first 8 ranks a part ahead, as there is nothing else to do while they are on their way.
             const float* own = right + size_t(row) * rank * n;
-            float ahead[TAIL_COLS / 8][2];
+            float ahead[PART_COLS / 8][2];
             const auto load = [&](u32 part, u32 j, u32 r) {
-                const u32 col = col0 + part * TAIL_COLS + j * 8 + g;
-                const bool there = part < N / TAIL_COLS && col < n && r < rank;
+                const u32 col = col0 + part * PART_COLS + j * 8 + g;
+                const bool there = part < N / PART_COLS && col < n && r < rank;
                 return there ? own[RANK_FIRST ? r * n + col : col * rank + r] : 0.0f;
             };
 #pragma unroll
-            for (u32 at = 0; at < TAIL_COLS / 4; ++at) ahead[at / 2][at % 2] = load(0, at / 2, r0 + t + at % 2);
+            for (u32 at = 0; at < PART_COLS / 4; ++at) ahead[at / 2][at % 2] = load(0, at / 2, r0 + t + at % 2);
 #pragma unroll 1
-            for (u32 part = 0; part < N / TAIL_COLS; ++part) {
-                u32 right_high[TAIL_COLS / 8][2], right_low[TAIL_COLS / 8][2];
+            for (u32 part = 0; part < N / PART_COLS; ++part) {
+                u32 right_high[PART_COLS / 8][2], right_low[PART_COLS / 8][2];
 #pragma unroll
-                for (u32 j = 0; j < TAIL_COLS / 8; ++j) {
+                for (u32 j = 0; j < PART_COLS / 8; ++j) {
                     const float first = load(part, j, r0 + 8 + t), second = load(part, j, r0 + 8 + t + 1);
                     split(ahead[j][0], ahead[j][1], right_high[j][0], right_low[j][0]);
                     split(first, second, right_high[j][1], right_low[j][1]);
                 }
 #pragma unroll
-                for (u32 at = 0; at < TAIL_COLS / 4; ++at)
+                for (u32 at = 0; at < PART_COLS / 4; ++at)
                     ahead[at / 2][at % 2] = load(part + 1, at / 2, r0 + t + at % 2);
 #pragma unroll
-                for (u32 i = 0; i < N / TAIL_COLS; ++i) {
+                for (u32 i = 0; i < N / PART_COLS; ++i) {
                     if (i != part) continue;
 #pragma unroll
-                    for (u32 j = 0; j < TAIL_COLS / 8; ++j) {
-                        float(&sums)[4] = *reinterpret_cast<float(*)[4]>(&tile.values[i * TAIL_COLS / 2 + 4 * j]);
+                    for (u32 j = 0; j < PART_COLS / 8; ++j) {
+                        float(&sums)[4] = *reinterpret_cast<float(*)[4]>(&tile.values[i * PART_COLS / 2 + 4 * j]);
                         mma(sums, high, right_high[j][0], right_high[j][1]);
                         mma(sums, finite, right_low[j][0], right_low[j][1]);
                         mma(sums, low, right_high[j][0], right_high[j][1]);
@@ -162,64 +163,38 @@ __device__ inline void multiply_tail(WgmmaTile<N>& tile, const float* z, const f
     }
 }
 
-// Where half a chunk of 8 columns of a part lies, in f32: exchanged such that neither storing fragments nor loading rows meets a
-// bank twice.
-__device__ inline u32 half_place(u32 row, u32 chunk, u32 half) {
-    return row * PART_COLS + half * (PART_COLS / 2) + (chunk ^ half ^ row % 4 * 2) * 4;
-}
-
-// A part of a warp's sums in shared memory. Registers have no index: a part is what one of as many branches takes.
-template <u32 N>
-__device__ inline void stage_part(const WgmmaTile<N>& tile, u32 part, float* staged) {
-    const u32 g = lane() / 4, t = lane() % 4;
-    __syncwarp();  // All have read the part before.
-#pragma unroll
-    for (u32 i = 0; i < N / PART_COLS; ++i) {
-        if (i != part) continue;
-#pragma unroll
-        for (u32 j = 0; j < PART_COLS / 8; ++j)
-#pragma unroll
-            for (u32 h = 0; h < 2; ++h) {
-                const u32 at = i * PART_COLS / 2 + 4 * j + 2 * h;
-                store_pair(staged + half_place(g + 8 * h, j, t / 2) + t % 2 * 2, tile.values[at], tile.values[at + 1]);
-            }
-    }
-    __syncwarp();
-}
-
-// Calls finish(row, col, value) for each element of a warp's 16 rows.
+// Calls finish(row, col, value) for each element of a warp's 16 rows: as `for_each` of gemm.cuh, part by part, a
+// column a lane.
 template <u32 N, class Finish>
 __device__ inline void for_each(const WgmmaTile<N>& tile, Finish finish, float* staged) {
+    const u32 g = lane() / 4, t = lane() % 4 * 2;
 #pragma unroll 1
     for (u32 part = 0; part < N / PART_COLS; ++part) {
-        stage_part(tile, part, staged);
-#pragma unroll 1
-        for (u32 at = lane(); at < 16 * PART_COLS; at += WARP) {
-            const u32 row = at / PART_COLS, col = at % PART_COLS;
-            finish(row, part * PART_COLS + col, staged[half_place(row, col / 8, col / 4 % 2) + col % 4]);
+        __syncwarp();  // All have read the part before.
+#pragma unroll
+        for (u32 i = 0; i < N / PART_COLS; ++i) {
+            if (i != part) continue;
+#pragma unroll
+            for (u32 e = 0; e < PART_COLS / 2; ++e)
+                staged[(g + e / 2 % 2 * 8) * STAGED_PITCH + e / 4 * 8 + t + e % 2] =
+                    tile.values[i * PART_COLS / 2 + e];
         }
+        __syncwarp();
+#pragma unroll 1
+        for (u32 row = 0; row < 16; ++row)
+            finish(row, part * PART_COLS + lane(), staged[row * STAGED_PITCH + lane()]);
     }
 }
 
-// As `for_each_run` of gemm.cuh, a warp's rows.
 template <u32 N, class Results>
-__device__ inline void for_each_run(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0, float* staged) {
-    const u32 CHUNKS = PART_COLS / 8, ROWS = WARP / CHUNKS, chunk = lane() % CHUNKS;
-#pragma unroll 1
-    for (u32 part = 0; part < N / PART_COLS; ++part) {
-        const u32 col = col0 + part * PART_COLS + chunk * 8;
-        uint4 fetched[16 / ROWS];
+__device__ inline void for_each_run(const WgmmaTile<N>& tile, const Results& results, u32 row0, u32 col0) {
+    const auto sums_of = [&](u32 part, float (&values)[4][4]) {
 #pragma unroll
-        for (u32 i = 0; i < 16 / ROWS; ++i) fetched[i] = results.fetch(row0 + i * ROWS + lane() / CHUNKS, col);
-        stage_part(tile, part, staged);
-#pragma unroll
-        for (u32 i = 0; i < 16 / ROWS; ++i) {
-            const u32 row = i * ROWS + lane() / CHUNKS;
-            float run[8];
-            load_sums(run, staged + half_place(row, chunk, 0), staged + half_place(row, chunk, 1));
-            results.finish(row0 + row, col, run, fetched[i]);
-        }
-    }
+        for (u32 at = 0; at < 16; ++at) values[at / 4][at % 4] = tile.values[part * PART_COLS / 2 + at];
+    };
+    for_each_run<N / PART_COLS>(results, sums_of, [&](u32 part, u32& row, u32& col) {
+        row = row0, col = col0 + part * PART_COLS;
+    });
 }
 
 // Brings all stages of this block's tiles, in order. One thread.
@@ -269,7 +244,7 @@ __device__ inline void consume(const Stages<N>& shared, const Problem& problem) 
             if (lane() == 0) barrier_arrive(shared.empty_of(count - 1));
             problem.expand(sums, term, place);
         }
-        problem.finish(sums, place, shared.staged() + warp * 16 * PART_COLS);
+        problem.finish(sums, place, shared.staged() + warp * 16 * STAGED_PITCH);
     }
 }
 
@@ -339,7 +314,7 @@ struct Forward {
         const bool expanded = is_expanded(own.epilogue.expand);
         Out* y = static_cast<Out*>(own.y);
         const ForwardRuns<Out> runs = {y, own.epilogue, m, own.d_out};
-        if (runs.are_possible(expanded)) return for_each_run(tile, runs, place.row0, place.col0, staged);
+        if (runs.are_possible(expanded)) return for_each_run(tile, runs, place.row0, place.col0);
         const auto finish_one = [&](u32 row, u32 col, float value) {
             if (place.row0 + row < m && place.col0 + col < own.d_out)
                 ::finish(y, own.epilogue, expanded, value, place.row0 + row, place.col0 + col, own.d_out);
@@ -374,9 +349,9 @@ struct Backward {
             multiply_tail<false>(tile, term.d_z, term.mixed_a, term.token_rows, m, n, term.rank, place.row0, place.col0);
     }
     template <u32 N>
-    __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float* staged) const {
+    __device__ void finish(const WgmmaTile<N>& tile, const Place& place, float*) const {
         // Rows are whole chunks: `copy_box`.
-        for_each_run(tile, BackwardRuns{d_x, d_residual, m, n}, place.row0, place.col0, staged);
+        for_each_run(tile, BackwardRuns{d_x, d_residual, m, n}, place.row0, place.col0);
     }
 };
 

@@ -89,7 +89,7 @@ const WGMMA_THREADS: u32 = 384;
 
 fn wgmma_shared_bytes(width: usize) -> usize {
     let (stage, stages) = (2 * WGMMA_DEPTH * (WGMMA_ROWS + width), if width == 64 { 8 } else { 4 });
-    1024 + stages * stage + 4 * 8 * 16 * 64 + stages * 2 * 8
+    1024 + stages * stage + 4 * 8 * 16 * 40 + stages * 2 * 8
 }
 
 /// The width of the tiles of `linear_wgmma.cu` for products with so many columns, of matrices whose rows have so
