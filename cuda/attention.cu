@@ -1,5 +1,5 @@
 // Attention without a score matrix in memory, and its backward from recomputed probabilities, on CUDA cores:
-// for f32, and for bf16 where a head is wider than 128. attention_tiles.cu has the others.
+// for f32, and for heads that attention_tiles.cu does not take.
 // tiles [n] = (sequence, first query or key of 8). Grid: x = tiles, y = heads (of d_k, d_v: of keys).
 // Block: 8 warps, a warp a query (a key in the last kernel); the other side passes through shared
 // memory 32 rows at a time, a lane scoring one of them and then owning columns lane + 32 c of the
@@ -259,8 +259,7 @@ attention_inner(float* inner, const Item* d_o, const Item* o, u32 n, u32 head_di
         attend_backward_keys<columns>(d_k, d_v, d_o, lse, inner, args);                         \
     }
 
-#if !POLYTAPE_BF16
 ATTENTION_KERNELS(1)
 ATTENTION_KERNELS(2)
 ATTENTION_KERNELS(4)
-#endif
+ATTENTION_KERNELS(8)

@@ -1,11 +1,11 @@
-// The kernels of attention.cu on tensor cores, for bf16 where a head is at most 128 wide: the same arguments, with tiles
-// of 64 queries or keys.
+// The kernels of attention.cu on tensor cores, for bf16 where a head is whole runs of 8 and at most 128 wide: the same
+// arguments, with tiles of 64 queries or keys.
 //
 // A block has 64 queries (keys) of a head, a warp 16 of them, in fragments as `mma` has them: of a fragment a thread has two
 // rows, row() and the eighth after it. The other side passes through shared memory 64 or 32 rows at a time, the next ones on
 // their way. DEPTH: head_dim rounded up to a power of two from 32 on, the rest zeros.
 //
-// A tile that all of a warp's rows see whole has no masks and no clamps: a step is written once and compiled twice. Scores are
+// A tile that all of a warp's rows see whole has no masks and no clamps: a step is written once and compiled for each kind. Scores are
 // kept times log2(e), as the GPU's exponential wants them. Probabilities and gradients of scores are rounded to bf16 once, for
 // their products, as on the CPU's tiles.
 #include "attention.cuh"
@@ -17,12 +17,15 @@ const u32 FORWARD_KEYS = 64;    // Rows of the other side at a time: keys of the
 const u32 BACKWARD_OTHERS = 32;  // keys or queries of the backward, which has more in registers.
 const float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
-// Whether some pairs of a tile do not meet, or something is dropped.
-struct Partial {
-    static const bool IS = true;
-};
+// Kinds of tiles: all pairs meet; some may not; probabilities are dropped, and some may not.
 struct Whole {
-    static const bool IS = false;
+    static const bool IS_MASKED = false, IS_DROPPED = false;
+};
+struct Masked {
+    static const bool IS_MASKED = true, IS_DROPPED = false;
+};
+struct Dropped {
+    static const bool IS_MASKED = true, IS_DROPPED = true;
 };
 
 // Where a chunk of 8 elements of a row of DEPTH lies: exchanged as in gemm.cuh.
@@ -39,21 +42,11 @@ __device__ inline void bring_rows(Bf16* to, const Item* from, size_t row_size, u
     const u32 row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     to += head_place<DEPTH>(row, chunk);
     const Item* at = from + row * row_size + chunk * 8;
-    if (head_dim % 8 == 0) {
-        const bool inside = chunk * 8 < head_dim;
+    const bool inside = chunk * 8 < head_dim;
 #pragma unroll
-        for (u32 i = 0; i < ROWS / STEP; ++i, at += STEP * row_size) {
-            const bool valid = inside && row + i * STEP < n;
-            copy_async(to + i * STEP * DEPTH, valid ? at : from, valid);
-        }
-    } else {
-#pragma unroll 1
-        for (u32 i = 0; i < ROWS / STEP; ++i, at += STEP * row_size)
-#pragma unroll 1
-            for (u32 e = 0; e < 8; ++e) {
-                const bool valid = row + i * STEP < n && chunk * 8 + e < head_dim;
-                to[i * STEP * DEPTH + e] = valid ? at[e] : Bf16{0};
-            }
+    for (u32 i = 0; i < ROWS / STEP; ++i, at += STEP * row_size) {
+        const bool valid = inside && row + i * STEP < n;
+        copy_async(to + i * STEP * DEPTH, valid ? at : from, valid);
     }
 }
 
@@ -66,9 +59,8 @@ __device__ inline void bring_tile(Bf16* to, const Item* one, const Item* other, 
     copy_async_commit();
 }
 
-template <class T>
-__device__ inline void swap(T*& one, T*& other) {
-    T* const kept = one;
+__device__ inline void swap(Bf16*& one, Bf16*& other) {
+    Bf16* const kept = one;
     one = other;
     other = kept;
 }
@@ -128,25 +120,19 @@ __device__ inline void add_weighted(float (&out)[DEPTH / 8][4], const float (&fa
     }
 }
 
-// Stores row h of a warp's result times a factor, by twos where they lie at multiples of 4 bytes.
+// Stores row h of a warp's result times a factor.
 template <u32 DEPTH>
 __device__ inline void store_row(Item* to, const float (&out)[DEPTH / 8][4], u32 h, float factor, u32 head_dim) {
 #pragma unroll
     for (u32 i = 0; i < DEPTH / 8; ++i) {
         const u32 col = fragment_col(2 * i);
-        const float first = factor * out[i][2 * h], second = factor * out[i][2 * h + 1];
-        if (head_dim % 2 == 0) {
-            if (col < head_dim) store_4_bytes(to + col, to_bf16s(first, second));
-        } else {
-            if (col < head_dim) store(&to[col], first);
-            if (col + 1 < head_dim) store(&to[col + 1], second);
-        }
+        if (col < head_dim) store_4_bytes(to + col, to_bf16s(factor * out[i][2 * h], factor * out[i][2 * h + 1]));
     }
 }
 
 // Adds to the scores of a warp's rows and a tile's columns their biases, times log2(e). KEY_ROWS: rows are keys and columns
 // queries, else the other way round. Pairs that do not meet get others' biases, or 0.
-template <bool IS_PARTIAL, bool KEY_ROWS, u32 FRAGMENTS>
+template <bool IS_MASKED, bool KEY_ROWS, u32 FRAGMENTS>
 __device__ inline void add_biases(float (&scores)[FRAGMENTS][4], const Attention& args, const Span& span, u32 head,
                                   const u32 (&rows)[2], u32 col0) {
     if (!args.bias) return;
@@ -159,10 +145,37 @@ __device__ inline void add_biases(float (&scores)[FRAGMENTS][4], const Attention
 #pragma unroll
         for (u32 e = 0; e < 2 * FRAGMENTS; ++e) {
             const int offset = KEY_ROWS ? int(8 * h) - int(e / 2 * 8 + e % 2) : int(e / 2 * 8 + e % 2) - int(8 * h);
-            const float bias = IS_PARTIAL ? biases[min(at + u32(offset), args.n_distances - 1)] : (biases + at)[offset];
+            const float bias = IS_MASKED ? biases[min(at + u32(offset), args.n_distances - 1)] : (biases + at)[offset];
             float& score = scores[e / 2][2 * h + e % 2];
             score = fmaf(bias, LOG2_E, score);
         }
+}
+
+// Multiplies by dropout's factors the values of a warp's queries, `low` and the 15 after it, and a tile's keys from j0 on. The
+// four lanes of a row draw a quarter of its blocks each.
+template <u32 FRAGMENTS>
+__device__ inline void drop_keys(float (&values)[FRAGMENTS][4], const Attention& args, const Span& span, u32 head,
+                                 const u32 (&rows)[2], u32 j0) {
+    const u32 group = (head * ((span.n_keys + 7) / 8 * 8) + j0) / 8, t = lane() % 4;
+    u32 own = 0;
+#pragma unroll
+    for (u32 at = 0; at < FRAGMENTS / 2; ++at) {
+        const u32 token = span.query_start + min(rows[at % 2], span.n_queries - 1);
+        own |= kept_bits(args.dropout, token, group + at / 2 * 4 + t) << 8 * at;
+    }
+#pragma unroll
+    for (u32 j = 0; j < FRAGMENTS; ++j) {
+        const u32 bits = __shfl_sync(ALL_LANES, own, lane() / 4 * 4 + j % 4) >> (j / 4 * 16 + 2 * t);
+#pragma unroll
+        for (u32 e = 0; e < 4; ++e) values[j][e] *= bits >> (e / 2 * 8 + e % 2) & 1 ? args.dropout.scale : 0.0f;
+    }
+}
+
+// Which of a warp's 16 keys from `low` on a query keeps, bits of lane l for the query l after i0.
+__device__ inline u32 kept_of_query(const Attention& args, const Span& span, u32 head, u32 low, u32 i0) {
+    const u32 group = (head * ((span.n_keys + 7) / 8 * 8) + low) / 8;
+    const u32 token = span.query_start + min(i0 + lane(), span.n_queries - 1);
+    return kept_bits(args.dropout, token, group) | kept_bits(args.dropout, token, group + 1) << 8;
 }
 
 // A sequence's only query, as in decoding: the warps share its keys, 32 at a time in turns, a lane a key; then what they have
@@ -185,17 +198,13 @@ __device__ inline void attend_one(Item* o, float* lse, const Attention& args, co
         const bool sees = j >= from && j < seen;
         const Item* key = args.k + kv_at + min(j, seen - 1) * kv_size;
         float score = 0.0f;
-        if (d % 8 == 0) {
 #pragma unroll
-            for (u32 c = 0; c < DEPTH; c += 8) {
-                if (c >= d) continue;
-                float values[8];
-                load_run<8>(values, key + c);
+        for (u32 c = 0; c < DEPTH; c += 8) {
+            if (c >= d) continue;
+            float values[8];
+            load_run<8>(values, key + c);
 #pragma unroll
-                for (u32 i = 0; i < 8; ++i) score = fmaf(query[c + i], values[i], score);
-            }
-        } else {
-            for (u32 c = 0; c < d; ++c) score = fmaf(query[c], widen(key[c]), score);
+            for (u32 i = 0; i < 8; ++i) score = fmaf(query[c + i], values[i], score);
         }
         score = sees ? fmaf(args.scale, score, bias(args, span, head, 0, j)) : -INFINITY;
         const float larger = fmaxf(largest, warp_max(score)), rescale = expf(largest - larger);
@@ -268,7 +277,7 @@ struct Meeting {
     __device__ Meeting(const QueryTile& own, const Attention& args, u32 j0, u32 n) {
         end = own.has_rows ? n_seen(args, own.span, own.high) : 0;
         any = own.has_rows && j0 < end && j0 + n > first_seen(args, own.span, own.low);
-        whole = own.low + 15 == own.high && !args.dropout.tokens && j0 + n <= n_seen(args, own.span, own.low) &&
+        whole = own.low + 15 == own.high && j0 + n <= n_seen(args, own.span, own.low) &&
                 j0 >= first_seen(args, own.span, own.high);
     }
 };
@@ -308,14 +317,14 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
     float out[DEPTH / 8][4] = {};
     const float scale = args.scale * LOG2_E;
     const auto add = [&](auto kind, u32 j0, u32 end) {
-        constexpr bool IS_PARTIAL = decltype(kind)::IS;
-        const u32 groups = IS_PARTIAL ? min(N / 16, (end - j0 + 15) / 16) : N / 16;
+        constexpr bool IS_MASKED = decltype(kind)::IS_MASKED, IS_DROPPED = decltype(kind)::IS_DROPPED;
+        const u32 groups = IS_MASKED ? min(N / 16, (end - j0 + 15) / 16) : N / 16;
         float scores[N / 8][4] = {};
 #pragma unroll
         for (u32 c = 0; c < DEPTH / 16; ++c) add_products<DEPTH>(scores, lefts[c], keys, c, groups);
 #pragma unroll
         for (u32 i = 0; i < N / 2; ++i) scores[i / 4][i % 4] *= scale;
-        add_biases<IS_PARTIAL, false>(scores, args, span, head, row, j0);
+        add_biases<IS_MASKED, false>(scores, args, span, head, row, j0);
         float rescale[2];
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
@@ -324,7 +333,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
             for (u32 e = 0; e < N / 4; ++e) {
                 float& score = scores[e / 2][2 * h + e % 2];
                 const u32 j = j0 + fragment_col(e);
-                if (IS_PARTIAL && (j < from[h] || j >= seen[h])) score = -INFINITY;
+                if (IS_MASKED && (j < from[h] || j >= seen[h])) score = -INFINITY;
                 larger = fmaxf(larger, score);
             }
             larger = row_max(larger);
@@ -335,8 +344,6 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
                 float& score = scores[e / 2][2 * h + e % 2];
                 score = exp2_fast(score - base);
                 added += score;
-                if (IS_PARTIAL && args.dropout.tokens && score > 0.0f)
-                    score *= keep(args, span, head, row[h], j0 + fragment_col(e));
             }
             rescale[h] = exp2_fast(largest[h] - base);
             sum[h] = fmaf(sum[h], rescale[h], added);
@@ -344,6 +351,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
         }
 #pragma unroll
         for (u32 i = 0; i < DEPTH / 2; ++i) out[i / 4][i % 4] *= rescale[i % 4 / 2];
+        if (IS_DROPPED) drop_keys(scores, args, span, head, row, j0);
         add_weighted<DEPTH>(out, scores, keys + N * DEPTH, groups);
     };
     for (u32 j0 = start; j0 < most; j0 += N) {
@@ -351,8 +359,9 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
         __syncthreads();  // This tile is there, and all are done with the one before.
         bring(next, j0 + N);
         const Meeting meeting(tile, args, j0, N);
-        if (meeting.whole) add(Whole(), j0, meeting.end);
-        else if (meeting.any) add(Partial(), j0, meeting.end);
+        if (meeting.any && args.dropout.tokens) add(Dropped(), j0, meeting.end);
+        else if (meeting.whole) add(Whole(), j0, meeting.end);
+        else if (meeting.any) add(Masked(), j0, meeting.end);
         swap(keys, next);
     }
 #pragma unroll
@@ -408,8 +417,8 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
     float out[DEPTH / 8][4] = {};
     const float scale = args.scale * LOG2_E;
     const auto add = [&](auto kind, u32 j0, u32 end) {
-        constexpr bool IS_PARTIAL = decltype(kind)::IS;
-        const u32 groups = IS_PARTIAL ? min(N / 16, (end - j0 + 15) / 16) : N / 16;
+        constexpr bool IS_MASKED = decltype(kind)::IS_MASKED, IS_DROPPED = decltype(kind)::IS_DROPPED;
+        const u32 groups = IS_MASKED ? min(N / 16, (end - j0 + 15) / 16) : N / 16;
         float scores[N / 8][4] = {}, d_ps[N / 8][4] = {};
 #pragma unroll
         for (u32 c = 0; c < DEPTH / 16; ++c) {
@@ -418,17 +427,16 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
         }
 #pragma unroll
         for (u32 i = 0; i < N / 2; ++i) scores[i / 4][i % 4] = fmaf(scores[i / 4][i % 4], scale, -row_lse[i % 4 / 2]);
-        add_biases<IS_PARTIAL, false>(scores, args, span, head, row, j0);
+        add_biases<IS_MASKED, false>(scores, args, span, head, row, j0);
+        if (IS_DROPPED) drop_keys(d_ps, args, span, head, row, j0);
 #pragma unroll
         for (u32 h = 0; h < 2; ++h)
 #pragma unroll
             for (u32 e = 0; e < N / 4; ++e) {
                 const u32 j = j0 + fragment_col(e);
                 float& score = scores[e / 2][2 * h + e % 2];
-                float d_p = d_ps[e / 2][2 * h + e % 2];
-                const bool sees = !IS_PARTIAL || (j >= from[h] && j < seen[h]);
-                if (IS_PARTIAL && args.dropout.tokens && sees) d_p *= keep(args, span, head, row[h], j);
-                score = sees ? exp2_fast(score) * (d_p - row_inner[h]) : 0.0f;
+                const bool sees = !IS_MASKED || (j >= from[h] && j < seen[h]);
+                score = sees ? exp2_fast(score) * (d_ps[e / 2][2 * h + e % 2] - row_inner[h]) : 0.0f;
             }
         add_weighted<DEPTH>(out, scores, keys, groups);
     };
@@ -437,8 +445,9 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
         __syncthreads();  // This tile is there, and all are done with the one before.
         bring(next, j0 + N);
         const Meeting meeting(tile, args, j0, N);
-        if (meeting.whole) add(Whole(), j0, meeting.end);
-        else if (meeting.any) add(Partial(), j0, meeting.end);
+        if (meeting.any && args.dropout.tokens) add(Dropped(), j0, meeting.end);
+        else if (meeting.whole) add(Whole(), j0, meeting.end);
+        else if (meeting.any) add(Masked(), j0, meeting.end);
         swap(keys, next);
     }
 #pragma unroll
@@ -461,9 +470,9 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     const size_t kv_at = (span.key_start + first) * kv_size + kv_head * d;
     DYNAMIC_SHARED(Bf16, keys);
     Bf16 *values = keys + TILE_QUERIES * DEPTH, *queries = values + TILE_QUERIES * DEPTH;
-    Bf16* next = queries + 2 * N * DEPTH;  // Queries with d_os behind them, as the ones before.
-    // Of the queries, lse times log2(e), then inner; and of the next ones.
-    float *stats = reinterpret_cast<float*>(next + 2 * N * DEPTH), *next_stats = stats + 2 * N;
+    // Queries with d_os behind them, then of each its lse and of each its inner, in f32; as the ones before.
+    Bf16* next = queries + 2 * N * DEPTH + 4 * N;
+    const auto stats = [](Bf16* tile) { return reinterpret_cast<float*>(tile + 2 * N * DEPTH); };
     // The first query that sees the block's first key, and the tile that it is in.
     const u32 past = span.n_keys > span.n_queries ? span.n_keys - span.n_queries : 0;
     const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
@@ -482,19 +491,17 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     const auto bring = [&](Bf16* to, u32 head, u32 i0) {
         if (!is_there(head, i0)) return;
         const size_t start = (span.query_start + i0) * q_size + head * d;
-        bring_tile<DEPTH, N>(to, args.q, d_o, start, q_size, span.n_queries - i0, d);
+        bring_rows<DEPTH, N>(to, args.q + start, q_size, span.n_queries - i0, d);
+        bring_rows<DEPTH, N>(to + N * DEPTH, d_o + start, q_size, span.n_queries - i0, d);
+        if (threadIdx.x < 2 * N) {
+            const u32 i = i0 + threadIdx.x % N;
+            const size_t at = (size_t(span.query_start) + min(i, span.n_queries - 1)) * args.n_heads + head;
+            copy_word_async(stats(to) + threadIdx.x, (threadIdx.x < N ? lse : inner) + at, i < span.n_queries);
+        }
+        copy_async_commit();
     };
-    // What this thread brings of the statistics.
-    const auto stat = [&](u32 head, u32 i0) {
-        if (threadIdx.x >= 2 * N || !is_there(head, i0)) return 0.0f;
-        const u32 i = i0 + threadIdx.x % N;
-        if (i >= span.n_queries) return 0.0f;
-        const size_t at = (size_t(span.query_start) + i) * args.n_heads + head;
-        return threadIdx.x < N ? lse[at] * LOG2_E : inner[at];
-    };
-    const float scale = args.scale * LOG2_E;
     const auto add = [&](auto kind, u32 head, u32 i0) {
-        constexpr bool IS_PARTIAL = decltype(kind)::IS;
+        constexpr bool IS_MASKED = decltype(kind)::IS_MASKED, IS_DROPPED = decltype(kind)::IS_DROPPED;
         const u32 groups = N / 16;
         const Bf16* d_os = queries + N * DEPTH;
         float scores[N / 8][4] = {}, d_ps[N / 8][4] = {};
@@ -507,22 +514,24 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
             add_products<DEPTH>(d_ps, d_left, d_os, c, groups);
         }
 #pragma unroll
-        for (u32 i = 0; i < N / 2; ++i) scores[i / 4][i % 4] *= scale;
-        add_biases<IS_PARTIAL, true>(scores, args, span, head, row, i0);
+        for (u32 i = 0; i < N / 2; ++i) scores[i / 4][i % 4] *= args.scale * LOG2_E;
+        add_biases<IS_MASKED, true>(scores, args, span, head, row, i0);
+        const u32 kept_own = IS_DROPPED ? kept_of_query(args, span, head, low, i0) : 0;
+        // A query i sees key j where j - i is in (nearest, furthest].
+        const int end = int(span.n_keys) - int(span.n_queries), always = 1 << 30;
+        const int furthest = args.causal ? end : always, nearest = args.window != 0 ? end - int(args.window) : -always;
 #pragma unroll
         for (u32 e = 0; e < N / 4; ++e) {
             const u32 col = fragment_col(e), i = i0 + col;
-            const float row_lse = stats[col], row_inner = stats[N + col];
-            const bool there = !IS_PARTIAL || i < span.n_queries;
-            const u32 seen = IS_PARTIAL && there ? n_seen(args, span, i) : 0;
-            const u32 seen_from = IS_PARTIAL && there ? first_seen(args, span, i) : 0;
+            const float row_lse = stats(queries)[col] * LOG2_E, row_inner = stats(queries)[N + col];
+            const u32 kept_keys = IS_DROPPED ? __shfl_sync(ALL_LANES, kept_own, col) >> lane() / 4 : 0;
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
                 float &score = scores[e / 2][2 * h + e % 2], &d_p = d_ps[e / 2][2 * h + e % 2];
-                const bool sees = !IS_PARTIAL || (row[h] >= seen_from && row[h] < seen);
+                const int ahead = int(row[h]) - int(i);
+                const bool sees = !IS_MASKED || (i < span.n_queries && ahead <= furthest && ahead > nearest);
                 const float p = sees ? exp2_fast(score - row_lse) : 0.0f;
-                float kept = 1.0f;
-                if (IS_PARTIAL && args.dropout.tokens && sees) kept = keep(args, span, head, i, row[h]);
+                const float kept = !IS_DROPPED ? 1.0f : kept_keys >> 8 * h & 1 ? args.dropout.scale : 0.0f;
                 d_p = sees ? p * (kept * d_p - row_inner) : 0.0f;
                 score = kept * p;
             }
@@ -533,22 +542,19 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     bring_rows<DEPTH, TILE_QUERIES>(keys, args.k + kv_at, kv_size, n_keys, d);
     bring_rows<DEPTH, TILE_QUERIES>(values, args.v + kv_at, kv_size, n_keys, d);
     bring(queries, kv_head * group, from);
-    if (threadIdx.x < 2 * N) stats[threadIdx.x] = stat(kv_head * group, from);
     for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
         for (u32 i0 = from; i0 < span.n_queries; i0 += N) {
             copy_async_wait<0>();
             __syncthreads();  // This tile is there, and all are done with the one before.
             bring(next, head, i0 + N);
-            const float brought = stat(head, i0 + N);
             const u32 last = min(i0 + N, span.n_queries) - 1;
             const bool meets = has_rows && low < n_seen(args, span, last) && high >= first_seen(args, span, i0);
-            const bool whole = low + 15 == high && i0 + N == last + 1 && !args.dropout.tokens &&
-                               high < n_seen(args, span, i0) && low >= first_seen(args, span, last);
-            if (meets && whole) add(Whole(), head, i0);
-            else if (meets) add(Partial(), head, i0);
-            if (threadIdx.x < 2 * N) next_stats[threadIdx.x] = brought;
+            const bool whole = low + 15 == high && i0 + N == last + 1 && high < n_seen(args, span, i0) &&
+                               low >= first_seen(args, span, last);
+            if (meets && args.dropout.tokens) add(Dropped(), head, i0);
+            else if (meets && whole) add(Whole(), head, i0);
+            else if (meets) add(Masked(), head, i0);
             swap(queries, next);
-            swap(stats, next_stats);
         }
     }
 #pragma unroll

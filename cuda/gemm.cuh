@@ -284,12 +284,53 @@ __device__ inline void gather_run(float (&run)[8], const float (&pairs)[4][2]) {
     }
 }
 
+// The same of words: two neighbours each.
+__device__ inline uint4 gather_words(const u32 (&words)[4]) {
+    const bool odd = lane() % 2 == 1, upper = lane() % 4 >= 2;
+    u32 halves[2][2];
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+        const u32 first = words[2 * i], second = words[2 * i + 1];
+        const u32 other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
+        halves[i][0] = odd ? other : first;
+        halves[i][1] = odd ? second : other;
+    }
+    u32 run[4];
+#pragma unroll
+    for (u32 at = 0; at < 2; ++at) {
+        const u32 first = halves[0][at], second = halves[1][at];
+        const u32 other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
+        run[at] = upper ? other : first;
+        run[2 + at] = upper ? second : other;
+    }
+    return uint4{run[0], run[1], run[2], run[3]};
+}
+
 // Calls results.finish(row, col, run, fetched) for each 8 neighbours in a row of some parts of a tile, from registers;
-// `fetched` is what results.fetch(row, col) gave, a part ahead. A part is 16 rows of 32 columns of a warp.
+// `fetched` is what results.fetch(row, col) gave, a part ahead. Where results are_plain(), only rounded, they are exchanged
+// rounded, half as many, and results.store(row, col, run) gets them. A part is 16 rows of 32 columns of a warp.
 // sums_of(part, values): a thread's four fragments. place_of(part, row, col): where a part starts. A whole warp.
 template <u32 PARTS, class Results, class Sums, class Place>
 __device__ inline void for_each_run(const Results& results, const Sums& sums_of, const Place& place_of) {
     const u32 g = lane() / 4, t = lane() % 4;
+    if (results.are_plain()) {
+#pragma unroll
+        for (u32 part = 0; part < PARTS; ++part) {
+            float values[4][4];
+            u32 row, col;
+            sums_of(part, values);
+            place_of(part, row, col);
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                u32 words[4];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) words[j] = to_bf16s(values[j][2 * h], values[j][2 * h + 1]);
+                results.store(row + g + 8 * h, col + 8 * t, gather_words(words));
+            }
+            keep_order();
+        }
+        return;
+    }
     uint4 ahead[2];
     const auto fetch = [&](u32 part) {
         u32 row, col;

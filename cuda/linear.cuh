@@ -93,6 +93,13 @@ struct ForwardRuns {
     __device__ bool are_possible(bool expanded) const {
         return n % 8 == 0 && (expanded || !epilogue.expand.z || epilogue.expand.ready);
     }
+    __device__ bool are_plain() const {
+        return sizeof(Out) == sizeof(Bf16) && !epilogue.bias && !epilogue.residual && !epilogue.dropout.tokens &&
+               !epilogue.expand.ready;
+    }
+    __device__ void store(u32 row, u32 col, uint4 run) const {
+        if (row < m && col < n) store_16_bytes(y + size_t(row) * n + col, run);
+    }
     __device__ uint4 fetch(u32 row, u32 col) const { return fetch_residual(epilogue.residual, row, col, m, n); }
     __device__ void finish(u32 row, u32 col, float (&run)[8], uint4 residual) const {
         if (row >= m || col >= n) return;
@@ -122,6 +129,10 @@ struct BackwardRuns {
     Item* d_x;
     const Item* d_residual;
     u32 m, n;
+    __device__ bool are_plain() const { return !d_residual; }
+    __device__ void store(u32 row, u32 col, uint4 run) const {
+        if (row < m && col < n) store_16_bytes(d_x + size_t(row) * n + col, run);
+    }
     __device__ uint4 fetch(u32 row, u32 col) const { return fetch_residual(d_residual, row, col, m, n); }
     __device__ void finish(u32 row, u32 col, float (&run)[8], uint4 residual) const {
         if (row >= m || col >= n) return;

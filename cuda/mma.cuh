@@ -14,6 +14,13 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
                  : "memory");
 }
 
+// The same of 4 bytes.
+__device__ inline void copy_word_async(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 4 : 0)
+                 : "memory");
+}
+
 // Ends a group of copies.
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

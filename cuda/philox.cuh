@@ -72,6 +72,16 @@ __device__ inline void dropout_factors(const Dropout& dropout, u32 token, u32 co
     factors[1] = word >> 16 < dropout.threshold ? 0.0f : dropout.scale;
 }
 
+// Which of the eight columns of a group of a token are kept, a bit each.
+__device__ inline u32 kept_bits(const Dropout& dropout, u32 token, u32 group) {
+    const TokenKey at = dropout.tokens[token];
+    const Block block = philox(dropout.key, group, at.position, at.example, dropout.site);
+    u32 bits = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) bits |= u32((block.words[i / 2] >> (16 * (i % 2)) & 0xffff) >= dropout.threshold) << i;
+    return bits;
+}
+
 // The factor of one element.
 __device__ inline float dropout_factor(const Dropout& dropout, u32 token, u32 col) {
     if (!dropout.tokens) return 1.0f;

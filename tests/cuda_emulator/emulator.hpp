@@ -394,11 +394,12 @@ inline unsigned __float_as_uint(float value) {
 
 // The twins of cuda/mma.cuh.
 
-inline void copy_async(void* shared, const void* global, bool valid) {
-    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
+inline void copy_async(void* shared, const void* global, bool valid, size_t bytes = 16) {
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % bytes)
         emulator::fail("an asynchronous copy that is not aligned");
-    emulator::current->copies.back().push_back({shared, global, 16, valid ? size_t(16) : 0});
+    emulator::current->copies.back().push_back({shared, global, bytes, valid ? bytes : 0});
 }
+inline void copy_word_async(void* shared, const void* global, bool valid) { copy_async(shared, global, valid, 4); }
 inline void copy_async_commit() { emulator::current->copies.emplace_back(); }
 template <int GROUPS>
 void copy_async_wait() {

@@ -189,7 +189,7 @@ impl Attention {
 fn parameters(random: &mut Gen, batch: &mut Batch, class: Class) -> (Attention, Vec<usize>) {
     let n_kv_heads = random.pick(&[1, 2, 3]);
     let n_heads = n_kv_heads * random.pick(&[1, 2, 4]);
-    let head_dim = random.pick(&[1, 3, 8, 16, 17, 33, 64, 80, 128]);
+    let head_dim = random.pick(&[1, 3, 8, 16, 17, 33, 64, 80, 128, 136]);
     // A key that is masked may be multiplied by its probability, 0, as PyTorch does: a NaN in it
     // may or may not show.
     let causal = random.coin() && class != Class::Special;

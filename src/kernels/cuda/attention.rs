@@ -129,8 +129,8 @@ impl Version {
             5..=8 => 8,
             _ => panic!("heads of {head_dim} are wider than 256"),
         };
-        // Wider heads do not fit in the registers of the tensor cores' kernels.
-        if cuda.compute == Dtype::Bf16 && columns < 8 {
+        // Wider heads do not fit in the registers of the tensor cores' kernels, which copy rows by 16 bytes.
+        if cuda.compute == Dtype::Bf16 && columns < 8 && head_dim.is_multiple_of(8) {
             let row_bytes = 2 * columns * WARP;
             // Rows of two matrices, and the next ones on their way.
             let rows = |own: usize, others: usize| own * TILE_QUERIES as usize + 4 * others;
