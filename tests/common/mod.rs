@@ -466,8 +466,9 @@ pub trait Op: Debug {
         false
     }
 
-    /// How much further it may be where tiles of AMX multiply f32 operands of this that were rounded to
-    /// bf16, for each output: 2^-8 of the sizes of the terms with them. None if they do not.
+    /// How much further it may be where tiles of AMX, or a GPU's tensor cores, multiply f32 operands of this
+    /// that were rounded to bf16, for each output: 2^-8 of the sizes of the terms with them. None if they do
+    /// not.
     fn rounding_on_tiles(
         &self,
         batch: &Batch,

@@ -417,7 +417,8 @@ impl Chain {
         // SAFETY: A place to write to, which outlives the call.
         unsafe { sys::cuGraphCreate(&mut graph, 0) }.result().map_err(refused())?;
         let template = Template(graph);
-        let mut nodes: Vec<(sys::CUgraphNode, Option<sys::CUfunction>)> = Vec::with_capacity(commands.len());
+        let mut nodes: Vec<(sys::CUgraphNode, Option<sys::CUfunction>)> =
+            Vec::with_capacity(commands.len());
         let mut kernels = BTreeSet::new();
         for command in commands {
             let mut node = ptr::null_mut();
