@@ -5,7 +5,7 @@
 //! takes longer than so few columns do (on AMX it does not, see `lora_amx`). A task is a piece of a segment: it
 //! has one routing row's `Â`, and its rows of every `z` are contiguous.
 
-use std::{mem, ops::Range, ptr};
+use std::{iter, mem, ops::Range, ptr};
 
 use rayon::prelude::*;
 
@@ -35,7 +35,7 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
             let sides: Vec<_> = mixed_a.iter().map(|rhs| Side { lhs: x, rhs }).collect();
             into_rank_space(cpu, &sides, Layout::ByFeature, rank, segments, scale)
         }
-        Order::Dot => mixed_a.iter().map(|a| shrink_dot(cpu, x, a, segments, scale)).collect(),
+        Order::Dot => shrink_dot(cpu, x, mixed_a, segments, scale),
     }
 }
 
@@ -206,13 +206,13 @@ fn pieces(segments: &Segments) -> impl Iterator<Item = (Range<usize>, usize)> + 
 fn shrink_dot(
     cpu: &Cpu,
     x: &Tensor<Cpu>,
-    a: &Tensor<Cpu>,
+    mixed_a: &[&Tensor<Cpu>],
     segments: &Segments,
     scale: f32,
-) -> Tensor<Cpu> {
-    let (d_in, rank) = (x.cols(), a.cols());
-    by_token(cpu, x, rank, segments, |x, row, z| {
-        let a = &a.f32s()[row * d_in * rank..(row + 1) * d_in * rank];
+) -> Vec<Tensor<Cpu>> {
+    let (d_in, siblings) = (x.cols(), mixed_a.iter().copied());
+    by_token(cpu, x, siblings.map(|a| (a, a.cols())), segments, |a, x, row, z| {
+        let a = &a.f32s()[row * d_in * z.len()..(row + 1) * d_in * z.len()];
         cpu.isa.run(Lanes { x, a, out: &mut *z });
         z.iter_mut().for_each(|z| *z *= scale);
     })
@@ -224,7 +224,7 @@ pub(super) fn shrink_stacked(cpu: &Cpu, args: ShrinkStacked<'_, Cpu>) -> Tensor<
     assert_eq!(d_in, x.cols());
     let width = d_in / n_splits;
     let a = &stacked.params.f32s()[stacked.bank.a()];
-    by_token(cpu, x, rank, segments, |x, row, z| {
+    let mut zs = by_token(cpu, x, iter::once(((), rank)), segments, |(), x, row, z| {
         let mut u = vec![0.0; rank];
         z.fill(0.0);
         for q in 0..n_splits {
@@ -236,24 +236,33 @@ pub(super) fn shrink_stacked(cpu: &Cpu, args: ShrinkStacked<'_, Cpu>) -> Tensor<
             }
         }
         z.iter_mut().for_each(|z| *z *= scale);
-    })
+    });
+    zs.pop().expect("of one sibling")
 }
 
-/// A `[tokens, rank]` tensor, each row written from the token's `x` and its routing row.
-fn by_token(
+/// For each sibling, with its rank, a `[tokens, rank]` tensor, each row written from the token's `x` and its routing row.
+fn by_token<T: Copy + Send>(
     cpu: &Cpu,
     x: &Tensor<Cpu>,
-    rank: usize,
+    siblings: impl Iterator<Item = (T, usize)> + Clone,
     segments: &Segments,
-    write: impl Fn(Matrix<'_>, usize, &mut [f32]) + Sync,
-) -> Tensor<Cpu> {
+    write: impl Fn(T, Matrix<'_>, usize, &mut [f32]) + Sync,
+) -> Vec<Tensor<Cpu>> {
     assert_eq!(x.rows(), segments.n_tokens(), "a routing row for every token");
-    let mut z = cpu.alloc(x.rows(), rank, Precision::Full);
+    let alloc = |(_, rank)| cpu.alloc(x.rows(), rank, Precision::Full);
+    let mut zs: Vec<_> = siblings.clone().map(alloc).collect();
     let x = Matrix::tensor(x);
     let rows: Vec<_> = segments.iter().flat_map(|(run, row)| run.map(move |_| row)).collect();
-    let zs = z.f32s_mut().par_chunks_mut(rank.max(1)).zip(rows).enumerate();
-    zs.for_each(|(token, (z, row))| write(x.part_rows(token..token + 1), row, z));
-    z
+    let mut tasks = Vec::with_capacity(zs.len() * rows.len());
+    for ((sibling, rank), z) in siblings.zip(&mut zs) {
+        let zs = z.f32s_mut().chunks_mut(rank.max(1)).zip(&rows).enumerate();
+        tasks.extend(zs.map(|(token, (z, &row))| (sibling, token, row, z)));
+    }
+    let each = |(sibling, token, row, z): (T, usize, usize, &mut [f32])| {
+        write(sibling, x.part_rows(token..token + 1), row, z);
+    };
+    tasks.into_par_iter().for_each(each);
+    zs
 }
 
 /// `out[j] = Σ_k x[k] a[k, j]` in 16 lanes: lane `i` sums `k = i mod 16` in order, then the lanes
@@ -278,8 +287,18 @@ impl SimdOp for Lanes<'_> {
             let rank = out.len();
             let mut sums = vec![0.0; LANES * rank];
             let mut wide = vec![0.0; LANES * rank];
-            let x = x.row::<E>(0);
+            let (mut x, mut a) = (x.row::<E>(0), a);
             assert_eq!(a.len(), x.len() * rank);
+            let n_whole = x.len() / LANES * LANES;
+            let whole = (&x[..n_whole], &a[..n_whole * rank]);
+            let is_done = match rank {
+                8 => add_chunks::<S, E, 8>(simd, whole, &mut sums),
+                16 => add_chunks::<S, E, 16>(simd, whole, &mut sums),
+                _ => false,
+            };
+            if is_done {
+                (x, a) = (&x[n_whole..], &a[n_whole * rank..]);
+            }
             for (x, a) in x.chunks(LANES).zip(a.chunks((LANES * rank).max(1))) {
                 for (wide, &x) in wide.chunks_mut(rank).zip(x) {
                     wide.fill(E::get(x));
@@ -306,6 +325,41 @@ impl SimdOp for Lanes<'_> {
             out.copy_from_slice(&sums[..rank]);
         });
     }
+}
+
+/// What [`Lanes`] does with whole chunks of 16 features, sums in registers, for ranks 8 and 16. True.
+#[inline(always)]
+fn add_chunks<S: Simd, E: Element, const RANK: usize>(
+    simd: S,
+    (x, a): (&[E::Item], &[f32]),
+    sums: &mut [f32],
+) -> bool {
+    let (sums, _) = sums.as_chunks_mut::<LANES>();
+    let sums: &mut [[f32; LANES]; RANK] = sums.try_into().expect("a vector a rank");
+    // Of a vector, the lanes of the first feature, where it has two.
+    let lanes = simd.load(&std::array::from_fn(|i| i as f32));
+    let half = simd.splat(RANK as f32);
+    let mut now = [simd.splat(0.0); RANK];
+    let (x, _) = x.as_chunks::<LANES>();
+    let (a, _) = a.as_chunks::<LANES>();
+    for (x, a) in x.iter().zip(a.chunks_exact(RANK)) {
+        let mut wide = [0.0; LANES];
+        simd.store(E::load(simd, x), &mut wide);
+        for (i, now) in now.iter_mut().enumerate() {
+            let x = match RANK {
+                8 => {
+                    let (first, second) = (simd.splat(wide[2 * i]), simd.splat(wide[2 * i + 1]));
+                    simd.select_lt(lanes, half, first, second)
+                }
+                _ => simd.splat(wide[i]),
+            };
+            *now = simd.fma(x, simd.load(&a[i]), *now);
+        }
+    }
+    for (sum, now) in sums.iter_mut().zip(now) {
+        simd.store(now, sum);
+    }
+    true
 }
 
 #[cfg(test)]
