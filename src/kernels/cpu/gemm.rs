@@ -124,6 +124,13 @@ impl<'a> Matrix<'a> {
         (self.bytes, self.stride * self.dtype.size_bytes())
     }
 
+    /// The bytes of some rows, where nothing lies between them.
+    pub(super) fn consecutive(self, rows: Range<usize>) -> Option<&'a [u8]> {
+        let row_bytes = self.cols * self.dtype.size_bytes();
+        (self.stride == self.cols)
+            .then(|| &self.bytes[rows.start * row_bytes..rows.end * row_bytes])
+    }
+
     /// The elements of a row; `E` is the element type of `dtype`.
     #[inline(always)]
     pub(super) fn row<E: Element>(self, row: usize) -> &'a [E::Item] {

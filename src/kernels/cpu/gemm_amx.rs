@@ -298,6 +298,19 @@ impl SimdOp for SplitItems<'_> {
     }
 }
 
+/// Whole rows of `COLS` numbers: some of their parts beside each other.
+fn side_by_side<const COLS: usize, const N: usize>(
+    parts: &[[bf16; PIECE]; 4],
+    order: [usize; N],
+    out: &mut [bf16],
+) {
+    let (out, _) = out.as_chunks_mut::<COLS>();
+    for (p, &part) in order.iter().enumerate() {
+        let (part, _) = parts[part].as_chunks::<COLS>();
+        out.iter_mut().skip(p).step_by(N).zip(part).for_each(|(out, part)| *out = *part);
+    }
+}
+
 /// A matrix of split numbers: each of its `[rows, cols]` becomes several.
 pub(super) struct Split {
     items: Buffer,
@@ -324,12 +337,23 @@ impl Split {
             for start in (0..cols).step_by(PIECE) {
                 let n = PIECE.min(cols - start);
                 let rows = out.chunks_mut(N * cols);
-                for (j, piece) in piece.chunks_mut(n).enumerate().take(rows.len()) {
-                    let row = matrix.row::<super::isa::F32Bytes>(i * n_rows + j);
-                    piece.copy_from_slice(&row[start..start + n]);
-                }
-                let items = &piece[..rows.len() * n];
+                let items = match matrix.consecutive(i * n_rows..i * n_rows + rows.len()) {
+                    Some(bytes) if n == cols => bytemuck::cast_slice(bytes),
+                    _ => {
+                        for (j, piece) in piece.chunks_mut(n).enumerate().take(rows.len()) {
+                            let row = matrix.row::<super::isa::F32Bytes>(i * n_rows + j);
+                            piece.copy_from_slice(&row[start..start + n]);
+                        }
+                        &piece[..rows.len() * n]
+                    }
+                };
                 amx.run(SplitItems { items, parts: &mut parts });
+                // The usual ranks, whose copies are an instruction each.
+                match cols {
+                    8 => return side_by_side::<8, N>(&parts, order, out),
+                    16 => return side_by_side::<16, N>(&parts, order, out),
+                    _ => {}
+                }
                 for (j, out) in rows.enumerate() {
                     for (out, &part) in out.chunks_mut(cols).zip(&order) {
                         out[start..start + n].copy_from_slice(&parts[part][j * n..][..n]);

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     buffer::Buffer,
+    dot::strip,
     gemm::{COLS, Matrix},
-    gemm_amx::{Left, PackColumns, PackRows, PackTransposed, Split, multiply, steps},
+    gemm_amx::{Left, PackColumns, PackTransposed, Split, multiply, steps},
     isa::{Amx, BLOCK_COLS, BLOCK_ROWS, Block, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles},
 };
 use crate::{kernels::ops::Segments, tensor::Tensor};
@@ -22,13 +23,6 @@ use crate::{kernels::ops::Segments, tensor::Tensor};
 const PARTS: [usize; 3] = [0, 1, 2];
 /// Ranks whose parts fit beside each other in a block of sums.
 const RANKS: usize = BLOCK_COLS / PARTS.len();
-/// Steps of k between a load and a store of the sums: as few columns as there are let nothing be read twice.
-const STEPS: usize = 32;
-
-/// Pieces of at most [`STEPS`] of some steps.
-fn chunks(n_steps: usize) -> impl Iterator<Item = Range<usize>> + Clone {
-    (0..n_steps).step_by(STEPS).map(move |start| start..n_steps.min(start + STEPS))
-}
 
 /// `out = scale * (third + second + first)`.
 fn join<'a>(parts: [&[f32]; 3], scale: f32, out: impl Iterator<Item = &'a mut f32>) {
@@ -47,7 +41,7 @@ fn column_tile(tiles: &[Tile], n_steps: usize, tile: usize) -> &[Tile] {
 
 /// Right operands `[k, rank]`, one for each routing row.
 pub(super) struct IntoRank {
-    /// `[routing row][chunk of steps][group of ranks][column tile][step]`.
+    /// `[routing row][group of ranks][column tile][step]`.
     tiles: Buffer,
     n_steps: usize,
     rank: usize,
@@ -67,79 +61,78 @@ impl IntoRank {
         let (n_rows, rhs) = (segments.n_rows(), Matrix::tensor(rhs));
         let k = if transposed { rhs.cols } else { rhs.rows / n_rows.max(1) };
         let n_steps = steps(k);
-        let of_step: usize = groups(rank).map(|ranks| part_tiles(ranks.len())).sum();
-        let mut tiles = cpu.tiles(n_rows * of_step * n_steps);
+        let mut tiles = cpu.tiles(n_rows * Self::row_tiles(rank) * n_steps);
         let mut rest = tiles.as_mut_slice::<Tile>();
         let mut tasks = Vec::new();
         for (row, used) in segments.used_rows().into_iter().enumerate() {
-            for some in chunks(n_steps) {
-                let (out, later) = rest.split_at_mut(of_step * some.len());
+            for ranks in groups(rank) {
+                let (out, later) = rest.split_at_mut(part_tiles(ranks.len()) * n_steps);
                 rest = later;
                 if used {
-                    tasks.push((row, some, out));
+                    tasks.push((row, ranks, out));
                 }
             }
         }
-        tasks.into_par_iter().for_each(|(row, some, mut out)| {
-            let k_of_row = some.start * TILE_K..k.min(some.end * TILE_K);
-            for ranks in groups(rank) {
-                let (now, later) = out.split_at_mut(part_tiles(ranks.len()) * some.len());
-                let split = if transposed {
-                    let ranks = row * rank + ranks.start..row * rank + ranks.end;
-                    Split::rows(cpu, amx, rhs.part(ranks, k_of_row.clone()), PARTS)
-                } else {
-                    let rows = row * k + k_of_row.start..row * k + k_of_row.end;
-                    Split::columns(cpu, amx, rhs.part(rows, ranks.clone()), PARTS)
-                };
-                let (steps, cols) = (0..some.len(), 0..PARTS.len() * ranks.len());
-                let matrix = split.matrix();
-                amx.run(PackColumns { matrix, transposed, steps, cols, out: now });
-                out = later;
-            }
+        tasks.into_par_iter().for_each(|(row, ranks, out)| {
+            let cols = 0..PARTS.len() * ranks.len();
+            let split = if transposed {
+                let ranks = row * rank + ranks.start..row * rank + ranks.end;
+                Split::rows(cpu, amx, rhs.part(ranks, 0..k), PARTS)
+            } else {
+                Split::columns(cpu, amx, rhs.part(row * k..(row + 1) * k, ranks), PARTS)
+            };
+            amx.run(PackColumns {
+                matrix: split.matrix(),
+                transposed,
+                steps: 0..n_steps,
+                cols,
+                out,
+            });
         });
         Self { tiles, n_steps, rank }
     }
 
-    /// `out = scale * lhs·rhs[row]`, of packed tokens.
+    /// Column tiles of a routing row.
+    fn row_tiles(rank: usize) -> usize {
+        groups(rank).map(|ranks| part_tiles(ranks.len())).sum()
+    }
+
+    /// `out = scale * lhs·rhs[row]`, of tokens of bf16. Tiles are loaded from where they lie: for so few columns, packing
+    /// them takes longer than loading them again for each 16.
     pub(super) fn multiply(
         &self,
-        cpu: &Cpu,
         amx: Amx,
-        tokens: &Tokens,
+        lhs: Matrix<'_>,
         row: usize,
         scale: f32,
         out: &mut [f32],
     ) {
         let Self { n_steps, rank, .. } = *self;
-        let of_step: usize = groups(rank).map(|ranks| part_tiles(ranks.len())).sum();
-        let of_row = &self.tiles.as_slice::<Tile>()[row * of_step * n_steps..][..of_step * n_steps];
-        let mut sums = cpu.pool.take(groups(rank).count() * size_of::<Block>());
-        let sums = sums.as_mut_slice::<Block>();
-        let blocks = out.chunks_mut(BLOCK_ROWS * rank);
-        for (out, left) in blocks.zip(tokens.tiles.as_slice::<Tile>().chunks(2 * n_steps)) {
-            let (n, (upper, lower)) = (out.len() / rank, left.split_at(n_steps));
-            amx.with_tiles(|tiles| {
-                for some in chunks(n_steps) {
-                    let mut right = &of_row[some.start * of_step..some.end * of_step];
-                    for (ranks, sums) in groups(rank).zip(&mut *sums) {
-                        let n_tiles = part_tiles(ranks.len());
-                        let (now, later) = right.split_at(n_tiles * some.len());
-                        let of_tile = |tile| column_tile(now, some.len(), tile);
-                        let left = Left::of(&upper[some.clone()], &lower[some.clone()], n);
-                        let cols = n_tiles * TILE_COLS;
-                        multiply(tiles, left, of_tile, cols, sums, some.start == 0);
-                        right = later;
+        let of_row = Self::row_tiles(rank) * n_steps;
+        let of_row = &self.tiles.as_slice::<Tile>()[row * of_row..][..of_row];
+        amx.with_tiles(|registers| {
+            for (i, out) in out.chunks_mut(TILE_ROWS * rank).enumerate() {
+                let first = i * TILE_ROWS;
+                let tokens = lhs.part_rows(first..first + out.len() / rank);
+                let mut rest = of_row;
+                for ranks in groups(rank) {
+                    let (now, later) = rest.split_at(part_tiles(ranks.len()) * n_steps);
+                    rest = later;
+                    let mut sums = [[0.0; BLOCK_COLS]; TILE_ROWS];
+                    for (tile, right) in now.chunks(n_steps).enumerate() {
+                        let strip = strip(registers, tokens, right);
+                        for (sums, strip) in sums.iter_mut().zip(&strip.0) {
+                            sums[tile * TILE_COLS..][..TILE_COLS].copy_from_slice(strip);
+                        }
+                    }
+                    for (out, sums) in out.chunks_mut(rank).zip(&sums) {
+                        let mut parts = sums.chunks(ranks.len());
+                        let parts = PARTS.map(|_| parts.next().unwrap_or_default());
+                        join(parts, scale, out[ranks.clone()].iter_mut());
                     }
                 }
-            });
-            for (m, out) in out.chunks_mut(rank).enumerate() {
-                for (ranks, sums) in groups(rank).zip(&*sums) {
-                    let mut parts = sums.0[m].chunks(ranks.len());
-                    let parts = PARTS.map(|_| parts.next().unwrap_or_default());
-                    join(parts, scale, out[ranks].iter_mut());
-                }
             }
-        }
+        });
     }
 }
 
@@ -151,25 +144,6 @@ fn part_tiles(n_ranks: usize) -> usize {
 /// The ranks, [`RANKS`] at a time.
 fn groups(rank: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rank).step_by(RANKS).map(move |start| start..rank.min(start + RANKS))
-}
-
-/// Some tokens of an operand of bf16, packed as a left operand.
-pub(super) struct Tokens {
-    /// `[block of 32][2][step]`.
-    tiles: Buffer,
-}
-
-impl Tokens {
-    pub(super) fn new(cpu: &Cpu, amx: Amx, lhs: &Tensor<Cpu>, run: Range<usize>) -> Self {
-        let (n_blocks, n_steps) = (run.len().div_ceil(BLOCK_ROWS), steps(lhs.cols()));
-        let matrix = Matrix::tensor(lhs).part_rows(run);
-        let mut tiles = cpu.tiles(n_blocks * 2 * n_steps);
-        let blocks = tiles.as_mut_slice::<Tile>().chunks_mut((2 * n_steps).max(1));
-        for (i, out) in blocks.enumerate() {
-            amx.run(PackRows { matrix, first_row: i * BLOCK_ROWS, out });
-        }
-        Self { tiles }
-    }
 }
 
 /// A left operand `matrixᵀ`, with tokens as k, segment by segment.

@@ -2,10 +2,10 @@
 //! bank: `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]`.
 //!
 //! An element is a dot product in 16 lanes ([`Dots`]), read from where the two vectors lie: packing them
-//! takes longer than so few columns do (on AMX it does not, see `lora_amx`). A task is a piece of a segment: it
+//! takes longer than so few columns do (for AMX only the narrow one is packed, see `lora_amx`). A task is a piece of a segment: it
 //! has one routing row's `Â`, and its rows of every `z` are contiguous.
 
-use std::{iter, mem, ops::Range, ptr};
+use std::{iter, mem, ops::Range};
 
 use rayon::prelude::*;
 
@@ -17,7 +17,7 @@ use super::{
     gemm::{Matrix, run_tasks, with_element},
     isa::{Amx, Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
-    lora_amx::{IntoRank, Tokens},
+    lora_amx::IntoRank,
 };
 use crate::tensor::Tensor;
 
@@ -103,15 +103,8 @@ pub(super) fn into_rank_space(
     let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank, segments));
     let operands: Vec<_> = operands.collect();
     run_tasks(tasks, |(run, row, outs)| {
-        let mut packed: Option<(&Tensor<Cpu>, Tokens)> = None;
         for ((side, operand), out) in sides.iter().zip(&operands).zip(outs) {
-            if let Operand::OnTiles(amx, ..) = operand
-                && packed.as_ref().is_none_or(|(lhs, _)| !ptr::eq(*lhs, side.lhs))
-            {
-                packed = Some((side.lhs, Tokens::new(cpu, *amx, side.lhs, run.clone())));
-            }
-            let tokens = packed.as_ref().map(|(_, tokens)| tokens);
-            operand.multiply(cpu, side, tokens, (run.clone(), row), scale, out);
+            operand.multiply(cpu, side, (run.clone(), row), scale, out);
         }
     });
     zs
@@ -143,12 +136,11 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// `out = scale * lhs·rhs[row]`, of tokens `run`, which are packed for tiles.
+    /// `out = scale * lhs·rhs[row]`, of tokens `run`.
     fn multiply(
         &self,
         cpu: &Cpu,
         side: &Side<'_>,
-        tokens: Option<&Tokens>,
         (run, row): (Range<usize>, usize),
         scale: f32,
         out: &mut [f32],
@@ -161,7 +153,8 @@ impl<'a> Operand<'a> {
                 dots(cpu, side.lhs, run, &rhs.as_slice()[of_row], scale, out);
             }
             Self::OnTiles(amx, rhs, layout) => {
-                rhs.multiply(cpu, *amx, tokens.expect("packed above"), row, scale, out);
+                let lhs = Matrix::tensor(side.lhs).part_rows(run.clone());
+                rhs.multiply(*amx, lhs, row, scale, out);
                 for (token, out) in run.zip(out.chunks_mut(rank)) {
                     if out.iter().all(|z| z.is_finite()) {
                         continue;
