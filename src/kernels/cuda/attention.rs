@@ -92,7 +92,8 @@ impl Prepared {
             head_dim: narrow(head_dim),
             causal: u32::from(args.causal),
             scale: args.scale,
-            window: narrow(args.window.unwrap_or(0)),
+            // One that no sequence fills is none; kernels take differences of it.
+            window: narrow(args.window.map_or(0, |window| window.min(1 << 30))),
         };
         Self { arg, n_tiles, _spans: spans, _tiles: tiles, _dropout: dropout }
     }

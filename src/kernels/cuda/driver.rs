@@ -176,6 +176,10 @@ impl Driver {
         let synchronous = std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty());
         let (recent, slots) = (Mutex::default(), Mutex::default());
         let graphs = std::env::var("POLYTAPE_CUDA_GRAPHS").unwrap_or_default();
+        if !["", "on", "serial", "off"].contains(&graphs.as_str()) {
+            let why = format!("POLYTAPE_CUDA_GRAPHS={graphs}: it is on, serial or off");
+            return Err(Error::Usage(why));
+        }
         let driver = Self {
             shared: Arc::new(Shared { context, stream, capture, name, recent, slots }),
             architecture,
