@@ -282,6 +282,23 @@ struct Meeting {
     }
 };
 
+// Brings the tiles of keys from `start` to `most`, each while the one before is worked on, and calls add(kind, j0, end) with
+// `keys` for those that this warp's queries meet.
+template <u32 N, class Bring, class Add>
+__device__ inline void for_each_meeting(const QueryTile& tile, const Attention& args, u32 start, u32 most, Bf16*& keys,
+                                        Bf16*& next, const Bring& bring, const Add& add) {
+    for (u32 j0 = start; j0 < most; j0 += N) {
+        copy_async_wait<0>();
+        __syncthreads();  // This tile is there, and all are done with the one before.
+        bring(next, j0 + N);
+        const Meeting meeting(tile, args, j0, N);
+        if (meeting.any && args.dropout.tokens) add(Dropped(), j0, meeting.end);
+        else if (meeting.whole) add(Whole(), j0, meeting.end);
+        else if (meeting.any) add(Masked(), j0, meeting.end);
+        swap(keys, next);
+    }
+}
+
 template <u32 DEPTH>
 __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) {
     const u32 N = FORWARD_KEYS, d = args.head_dim, own = threadIdx.x / WARP * 16;
@@ -354,16 +371,7 @@ __device__ inline void attend_tiles(Item* o, float* lse, const Attention& args) 
         if (IS_DROPPED) drop_keys(scores, args, span, head, row, j0);
         add_weighted<DEPTH>(out, scores, keys + N * DEPTH, groups);
     };
-    for (u32 j0 = start; j0 < most; j0 += N) {
-        copy_async_wait<0>();
-        __syncthreads();  // This tile is there, and all are done with the one before.
-        bring(next, j0 + N);
-        const Meeting meeting(tile, args, j0, N);
-        if (meeting.any && args.dropout.tokens) add(Dropped(), j0, meeting.end);
-        else if (meeting.whole) add(Whole(), j0, meeting.end);
-        else if (meeting.any) add(Masked(), j0, meeting.end);
-        swap(keys, next);
-    }
+    for_each_meeting<N>(tile, args, start, most, keys, next, bring, add);
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
         const float total = row_sum(sum[h]);
@@ -440,16 +448,7 @@ __device__ inline void attend_backward_queries_tiles(Item* d_q, const Item* d_o,
             }
         add_weighted<DEPTH>(out, scores, keys, groups);
     };
-    for (u32 j0 = start; j0 < most; j0 += N) {
-        copy_async_wait<0>();
-        __syncthreads();  // This tile is there, and all are done with the one before.
-        bring(next, j0 + N);
-        const Meeting meeting(tile, args, j0, N);
-        if (meeting.any && args.dropout.tokens) add(Dropped(), j0, meeting.end);
-        else if (meeting.whole) add(Whole(), j0, meeting.end);
-        else if (meeting.any) add(Masked(), j0, meeting.end);
-        swap(keys, next);
-    }
+    for_each_meeting<N>(tile, args, start, most, keys, next, bring, add);
 #pragma unroll
     for (u32 h = 0; h < 2; ++h) {
         if (row[h] >= tile.first + tile.n_queries) continue;

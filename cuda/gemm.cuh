@@ -260,50 +260,31 @@ __device__ inline void for_each(const MmaTile& tile, Finish finish, void* shared
         finish(at / N, at % N, staged[at / N * PITCH + at % N]);
 }
 
-// Of four fragments of 8 columns, a lane has in `pairs` two neighbours each, as `mma` leaves them: lane t of the four of a row
-// those at 2 t. It gets all 8 of fragment t, so that what is stored are whole sectors of memory.
-__device__ inline void gather_run(float (&run)[8], const float (&pairs)[4][2]) {
+// Of four fragments, a lane has SIZE words each: lane t of the four of a row its t-th. It gets those of all four lanes of
+// fragment t, so that what is stored are whole sectors of memory.
+template <u32 SIZE>
+__device__ inline void gather_fragment(u32 (&all)[4][SIZE], const u32 (&own)[4][SIZE]) {
     const bool odd = lane() % 2 == 1, upper = lane() % 4 >= 2;
-    // Fragment 2 i + odd: columns 4 upper + 2 lane + e.
-    float halves[2][2][2];
+    // Of fragment 2 i + odd, what this lane and its neighbour have.
+    u32 halves[2][2][SIZE];
 #pragma unroll
     for (u32 i = 0; i < 2; ++i)
 #pragma unroll
-        for (u32 e = 0; e < 2; ++e) {
-            const float first = pairs[2 * i][e], second = pairs[2 * i + 1][e];
-            const float other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
+        for (u32 e = 0; e < SIZE; ++e) {
+            const u32 first = own[2 * i][e], second = own[2 * i + 1][e];
+            const u32 other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
             halves[i][0][e] = odd ? other : first;
             halves[i][1][e] = odd ? second : other;
         }
 #pragma unroll
-    for (u32 at = 0; at < 4; ++at) {
-        const float first = halves[0][at / 2][at % 2], second = halves[1][at / 2][at % 2];
-        const float other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
-        run[at] = upper ? other : first;
-        run[4 + at] = upper ? second : other;
-    }
-}
-
-// The same of words: two neighbours each.
-__device__ inline uint4 gather_words(const u32 (&words)[4]) {
-    const bool odd = lane() % 2 == 1, upper = lane() % 4 >= 2;
-    u32 halves[2][2];
+    for (u32 t = 0; t < 2; ++t)
 #pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-        const u32 first = words[2 * i], second = words[2 * i + 1];
-        const u32 other = __shfl_xor_sync(ALL_LANES, odd ? first : second, 1);
-        halves[i][0] = odd ? other : first;
-        halves[i][1] = odd ? second : other;
-    }
-    u32 run[4];
-#pragma unroll
-    for (u32 at = 0; at < 2; ++at) {
-        const u32 first = halves[0][at], second = halves[1][at];
-        const u32 other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
-        run[at] = upper ? other : first;
-        run[2 + at] = upper ? second : other;
-    }
-    return uint4{run[0], run[1], run[2], run[3]};
+        for (u32 e = 0; e < SIZE; ++e) {
+            const u32 first = halves[0][t][e], second = halves[1][t][e];
+            const u32 other = __shfl_xor_sync(ALL_LANES, upper ? first : second, 2);
+            all[t][e] = upper ? other : first;
+            all[2 + t][e] = upper ? second : other;
+        }
 }
 
 // Calls results.finish(row, col, run, fetched) for each 8 neighbours in a row of some parts of a tile, from registers;
@@ -322,10 +303,11 @@ __device__ inline void for_each_run(const Results& results, const Sums& sums_of,
             place_of(part, row, col);
 #pragma unroll
             for (u32 h = 0; h < 2; ++h) {
-                u32 words[4];
+                u32 own[4][1], all[4][1];
 #pragma unroll
-                for (u32 j = 0; j < 4; ++j) words[j] = to_bf16s(values[j][2 * h], values[j][2 * h + 1]);
-                results.store(row + g + 8 * h, col + 8 * t, gather_words(words));
+                for (u32 j = 0; j < 4; ++j) own[j][0] = to_bf16s(values[j][2 * h], values[j][2 * h + 1]);
+                gather_fragment(all, own);
+                results.store(row + g + 8 * h, col + 8 * t, uint4{all[0][0], all[1][0], all[2][0], all[3][0]});
             }
             keep_order();
         }
@@ -349,10 +331,13 @@ __device__ inline void for_each_run(const Results& results, const Sums& sums_of,
         place_of(part, row, col);
 #pragma unroll
         for (u32 h = 0; h < 2; ++h) {
+            u32 own[4][2], all[4][2];
             float run[8];
-            const float pairs[4][2] = {{values[0][2 * h], values[0][2 * h + 1]}, {values[1][2 * h], values[1][2 * h + 1]},
-                                       {values[2][2 * h], values[2][2 * h + 1]}, {values[3][2 * h], values[3][2 * h + 1]}};
-            gather_run(run, pairs);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) own[i / 2][i % 2] = __float_as_uint(values[i / 2][2 * h + i % 2]);
+            gather_fragment(all, own);
+#pragma unroll
+            for (u32 i = 0; i < 8; ++i) run[i] = __uint_as_float(all[i / 2][i % 2]);
             results.finish(row + g + 8 * h, col + 8 * t, run, fetched[h]);
         }
         keep_order();
