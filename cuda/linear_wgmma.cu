@@ -4,7 +4,7 @@
 // linear.cu. An element's bits depend neither on its place in a tile nor on the other rows.
 //
 //   warps 0..8, two warpgroups    a tile's upper and lower 64 rows: wait for a stage, multiply, give it back;
-//                                 then the LoRA, and `finish` from registers by twos, or where it must be one by one by
+//                                 then the LoRA, and `finish` from registers by eights, or where it must be one by one by
 //                                 way of 16 x 32 sums a warp in shared memory
 //   warp 8, its first thread      copies boxes into the stages, as many ahead as there are, also of the next tile
 //
