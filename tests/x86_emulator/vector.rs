@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use half::f16;
+use half::{bf16, f16};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register, RoundingControl};
 
 use super::machine::{Machine, fatal};
@@ -259,6 +259,11 @@ impl Machine<'_> {
                     u64::from(f16::from_f32(f32::from_bits(a as u32)).to_bits())
                 })
             }
+            // NaN stays NaN; denormals, before and after, are zeros.
+            Vcvtneps2bf16 => self.convert(i, 4, 2, |a| {
+                let rounded = bf16::from_f32(flushed(f32::from_bits(a as u32)));
+                u64::from(rounded.to_bits())
+            }),
             Vcvtps2pd => self.convert(i, 4, 8, |a| f64::from(f32::from_bits(a as u32)).to_bits()),
             // From memory the destination alone does not say how many.
             Vcvtpd2ps if i.op1_kind() == OpKind::Register => {

@@ -17,8 +17,8 @@ use super::{
     gemm::{Matrix, with_element},
     gemm_amx::{self, PackColumns, padded},
     isa::{
-        Amx, Bf16Bytes, Element, LANES, MemoryRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS,
-        Tile, Tiles, load_rows,
+        Amx, Bf16Bytes, Element, LANES, LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,
+        Tiles, load_rows,
     },
 };
 use crate::tensor::Frozen;
@@ -79,7 +79,8 @@ pub(super) fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -
     let (n, to) = (weight.rows, &mut sums.0[..weight.rows]);
     if !whole.is_empty() {
         let (bytes, stride) = weight.lines();
-        registers.multiply_rows(MemoryRows { bytes, stride, n }, whole, to, true);
+        let rows = LeftRows::in_memory(bytes, n, stride, whole.len());
+        registers.multiply_rows(rows, whole, to, true);
     }
     if !rest.is_empty() {
         // What follows a row's end in memory must not even meet a zero.
@@ -88,8 +89,8 @@ pub(super) fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -
             let items = &weight.row::<Bf16Bytes>(row)[whole.len() * TILE_K..];
             *line = bytemuck::cast(padded::<TILE_K>(items));
         }
-        let (bytes, stride) = (bytemuck::bytes_of(&ends), size_of::<[u16; TILE_K]>());
-        let rows = MemoryRows { bytes, stride, n };
+        let ends = [ends];
+        let rows = LeftRows::of_tiles(&ends).part(0..n);
         registers.multiply_rows(rows, rest, to, whole.is_empty());
     }
     sums

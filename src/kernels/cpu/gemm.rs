@@ -747,6 +747,42 @@ impl Finish<'_> {
     ) {
         isa.run(Write { finish: self, rectangle, sums });
     }
+
+    /// What is to be rounded, of some of a row's outputs, `N` at most, from their sums; `cols.start` is a multiple of 8.
+    #[inline(always)]
+    pub(super) fn apply<S: Simd, T: ElementMut<Item = T>, const N: usize>(
+        &self,
+        simd: S,
+        (row, cols): (usize, Range<usize>),
+        values: &mut [f32; N],
+        out: &[T],
+    ) {
+        if let Some(bias) = self.bias {
+            let mut lanes = [0.0; N];
+            lanes[..cols.len()].copy_from_slice(&bias[cols.clone()]);
+            for (v, b) in values.iter_mut().zip(&lanes) {
+                *v += b;
+            }
+        }
+        if let Some(dropout) = self.dropout {
+            let factors: [f32; N] = factors(dropout, row, cols.start);
+            for (v, &f) in values.iter_mut().zip(&factors) {
+                *v = if f == 0.0 { 0.0 } else { *v * f };
+            }
+        }
+        let other: Option<[f32; N]> = match self.residual {
+            Residual::None => None,
+            Residual::Output => Some(widen::<S, T, N>(simd, out)),
+            Residual::Of(matrix) => Some(with_element!(matrix.dtype, E => {
+                widen::<S, E, N>(simd, &matrix.row::<E>(row)[cols])
+            })),
+        };
+        if let Some(other) = other {
+            for (v, o) in values.iter_mut().zip(&other) {
+                *v += o;
+            }
+        }
+    }
 }
 
 /// [`Finish::write`].
@@ -760,43 +796,16 @@ impl<T: ElementMut<Item = T>, F: Fn(usize, &mut [f32; COLS])> SimdOp for Write<'
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
-        let Finish { bias, dropout, residual } = self.finish;
         let Rectangle { rows, cols, mut out } = self.rectangle;
         let mut values = [0.0; COLS];
-        let mut bias_lanes = [0.0; COLS];
-        if let Some(bias) = bias {
-            bias_lanes[..cols.len()].copy_from_slice(&bias[cols.clone()]);
-        }
         for (i, row) in rows.enumerate() {
             // A row's next one is in another page, where no prefetcher looks for it.
             if let Some(out) = out.get(i + ROWS_AHEAD) {
                 simd.prefetch(out);
             }
-            let out = &mut *out[i];
             (self.sums)(row, &mut values);
-            if bias.is_some() {
-                for (v, b) in values.iter_mut().zip(&bias_lanes) {
-                    *v += b;
-                }
-            }
-            if let Some(dropout) = dropout {
-                let factors = factors(dropout, row, cols.start);
-                for (v, &f) in values.iter_mut().zip(&factors) {
-                    *v = if f == 0.0 { 0.0 } else { *v * f };
-                }
-            }
-            let other = match residual {
-                Residual::None => None,
-                Residual::Output => Some(widen::<S, T>(simd, out)),
-                Residual::Of(matrix) => Some(with_element!(matrix.dtype, E => {
-                    widen::<S, E>(simd, &matrix.row::<E>(row)[cols.clone()])
-                })),
-            };
-            if let Some(other) = other {
-                for (v, o) in values.iter_mut().zip(&other) {
-                    *v += o;
-                }
-            }
+            let out = &mut *out[i];
+            self.finish.apply(simd, (row, cols.clone()), &mut values, out);
             let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
             for (value, out) in values.iter().zip(&mut *whole) {
                 T::store(simd, simd.load(value), out);
@@ -808,10 +817,10 @@ impl<T: ElementMut<Item = T>, F: Fn(usize, &mut [f32; COLS])> SimdOp for Write<'
     }
 }
 
-/// At most [`COLS`] elements as f32; 0 past the last.
+/// At most `N` elements as f32; 0 past the last.
 #[inline(always)]
-fn widen<S: Simd, E: Element>(simd: S, row: &[E::Item]) -> [f32; COLS] {
-    let mut values = [0.0; COLS];
+fn widen<S: Simd, E: Element, const N: usize>(simd: S, row: &[E::Item]) -> [f32; N] {
+    let mut values = [0.0; N];
     let (whole, rest) = row.as_chunks();
     let lanes = values.as_chunks_mut().0;
     for (whole, lanes) in whole.iter().zip(&mut *lanes) {
@@ -823,20 +832,19 @@ fn widen<S: Simd, E: Element>(simd: S, row: &[E::Item]) -> [f32; COLS] {
     values
 }
 
-/// [`Dropout::factor`] of [`COLS`] columns from a multiple of 8 on.
+/// [`Dropout::factor`] of `N` columns from a multiple of 8 on.
 #[inline(always)]
-fn factors(dropout: &Dropout, token: usize, first_col: usize) -> [f32; COLS] {
+fn factors<const N: usize>(dropout: &Dropout, token: usize, first_col: usize) -> [f32; N] {
     let TokenKey { example, position } = dropout.tokens[token];
     let (threshold, scale) = (dropout.threshold(), dropout.scale());
-    let mut blocks = [[0; 4]; COLS / 8];
-    for (i, block) in blocks.iter_mut().enumerate() {
+    let mut factors = [scale; N];
+    for (i, eight) in factors.chunks_mut(8).enumerate() {
         let counter = [(first_col / 8 + i) as u32, position, example, dropout.site];
-        *block = dropout.key.block(counter);
-    }
-    let mut factors = [scale; COLS];
-    for (pair, word) in factors.as_chunks_mut::<2>().0.iter_mut().zip(blocks.as_flattened()) {
-        pair[0] = if word & 0xFFFF < threshold { 0.0 } else { scale };
-        pair[1] = if word >> 16 < threshold { 0.0 } else { scale };
+        let words = dropout.key.block(counter);
+        for (pair, word) in eight.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            pair[0] = if word & 0xFFFF < threshold { 0.0 } else { scale };
+            pair[1] = if word >> 16 < threshold { 0.0 } else { scale };
+        }
     }
     factors
 }

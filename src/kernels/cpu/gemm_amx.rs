@@ -20,7 +20,7 @@
 //! written: each costs a dozen cycles while tiles stream in. A right tile from memory takes as long to arrive and to be packed as
 //! products of 150 rows at the peak.
 
-use std::{ops::Range, vec};
+use std::ops::Range;
 
 use bytemuck::Zeroable;
 use half::bf16;
@@ -29,10 +29,10 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, Matrix, ROWS_AHEAD, Rectangle, run_tasks},
+    gemm::{Accumulator, Finish, Matrix, ROWS_AHEAD, Rectangle, Residual, run_tasks, with_element},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
-        LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
+        LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
     },
 };
 use crate::{
@@ -41,12 +41,15 @@ use crate::{
     tensor::{Frozen, Tensor},
 };
 
-/// Steps of k between a load and a store of the sums, where several left operands share right tiles.
-const STEPS_L1: usize = 8;
+/// Steps of k after which a few rows of other sums are finished, or another left operand has its turn with the right
+/// tiles.
+const STEPS_AT_ONCE: usize = 8;
 /// Steps of k whose right tiles a task packs at a time, for 128 columns: 1 MiB, half an L2 cache.
 const STEPS_L2: usize = 128;
-/// Column tiles come in fours, zeros past the last column.
-const TILES_AT_ONCE: usize = 4;
+/// Column tiles come in pairs, zeros past the last column.
+const TILES_AT_ONCE: usize = 2;
+/// Columns of a pair of column tiles.
+const PAIR: usize = TILES_AT_ONCE * TILE_COLS;
 
 /// The tiles, where products with all of these weights go through them: bf16 times bf16.
 pub(super) fn takes<'a>(cpu: &Cpu, mut weights: impl Iterator<Item = &'a Frozen>) -> Option<Amx> {
@@ -64,18 +67,40 @@ pub(super) fn column_tiles(cols: usize) -> usize {
     cols.div_ceil(TILES_AT_ONCE * TILE_COLS) * TILES_AT_ONCE
 }
 
-/// A left operand in tiles of 16 rows, `[row tile][step]`, an even number of row tiles, zeros past
-/// the last k. Past the last row there is anything: rows do not meet.
-pub(super) struct Lhs {
+/// A left operand of bf16.
+pub(super) struct Lhs<'a> {
+    /// The operand, where blocks of 32 rows are read as they lie.
+    matrix: Option<Matrix<'a>>,
+    /// The other rows in tiles of 16, `[row tile][step]`, an even number of row tiles, zeros past the last k. Past the last
+    /// row there is anything: rows do not meet.
     tiles: Buffer,
-    /// The output row that row tile 0 starts with.
+    /// The output row that the operand starts with.
     first_row: usize,
+    /// The one that the tiles start with.
+    first_packed: usize,
     k: usize,
 }
 
-impl Lhs {
-    /// `lhs = matrix`, which is bf16, for output rows from `first_row` on, packed by all threads.
-    pub(super) fn rows(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, first_row: usize) -> Self {
+impl<'a> Lhs<'a> {
+    /// `matrix` for output rows from `first_row` on. Tiles are loaded from the matrix itself where its rows are whole steps;
+    /// of the rest, and of the last rows if they are not a block, all threads pack a copy.
+    pub(super) fn rows(cpu: &Cpu, amx: Amx, matrix: Matrix<'a>, first_row: usize) -> Self {
+        if matrix.cols == 0 || !matrix.cols.is_multiple_of(TILE_K) {
+            return Lhs::packed(cpu, amx, matrix, first_row);
+        }
+        let n_whole = matrix.rows / BLOCK_ROWS * BLOCK_ROWS;
+        let rest = matrix.part_rows(n_whole..matrix.rows);
+        let rest = Lhs::packed(cpu, amx, rest, first_row + n_whole);
+        Self { matrix: Some(matrix), first_row, ..rest }
+    }
+
+    /// [`Lhs::rows`], all rows packed.
+    pub(super) fn packed(
+        cpu: &Cpu,
+        amx: Amx,
+        matrix: Matrix<'_>,
+        first_row: usize,
+    ) -> Lhs<'static> {
         let n_tiles = matrix.rows.next_multiple_of(BLOCK_ROWS) / TILE_ROWS;
         let steps = steps(matrix.cols);
         let mut tiles = cpu.tiles(n_tiles * steps);
@@ -85,7 +110,7 @@ impl Lhs {
                 amx.run(PackRows { matrix, first_row: i * BLOCK_ROWS, out });
             });
         }
-        Self { tiles, first_row, k: matrix.cols }
+        Lhs { matrix: None, tiles, first_row, first_packed: first_row, k: matrix.cols }
     }
 
     /// `lhs = matrix`, which is f32, as the sum of three bf16 operands ([`Split`]).
@@ -94,23 +119,27 @@ impl Lhs {
         amx: Amx,
         matrix: Matrix<'_>,
         first_row: usize,
-    ) -> [Self; 3] {
+    ) -> [Lhs<'static>; 3] {
         let split = Split::columns(cpu, amx, matrix, [0, 1, 2]);
         let part = |i| split.matrix().part(0..matrix.rows, i * matrix.cols..(i + 1) * matrix.cols);
-        [0, 1, 2].map(|i| Self::rows(cpu, amx, part(i), first_row))
+        [0, 1, 2].map(|i| Lhs::packed(cpu, amx, part(i), first_row))
     }
 
-    /// Some steps of a row tile.
-    fn tiles(&self, row_tile: usize, steps_of: Range<usize>) -> &[Tile] {
-        let start = row_tile * steps(self.k);
-        &self.tiles.as_slice()[start + steps_of.start..start + steps_of.end]
-    }
-
-    /// The row tile that starts with an output row.
-    fn row_tile(&self, row: usize) -> usize {
-        let row = row - self.first_row;
+    /// Some steps of the row tiles of a block.
+    #[inline(always)]
+    fn block(&self, first_row: usize, some: &Range<usize>) -> [LeftRows<'_>; 2] {
+        let row = first_row - self.first_row;
         assert_eq!(row % BLOCK_ROWS, 0, "blocks of sums are pairs of row tiles");
-        row / TILE_ROWS
+        if let Some(matrix) = self.matrix.filter(|_| first_row < self.first_packed) {
+            let (bytes, stride) = matrix.lines();
+            let at = |row: usize| &bytes[row * stride + some.start * size_of::<[u16; TILE_K]>()..];
+            let tile = |row| LeftRows::in_memory(at(row), TILE_ROWS, stride, some.len());
+            return [tile(row), tile(row + TILE_ROWS)];
+        }
+        let (tile, steps) = ((first_row - self.first_packed) / TILE_ROWS, steps(self.k));
+        let tiles = self.tiles.as_slice();
+        let of = |i: usize| LeftRows::of_tiles(&tiles[i * steps..][some.start..some.end]);
+        [of(tile), of(tile + 1)]
     }
 }
 
@@ -441,8 +470,14 @@ impl<'a> RankRhs<'a> {
     }
 
     /// The left operand, of some rows.
-    pub(super) fn left(&self, cpu: &Cpu, amx: Amx, z: Matrix<'_>, first_row: usize) -> Lhs {
-        Lhs::rows(cpu, amx, Split::columns(cpu, amx, z, LEFT).matrix(), first_row)
+    pub(super) fn left(
+        &self,
+        cpu: &Cpu,
+        amx: Amx,
+        z: Matrix<'_>,
+        first_row: usize,
+    ) -> Lhs<'static> {
+        Lhs::packed(cpu, amx, Split::columns(cpu, amx, z, LEFT).matrix(), first_row)
     }
 
     /// All steps of a column tile.
@@ -451,39 +486,70 @@ impl<'a> RankRhs<'a> {
         &self.tiles.as_slice()[(row * self.column_tiles + column_tile) * steps..][..steps]
     }
 
-    /// Adds the term to a block of sums, whose first row and column are `rows.start`, `cols.start`.
-    fn add(
+    /// The routing row of each row tile of a block of more than [`TILE_ROWS`] rows, where neither has two.
+    fn of_halves(&self, rows: &Range<usize>) -> Option<[usize; 2]> {
+        let mut found = [None; 2];
+        for (run, row) in self.segments.within(rows.clone()) {
+            for (i, found) in found.iter_mut().enumerate() {
+                let start = rows.start + i * TILE_ROWS;
+                if run.start <= start && run.end >= rows.end.min(start + TILE_ROWS) {
+                    *found = Some(row);
+                }
+            }
+        }
+        Some([found[0]?, found[1]?])
+    }
+
+    /// Adds the term to sums in registers, of output columns from `first_col` on; each half has one routing row.
+    #[inline(always)]
+    fn add_halves(
         &self,
-        tiles: &mut Tiles,
-        z: &Lhs,
-        rows: &Range<usize>,
-        cols: &Range<usize>,
-        sums: &mut Block,
+        square: &mut Square<'_>,
+        z: &Lhs<'_>,
+        first_row: usize,
+        halves: [usize; 2],
+        first_col: usize,
     ) {
-        let (row_tile, steps) = (z.row_tile(rows.start), 0..steps(z.k));
+        let (tile, steps) = (first_col / TILE_COLS, 0..steps(z.k));
         if steps.is_empty() {
             return;
         }
-        let first_tile = cols.start / TILE_COLS;
+        let left = z.block(first_row, &steps);
+        let right = halves.map(|row| [self.tiles(row, tile), self.tiles(row, tile + 1)]);
+        if halves[0] == halves[1] {
+            square.add(left, right[0]);
+        } else {
+            square.add_upper(left[0], right[0]);
+            square.add_lower(left[1], right[1]);
+        }
+    }
+
+    /// Adds the term to sums in memory, of output rows `rows` and columns from `first_col` on.
+    fn add(
+        &self,
+        tiles: &mut Tiles,
+        z: &Lhs<'_>,
+        rows: &Range<usize>,
+        first_col: usize,
+        sums: &mut Block,
+        col: usize,
+    ) {
+        let (tile, steps) = (first_col / TILE_COLS, 0..steps(z.k));
+        if steps.is_empty() {
+            return;
+        }
+        let left = z.block(rows.start, &steps);
         for (run, row) in self.segments.within(rows.clone()) {
-            let right = |tile: usize| self.tiles(row, first_tile + tile);
+            let right = [self.tiles(row, tile), self.tiles(row, tile + 1)];
             let run = run.start - rows.start..run.end - rows.start;
-            if run == (0..rows.len()) && run.len() > TILE_ROWS {
-                let left = [row_tile, row_tile + 1].map(|i| z.tiles(i, steps.clone()));
-                multiply(tiles, Left::Two(left), right, cols.len(), sums, false);
-                continue;
-            }
             // Rows of other segments must not even get a zero: 0 * inf is NaN.
             for i in 0..2 {
                 let first = run.start.max(i * TILE_ROWS);
                 let end = run.end.min((i + 1) * TILE_ROWS);
                 if first < end {
-                    let left = LeftRows {
-                        tiles: z.tiles(row_tile + i, steps.clone()),
-                        first: first - i * TILE_ROWS,
-                        n: end - first,
-                    };
-                    multiply(tiles, Left::One(left, first), right, cols.len(), sums, false);
+                    let left = left[i].part(first - i * TILE_ROWS..end - i * TILE_ROWS);
+                    let to = Corner { sums: &mut *sums, row: first, col };
+                    tiles.multiply_1x2(left, right, to, false);
                 }
             }
         }
@@ -493,7 +559,7 @@ impl<'a> RankRhs<'a> {
 /// The left operand of a product with a block.
 pub(super) enum Left<'a> {
     /// All rows.
-    Two([&'a [Tile]; 2]),
+    Two([LeftRows<'a>; 2]),
     /// Some rows of one tile, and the first row of the sums.
     One(LeftRows<'a>, usize),
 }
@@ -503,8 +569,8 @@ impl<'a> Left<'a> {
     #[inline(always)]
     pub(super) fn of(upper: &'a [Tile], lower: &'a [Tile], n: usize) -> Self {
         match n > TILE_ROWS {
-            true => Self::Two([upper, lower]),
-            false => Self::One(LeftRows { tiles: upper, first: 0, n }, 0),
+            true => Self::Two([upper, lower].map(LeftRows::of_tiles)),
+            false => Self::One(LeftRows::of_tiles(upper).part(0..n), 0),
         }
     }
 }
@@ -528,10 +594,9 @@ pub(super) fn multiply<'a>(
             }
         }
         Left::One(left, row) => {
-            for i in (0..n).step_by(TILES_AT_ONCE) {
+            for i in (0..n).step_by(2) {
                 let to = Corner { sums, row, col: i * TILE_COLS };
-                let right = [right(i), right(i + 1), right(i + 2), right(i + 3)];
-                tiles.multiply_1x4(left, right, to, overwrite);
+                tiles.multiply_1x2(left, [right(i), right(i + 1)], to, overwrite);
             }
         }
     }
@@ -540,7 +605,7 @@ pub(super) fn multiply<'a>(
 /// One product of a [`Task`].
 pub(super) struct Part<'a> {
     /// Of one shape; their sum is the left operand.
-    pub(super) lhs: &'a [Lhs],
+    pub(super) lhs: &'a [Lhs<'a>],
     /// bf16.
     pub(super) matrix: Matrix<'a>,
     /// `rhs[k, n]` is `matrix[n, k]`, else `matrix[k, n]`.
@@ -550,7 +615,7 @@ pub(super) struct Part<'a> {
 /// The same rows of some rectangles side by side: a sum of products and rank terms, finished.
 pub(super) struct Task<'a, T> {
     pub(super) parts: &'a [Part<'a>],
-    pub(super) ranks: &'a [(&'a RankRhs<'a>, &'a Lhs)],
+    pub(super) ranks: &'a [(&'a RankRhs<'a>, &'a Lhs<'static>)],
     /// More sums of each rectangle, or none.
     pub(super) more: Vec<Accumulator>,
     pub(super) rectangles: Vec<Rectangle<'a, T>>,
@@ -581,101 +646,280 @@ fn cut_steps(parts: &[Part<'_>], most: usize) -> Vec<Vec<Piece>> {
 
 impl<T: ElementMut<Item = T>> Task<'_, T> {
     /// Computes and writes the rectangles.
-    pub(super) fn run(self, cpu: &Cpu, amx: Amx) {
-        let Self { parts, ranks, more, rectangles, finish } = self;
-        let Some(first) = rectangles.first() else { return };
+    pub(super) fn run(mut self, cpu: &Cpu, amx: Amx) {
+        let Some(first) = self.rectangles.first() else { return };
         let (rows, n_tiles) = (first.rows.clone(), column_tiles(first.cols.len()));
-        let n_rectangles = rectangles.len();
-        let chunks = cut_steps(parts, STEPS_L2 / n_rectangles);
+        let n_rectangles = self.rectangles.len();
+        let chunks = cut_steps(self.parts, STEPS_L2 / n_rectangles);
         let n_steps = |chunk: &[Piece]| chunk.iter().map(|(_, steps)| steps.len()).sum::<usize>();
         let most_steps = chunks.iter().map(|chunk| n_steps(chunk)).max().unwrap_or(0);
 
-        // Where all steps fit at once, a block of sums is finished before the next one begins.
+        // Where all steps fit at once, two squares of sums take turns.
         let n_blocks = rows.len().div_ceil(BLOCK_ROWS);
-        let n_kept = if chunks.len() == 1 { 1 } else { n_blocks };
-        let mut sums = cpu.pool.take(n_rectangles * n_kept * size_of::<Block>());
-        let sums = sums.as_mut_slice::<Block>();
+        let n_kept = if chunks.len() == 1 { 1 } else { n_rectangles * n_blocks };
+        let mut sums = cpu.pool.take(n_kept * size_of::<Block>());
         let mut right = cpu.tiles(n_rectangles * n_tiles * most_steps);
-        let mut outs: Vec<(Range<usize>, vec::IntoIter<&mut [T]>)> =
-            rectangles.into_iter().map(|r| (r.cols, r.out.into_iter())).collect();
-
-        for (i, chunk) in chunks.iter().enumerate() {
-            let (is_first, is_last) = (i == 0, i + 1 == chunks.len());
-            let size = n_tiles * n_steps(chunk);
+        for (i, pieces) in chunks.iter().enumerate() {
+            let size = n_tiles * n_steps(pieces);
             let right = &mut right.as_mut_slice::<Tile>()[..n_rectangles * size];
-            for ((cols, _), mut right) in outs.iter().zip(right.chunks_mut(size)) {
-                for (part, steps) in chunk {
-                    let Part { matrix, transposed, .. } = parts[*part];
+            for (rectangle, mut right) in self.rectangles.iter().zip(right.chunks_mut(size)) {
+                for (part, steps) in pieces {
+                    let Part { matrix, transposed, .. } = self.parts[*part];
                     let (out, rest) = right.split_at_mut(n_tiles * steps.len());
-                    let (steps, cols) = (steps.clone(), cols.clone());
+                    let (steps, cols) = (steps.clone(), rectangle.cols.clone());
                     amx.run(PackColumns { matrix, transposed, steps, cols, out });
                     right = rest;
                 }
             }
+            let (is_first, is_last) = (i == 0, i + 1 == chunks.len());
+            let (task, sums, slots) = (&mut self, sums.as_mut_slice(), Slot::all(pieces, n_tiles));
             amx.with_tiles(|tiles| {
-                for block in 0..n_blocks {
-                    let start = rows.start + block * BLOCK_ROWS;
-                    let rows = start..rows.end.min(start + BLOCK_ROWS);
-                    for (j, (cols, out)) in outs.iter_mut().enumerate() {
-                        let sums = &mut sums[j * n_kept + block % n_kept];
-                        let right = &right[j * size..][..size];
-                        add_chunk(tiles, parts, chunk, right, &rows, cols, sums, is_first);
-                        if !is_last {
-                            continue;
-                        }
-                        for (rank, z) in ranks {
-                            rank.add(tiles, z, &rows, cols, sums);
-                        }
-                        let out = out.by_ref().take(rows.len()).collect();
-                        let rectangle = Rectangle { rows: rows.clone(), cols: cols.clone(), out };
-                        let more = more.get(j);
-                        finish.write(cpu.isa, rectangle, |row, values| {
-                            *values = sums.0[row - start];
-                            if let Some(more) = more {
-                                let others = more.row(row);
-                                values.iter_mut().zip(others).for_each(|(v, o)| *v += o);
-                            }
-                        });
-                    }
-                }
+                amx.run(Chunk { tiles, task, slots, right, sums, is_first, is_last });
             });
         }
     }
 }
 
-/// Adds the products of a chunk to a block of sums, or writes those of the first.
-#[allow(clippy::too_many_arguments)]
-fn add_chunk(
-    tiles: &mut Tiles,
-    parts: &[Part<'_>],
-    chunk: &[Piece],
-    mut right: &[Tile],
-    rows: &Range<usize>,
-    cols: &Range<usize>,
-    sums: &mut Block,
-    mut overwrite: bool,
-) {
-    let n_steps: usize = chunk.iter().map(|(_, steps)| steps.len()).sum();
-    let n_tiles = right.len() / n_steps.max(1);
-    for (part, steps) in chunk {
-        let (now, rest) = right.split_at(n_tiles * steps.len());
-        // Right tiles come from L2 either way. Where they are used once, nothing is gained by returning to
-        // the sums every few steps; where each left operand uses them, L1 keeps them for the next.
-        let at_once = if parts[*part].lhs.len() > 1 { STEPS_L1 } else { steps.len() };
-        for start in (0..steps.len()).step_by(at_once.max(1)) {
-            let some = start..steps.len().min(start + at_once);
-            let of_left = steps.start + some.start..steps.start + some.end;
-            let of_tile = |i: usize| &now[i * steps.len()..][some.clone()];
-            for lhs in parts[*part].lhs {
-                let row_tile = lhs.row_tile(rows.start);
-                let [upper, lower] =
-                    [row_tile, row_tile + 1].map(|i| lhs.tiles(i, of_left.clone()));
-                let left = Left::of(upper, lower, rows.len());
-                multiply(tiles, left, of_tile, cols.len(), sums, overwrite);
-                overwrite = false;
+/// A few steps of a piece.
+struct Slot {
+    part: usize,
+    /// Of the part.
+    steps: Range<usize>,
+    /// The right tile of column tile 0 and the first step, and from there to the next column tile.
+    right: usize,
+    stride: usize,
+}
+
+impl Slot {
+    /// Those of some pieces, whose right tiles are `[piece][column tile][step]`.
+    fn all(pieces: &[Piece], n_tiles: usize) -> Vec<Self> {
+        let (mut all, mut first) = (Vec::new(), 0);
+        for (part, piece) in pieces {
+            for start in piece.clone().step_by(STEPS_AT_ONCE) {
+                let steps = start..piece.end.min(start + STEPS_AT_ONCE);
+                let right = first + start - piece.start;
+                all.push(Self { part: *part, steps, right, stride: piece.len() });
+            }
+            first += n_tiles * piece.len();
+        }
+        all
+    }
+
+    /// The right tiles of a pair of column tiles.
+    #[inline(always)]
+    fn right<'a>(&self, right: &'a [Tile], pair: usize) -> [&'a [Tile]; 2] {
+        let tiles = |i: usize| &right[self.right + i * self.stride..][..self.steps.len()];
+        [tiles(TILES_AT_ONCE * pair), tiles(TILES_AT_ONCE * pair + 1)]
+    }
+}
+
+/// Multiplies some steps of a task, and writes its outputs if they are the last ones.
+struct Chunk<'c, 'a, T> {
+    tiles: &'c mut Tiles,
+    task: &'c mut Task<'a, T>,
+    slots: Vec<Slot>,
+    /// Of each rectangle.
+    right: &'c [Tile],
+    /// Those of all rectangles and their rows; a single one if these are all steps.
+    sums: &'c mut [Block],
+    is_first: bool,
+    is_last: bool,
+}
+
+impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { tiles, task, slots, right, sums, is_first, is_last } = self;
+        let Task { parts, ranks, more, rectangles, finish } = task;
+        let (all_rows, all_at_once) = (rectangles[0].rows.clone(), is_first && is_last);
+        let ranks = if is_last { *ranks } else { &[] };
+        let n_blocks = all_rows.len().div_ceil(BLOCK_ROWS);
+        let size = right.len() / rectangles.len();
+        let n_rows = BLOCK_ROWS.div_ceil(slots.len().max(1));
+        let mut halves = Vec::with_capacity(ranks.len());
+        // A square is finished while the next one is computed: until then its lines are on their way to the cache.
+        let mut done: Option<Done> = None;
+        let mut turn = 0;
+        for block in 0..n_blocks {
+            let start = all_rows.start + block * BLOCK_ROWS;
+            let rows = start..all_rows.end.min(start + BLOCK_ROWS);
+            halves.clear();
+            halves.extend(ranks.iter().map_while(|(rank, _)| rank.of_halves(&rows)));
+            for j in 0..rectangles.len() {
+                let right = &right[j * size..][..size];
+                let all_cols = rectangles[j].cols.clone();
+                for pair in 0..all_cols.len().div_ceil(PAIR) {
+                    let start = all_cols.start + pair * PAIR;
+                    let cols = start..all_cols.end.min(start + PAIR);
+                    let (at, col) = match all_at_once {
+                        true => (0, turn % 2 * PAIR),
+                        false => (j * n_blocks + block, pair * PAIR),
+                    };
+                    turn += 1;
+                    let mut in_memory = true;
+                    if rows.len() > TILE_ROWS {
+                        let corner = &mut Corner { sums: &mut sums[at], row: 0, col };
+                        let mut square = tiles.square((!is_first).then_some(corner));
+                        for slot in &slots {
+                            let right = slot.right(right, pair);
+                            for lhs in parts[slot.part].lhs {
+                                square.add(lhs.block(rows.start, &slot.steps), right);
+                            }
+                            if let Some(done) = &mut done {
+                                done.write(simd, n_rows, finish, more, sums, rectangles);
+                            }
+                        }
+                        in_memory = halves.len() < ranks.len();
+                        if !in_memory {
+                            for ((rank, z), halves) in ranks.iter().zip(&halves) {
+                                rank.add_halves(&mut square, z, rows.start, *halves, start);
+                            }
+                        }
+                        square.store(Corner { sums: &mut sums[at], row: 0, col });
+                    } else {
+                        let mut overwrite = is_first;
+                        for slot in &slots {
+                            let right = slot.right(right, pair);
+                            for lhs in parts[slot.part].lhs {
+                                let [left, _] = lhs.block(rows.start, &slot.steps);
+                                let left = left.part(0..rows.len());
+                                let to = Corner { sums: &mut sums[at], row: 0, col };
+                                tiles.multiply_1x2(left, right, to, overwrite);
+                                overwrite = false;
+                            }
+                        }
+                    }
+                    if in_memory {
+                        for (rank, z) in ranks {
+                            rank.add(tiles, z, &rows, start, &mut sums[at], col);
+                        }
+                    }
+                    if let Some(mut done) = done.take() {
+                        done.write(simd, BLOCK_ROWS, finish, more, sums, rectangles);
+                    }
+                    if is_last {
+                        let (rectangle, next) = (j, rows.start);
+                        let now = Done { rectangle, rows: rows.clone(), cols, at, col, next };
+                        now.prefetch(simd, finish, rectangles);
+                        done = Some(now);
+                    }
+                }
             }
         }
-        right = rest;
+        if let Some(mut done) = done {
+            done.write(simd, BLOCK_ROWS, finish, more, sums, rectangles);
+        }
+    }
+}
+
+/// Sums that are to be finished and written.
+struct Done {
+    rectangle: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    /// Their block of sums, and the column in it.
+    at: usize,
+    col: usize,
+    /// The first row that is not written yet.
+    next: usize,
+}
+
+impl Done {
+    /// Fetches what is to be added.
+    #[inline(always)]
+    fn prefetch<S: Simd, T: ElementMut<Item = T>>(
+        &self,
+        simd: S,
+        finish: &Finish<'_>,
+        rectangles: &[Rectangle<'_, T>],
+    ) {
+        let Rectangle { rows: all_rows, cols: all_cols, out } = &rectangles[self.rectangle];
+        match finish.residual {
+            Residual::None => {}
+            Residual::Output => {
+                let columns = self.cols.start - all_cols.start..self.cols.end - all_cols.start;
+                for row in self.rows.clone() {
+                    simd.prefetch(&out[row - all_rows.start][columns.clone()]);
+                }
+            }
+            Residual::Of(matrix) => with_element!(matrix.dtype, E => {
+                for row in self.rows.clone() {
+                    simd.prefetch(&matrix.row::<E>(row)[self.cols.clone()]);
+                }
+            }),
+        }
+    }
+
+    /// Writes `n` more rows, if there are as many. (With few instructions: what is between products and waits shortens the
+    /// view ahead that cores have of them, and vectors of 64 bytes are computed where the tiles are.)
+    #[inline(always)]
+    fn write<S: Simd, T: ElementMut<Item = T>>(
+        &mut self,
+        simd: S,
+        n: usize,
+        finish: &Finish<'_>,
+        more: &[Accumulator],
+        sums: &[Block],
+        rectangles: &mut [Rectangle<'_, T>],
+    ) {
+        let Rectangle { rows: all_rows, cols: all_cols, out } = &mut rectangles[self.rectangle];
+        let columns = self.cols.start - all_cols.start..self.cols.end - all_cols.start;
+        let rows = self.next..self.rows.end.min(self.next + n);
+        self.next = rows.end;
+        let outs = &mut out[rows.start - all_rows.start..rows.end - all_rows.start];
+        let lines = &sums[self.at].0[rows.start - self.rows.start..rows.end - self.rows.start];
+        let lines = lines.iter().map(|line| &line[self.col..self.col + PAIR]).zip(outs);
+        let short = columns.len() < PAIR || finish.bias.is_some() || finish.dropout.is_some();
+        if short || !more.is_empty() {
+            for (row, (line, out)) in rows.zip(lines) {
+                let mut values: [f32; PAIR] = *line.first_chunk().expect("a pair of tiles");
+                if let Some(more) = more.get(self.rectangle) {
+                    let others = more.row(row);
+                    let others = &others[columns.clone()];
+                    values.iter_mut().zip(others).for_each(|(v, o)| *v += o);
+                }
+                let out = &mut out[columns.clone()];
+                finish.apply(simd, (row, self.cols.clone()), &mut values, out);
+                let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
+                for (value, out) in values.iter().zip(&mut *whole) {
+                    T::store_flushed(simd, simd.load(value), out);
+                }
+                if let Some(value) = values.get(whole.len()) {
+                    T::store_part(simd, simd.load(value), rest);
+                }
+            }
+            return;
+        }
+        match finish.residual {
+            Residual::None => {
+                for (line, out) in lines {
+                    let out = out[columns.clone()].as_chunks_mut().0;
+                    for (value, out) in line.as_chunks().0.iter().zip(out) {
+                        T::store_flushed(simd, simd.load(value), out);
+                    }
+                }
+            }
+            Residual::Output => {
+                for (line, out) in lines {
+                    let out = out[columns.clone()].as_chunks_mut().0;
+                    for (value, out) in line.as_chunks().0.iter().zip(out) {
+                        let sum = simd.add(simd.load(value), T::load(simd, out));
+                        T::store_flushed(simd, sum, out);
+                    }
+                }
+            }
+            Residual::Of(matrix) => with_element!(matrix.dtype, E => {
+                for (row, (line, out)) in rows.zip(lines) {
+                    let others = matrix.row::<E>(row)[self.cols.clone()].as_chunks().0;
+                    let out = out[columns.clone()].as_chunks_mut().0;
+                    for ((value, other), out) in line.as_chunks().0.iter().zip(others).zip(out) {
+                        let sum = simd.add(simd.load(value), E::load(simd, other));
+                        T::store_flushed(simd, sum, out);
+                    }
+                }
+            }),
+        }
     }
 }
 
@@ -701,7 +945,7 @@ pub(super) fn in_pairs<'a, T>(
 ) -> Vec<(usize, Vec<Rectangle<'a, T>>)> {
     let per_thread = tasks.len() / cpu.n_threads();
     let even = tasks.len().is_multiple_of(2 * cpu.n_threads());
-    let pairs = per_thread >= 32 || (per_thread >= 8 && even);
+    let pairs = per_thread >= 32 || (per_thread >= 4 && even);
     let mut all: Vec<(usize, Vec<Rectangle<'a, T>>)> = Vec::new();
     for (i, rectangle) in tasks {
         match all.last_mut() {

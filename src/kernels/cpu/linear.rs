@@ -490,10 +490,8 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
     let by = Cut::on_tiles(n_rows, k, cols, cpu.n_threads());
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
-        let pack = |t: &LinearBackwardTerm<'_, Cpu>| {
-            [Lhs::rows(cpu, amx, Matrix::tensor(t.d_y).part_rows(rows.clone()), start)]
-        };
-        let packed: Vec<_> = terms.iter().map(pack).collect();
+        let d_ys = terms.iter().map(|t| Matrix::tensor(t.d_y).part_rows(rows.clone()));
+        let packed: Vec<_> = d_ys.map(|d_y| [Lhs::rows(cpu, amx, d_y, start)]).collect();
         let parts: Vec<_> = (terms.iter().zip(&packed))
             .map(|(t, lhs)| Part { lhs, matrix: Matrix::frozen(t.weight), transposed: false })
             .collect();

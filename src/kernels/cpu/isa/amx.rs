@@ -12,12 +12,13 @@
 //! ```
 //!
 //! The instructions come through inline assembly: the intrinsics are not stable, and tiles cannot be
-//! operands of it, so a whole loop over `k` is one block, from loading its sums to storing them.
+//! operands of it. So either a whole loop over `k` is one block, from loading its sums to storing them, or a
+//! [`Square`] borrows the registers from its first block of instructions to its last.
 //!
 //! 2 x 2 tiles of sums use all eight registers: per 32 `k` four tile loads (4 KiB) feed four
-//! products, 64 cycles of the unit at 16 each, and four chains of sums cover a product's latency of
-//! about 52 cycles. The right tiles are loaded as what is used once (`tileloaddt1`), so that L1 keeps the left
-//! ones for the next columns. Up to 16 rows 1 x 4 tiles do the same with five loads. Where the right operand has 16
+//! products, 64 cycles of the unit at 16 each. The right tiles are loaded as what is used once (`tileloaddt1`), so that L1
+//! keeps the left ones for the next columns. Up to 16 rows 1 x 2 tiles do the same with three loads for two. (A product waits
+//! 52 cycles for zeros or for what is stored, but no longer than 16 for sums of the one before.) Where the right operand has 16
 //! columns at most, the left ones are read from rows in memory as they lie there, one at a time, which is faster than memory.
 
 #![allow(unsafe_code)]
@@ -26,6 +27,7 @@ use std::{
     arch::{asm, x86_64::__cpuid_count},
     cell::Cell,
     marker::PhantomData,
+    ops::Range,
     sync::OnceLock,
 };
 
@@ -55,7 +57,7 @@ pub(crate) const BLOCK_COLS: usize = 128;
 #[repr(C, align(64))]
 pub(crate) struct Block(pub(crate) [[f32; BLOCK_COLS]; BLOCK_ROWS]);
 
-/// The token of AMX with bf16, on a CPU that has AVX-512 too, in a process that may use tiles.
+/// The token of AMX with bf16, on a CPU that has AVX-512 with bf16 too, in a process that may use tiles.
 #[derive(Clone, Copy, Debug)]
 pub struct Amx {
     avx512: Avx512,
@@ -67,7 +69,7 @@ impl Amx {
     pub fn detect() -> Option<Self> {
         static FOUND: OnceLock<Option<Amx>> = OnceLock::new();
         *FOUND.get_or_init(|| {
-            let avx512 = Avx512::detect()?;
+            let avx512 = Avx512::detect()?.with_bf16()?;
             (has_instructions() && request_permission()).then_some(())?;
             let amx = Self { avx512 };
             amx.product_is_right().then_some(amx)
@@ -77,16 +79,16 @@ impl Amx {
     /// The token.
     ///
     /// # Safety
-    /// The instructions of AVX-512 and AMX are executed, if not by the CPU.
+    /// The instructions of AVX-512, AVX512-BF16 and AMX are executed, if not by the CPU.
     pub(super) unsafe fn assume() -> Self {
         // SAFETY: the caller's promise.
-        Self { avx512: unsafe { Avx512::assume() } }
+        Self { avx512: unsafe { Avx512::assume(true) } }
     }
 
-    /// Runs `op` compiled for AVX-512.
+    /// Runs `op` compiled for AVX-512 with AVX512-BF16.
     #[inline]
     pub fn run<O: SimdOp>(self, op: O) -> O::Output {
-        self.avx512.run(op)
+        self.avx512.run_with_bf16(op)
     }
 
     /// Runs `work` with tile registers, which are given back at its end: a thread that sleeps with
@@ -115,11 +117,12 @@ impl Amx {
         }
         let mut sums = Block::zeroed();
         self.with_tiles(|tiles| {
-            let rows = LeftRows { tiles: &[a], first: 0, n: TILE_ROWS };
-            tiles.multiply_1x4(rows, [&[b]; 4], Corner { sums: &mut sums, row: 0, col: 0 }, true);
+            let rows = [a];
+            let rows = LeftRows::of_tiles(&rows);
+            tiles.multiply_1x2(rows, [&[b]; 2], Corner { sums: &mut sums, row: 0, col: 0 }, true);
         });
         (0..TILE_ROWS).all(|i| {
-            (0..4 * TILE_COLS).all(|n| {
+            (0..2 * TILE_COLS).all(|n| {
                 let want: f32 =
                     (0..TILE_K).map(|k| value(i, k) * value(k, n % TILE_COLS + 5)).sum();
                 sums.0[i][n] == want
@@ -196,15 +199,53 @@ impl Drop for Tiles {
     }
 }
 
-/// Some rows of a left operand within one row of tiles.
+/// Up to 16 rows of a left operand of bf16; 32 `k` are 64 bytes of each.
 #[derive(Clone, Copy)]
 pub(crate) struct LeftRows<'a> {
-    /// One tile a step of `k`.
-    pub(crate) tiles: &'a [Tile],
-    /// The first row in each tile.
-    pub(crate) first: usize,
-    /// The number of rows.
-    pub(crate) n: usize,
+    /// From the first row's first `k` on. All rows have all their steps in it: (`rows` - 1) `stride` +
+    /// (`steps` - 1) `step` + 64 bytes at least, where there are any.
+    bytes: &'a [u8],
+    rows: usize,
+    /// Bytes from a row to the next.
+    stride: usize,
+    /// Steps of `k`.
+    steps: usize,
+    /// Bytes from a step to the next.
+    step: usize,
+}
+
+/// Bytes of a tile's row.
+const LINE: usize = size_of::<[u16; TILE_K]>();
+
+impl<'a> LeftRows<'a> {
+    /// The rows of tiles, one a step.
+    #[inline(always)]
+    pub(crate) fn of_tiles(tiles: &'a [Tile]) -> Self {
+        let (bytes, step) = (bytemuck::cast_slice(tiles), size_of::<Tile>());
+        Self { bytes, rows: TILE_ROWS, stride: LINE, steps: tiles.len(), step }
+    }
+
+    /// Rows as they lie in memory, of which the first one begins with `bytes`.
+    ///
+    /// # Panics
+    /// If the last of them does not have as many steps, or there are more than 16.
+    #[inline(always)]
+    pub(crate) fn in_memory(bytes: &'a [u8], rows: usize, stride: usize, steps: usize) -> Self {
+        assert!(rows <= TILE_ROWS && steps * LINE <= bytes.len());
+        assert!(rows <= 1 || stride <= (bytes.len() - steps * LINE) / (rows - 1));
+        Self { bytes, rows, stride, steps, step: LINE }
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If they are not there.
+    #[inline(always)]
+    pub(crate) fn part(self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.rows);
+        let bytes = self.bytes.get(rows.start * self.stride..).unwrap_or_default();
+        Self { bytes, rows: rows.len(), ..self }
+    }
 }
 
 /// Where in a block of sums a product is added.
@@ -217,15 +258,16 @@ pub(crate) struct Corner<'a> {
     pub(crate) col: usize,
 }
 
-/// Rows of bf16 in memory, as a left operand.
-#[derive(Clone, Copy)]
-pub(crate) struct MemoryRows<'a> {
-    /// From the first element of the first row on.
-    pub(crate) bytes: &'a [u8],
-    /// Bytes from a row to the next.
-    pub(crate) stride: usize,
-    /// The number of rows, [`TILE_ROWS`] at most.
-    pub(crate) n: usize,
+impl Corner<'_> {
+    /// The first of its sums, 32 rows of 32.
+    ///
+    /// # Panics
+    /// If they are not inside the block.
+    #[inline(always)]
+    fn square(&mut self) -> *mut f32 {
+        assert!(self.row == 0 && self.col + 2 * TILE_COLS <= BLOCK_COLS);
+        self.sums.0.as_mut_ptr().cast::<f32>().wrapping_add(self.col)
+    }
 }
 
 /// Bytes from a row of sums to the next.
@@ -234,21 +276,6 @@ const SUMS_STRIDE: usize = size_of::<[f32; BLOCK_COLS]>();
 impl Amx {
     /// Floating point operations of a round of [`Tiles::spin`].
     pub(crate) const SPIN_FLOPS: usize = 4 * 2 * TILE_ROWS * TILE_COLS * TILE_K;
-}
-
-/// The start of a product with four tiles of sums: zeros where `overwrite`, then to label 3; else what follows, which
-/// loads them.
-macro_rules! zeros_or_else {
-    () => {
-        "test {overwrite:e}, {overwrite:e}
-        jz 2f
-        tilezero tmm0
-        tilezero tmm1
-        tilezero tmm2
-        tilezero tmm3
-        jmp 3f
-        2:"
-    };
 }
 
 impl Tiles {
@@ -298,6 +325,47 @@ impl Tiles {
         self.rows = rows;
     }
 
+    /// Four tiles of sums: those at a corner, or zeros where there is none.
+    ///
+    /// # Panics
+    /// If the sums do not begin in row 0, or are not there.
+    #[inline(always)]
+    pub(crate) fn square(&mut self, from: Option<&mut Corner<'_>>) -> Square<'_> {
+        self.configure(TILE_ROWS);
+        match from {
+            // SAFETY: the configuration above is what the instructions want; no memory is touched.
+            None => unsafe {
+                asm!(
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    options(nomem, nostack),
+                );
+            },
+            Some(corner) => {
+                let sums = corner.square();
+                // SAFETY: the configuration above is what the instructions want; the sums' 32 rows from their first
+                // column on are inside the block, as `Corner::square` has made sure.
+                unsafe {
+                    asm!(
+                        "tileloadd tmm0, [{c} + {stride}*1]",
+                        "tileloadd tmm1, [{c} + {stride}*1 + 64]",
+                        "tileloadd tmm2, [{c2} + {stride}*1]",
+                        "tileloadd tmm3, [{c2} + {stride}*1 + 64]",
+                        c = in(reg) sums,
+                        c2 = in(reg) sums.add(TILE_ROWS * BLOCK_COLS),
+                        stride = in(reg) SUMS_STRIDE,
+                        out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                        options(readonly, nostack),
+                    );
+                }
+            }
+        }
+        Square(self)
+    }
+
     /// Adds the product of 32 rows and 32 columns, or writes it where `overwrite`.
     ///
     /// # Panics
@@ -305,122 +373,70 @@ impl Tiles {
     #[inline]
     pub(crate) fn multiply_2x2(
         &mut self,
-        lhs: [&[Tile]; 2],
+        lhs: [LeftRows<'_>; 2],
         rhs: [&[Tile]; 2],
-        to: Corner<'_>,
+        mut to: Corner<'_>,
         overwrite: bool,
     ) {
-        let n = lhs[0].len();
-        assert!(n > 0 && [lhs[1], rhs[0], rhs[1]].iter().all(|tiles| tiles.len() == n));
-        assert!(to.row == 0 && to.col + 2 * TILE_COLS <= BLOCK_COLS);
-        self.configure(TILE_ROWS);
-        let sums = to.sums.0.as_mut_ptr().cast::<f32>();
-        // SAFETY: the configuration above is what the instructions want; each of the four operands
-        // has `n` tiles, which the loop reads one after the other, 16 rows of 64 bytes each; the
-        // sums' 32 rows from `to.col` on are inside the block by the assertions.
-        unsafe {
-            asm!(
-                zeros_or_else!(),
-                "tileloadd tmm0, [{c} + {c_stride}*1]",
-                "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
-                "tileloadd tmm2, [{c2} + {c_stride}*1]",
-                "tileloadd tmm3, [{c2} + {c_stride}*1 + 64]",
-                "3:",
-                "tileloadd tmm4, [{a0} + {stride}*1]",
-                "tileloaddt1 tmm6, [{b0} + {stride}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloaddt1 tmm7, [{b1} + {stride}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a1} + {stride}*1]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a0}, 1024",
-                "add {a1}, 1024",
-                "add {b0}, 1024",
-                "add {b1}, 1024",
-                "dec {n}",
-                "jnz 3b",
-                "tilestored [{c} + {c_stride}*1], tmm0",
-                "tilestored [{c} + {c_stride}*1 + 64], tmm1",
-                "tilestored [{c2} + {c_stride}*1], tmm2",
-                "tilestored [{c2} + {c_stride}*1 + 64], tmm3",
-                overwrite = in(reg) u32::from(overwrite),
-                c = in(reg) sums.add(to.col),
-                c2 = in(reg) sums.add(TILE_ROWS * BLOCK_COLS + to.col),
-                c_stride = in(reg) SUMS_STRIDE,
-                a0 = inout(reg) lhs[0].as_ptr() => _,
-                a1 = inout(reg) lhs[1].as_ptr() => _,
-                b0 = inout(reg) rhs[0].as_ptr() => _,
-                b1 = inout(reg) rhs[1].as_ptr() => _,
-                stride = in(reg) size_of::<[u16; TILE_K]>(),
-                n = inout(reg) n => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
+        let mut square = self.square((!overwrite).then_some(&mut to));
+        square.add(lhs, rhs);
+        square.store(to);
     }
 
-    /// Adds the product of up to 16 rows and 64 columns, or writes it where `overwrite`.
+    /// Adds the product of up to 16 rows and 32 columns, or writes it where `overwrite`.
     ///
     /// # Panics
     /// If the operands differ in `k`, have none, or rows or columns are not there.
     #[inline]
-    pub(crate) fn multiply_1x4(
+    pub(crate) fn multiply_1x2(
         &mut self,
         lhs: LeftRows<'_>,
-        rhs: [&[Tile]; 4],
+        rhs: [&[Tile]; 2],
         to: Corner<'_>,
         overwrite: bool,
     ) {
-        let n = lhs.tiles.len();
+        let n = lhs.steps;
         assert!(n > 0 && rhs.iter().all(|tiles| tiles.len() == n));
-        assert!(lhs.first + lhs.n <= TILE_ROWS);
-        assert!(to.row + lhs.n <= BLOCK_ROWS && to.col + 4 * TILE_COLS <= BLOCK_COLS);
-        self.configure(lhs.n);
+        assert!(to.row + lhs.rows <= BLOCK_ROWS && to.col + 2 * TILE_COLS <= BLOCK_COLS);
+        self.configure(lhs.rows);
         let sums = to.sums.0.as_mut_ptr().cast::<f32>();
-        // SAFETY: as above, with `lhs.n` rows from `lhs.first` on of each left tile, which are
-        // inside the tile, and as many rows of sums.
+        // SAFETY: the configuration above, of one row at least and 16 at most, is what the instructions want; each operand
+        // has `n` steps, which the loop reads one after the other: 16 rows of 64 bytes of the right ones, the rows that
+        // `LeftRows` has of the left one; as many rows of sums are inside the block by the assertions.
         unsafe {
             asm!(
-                zeros_or_else!(),
+                "test {overwrite:e}, {overwrite:e}",
+                "jz 2f",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "jmp 3f",
+                "2:",
                 "tileloadd tmm0, [{c} + {c_stride}*1]",
                 "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
-                "tileloadd tmm2, [{c} + {c_stride}*1 + 128]",
-                "tileloadd tmm3, [{c} + {c_stride}*1 + 192]",
                 "3:",
-                "tileloadd tmm4, [{a} + {stride}*1]",
-                "tileloadd tmm5, [{b0} + {stride}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm5",
-                "tileloadd tmm6, [{b1} + {stride}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm6",
-                "tileloadd tmm7, [{b2} + {stride}*1]",
-                "tdpbf16ps tmm2, tmm4, tmm7",
-                "tileloadd tmm5, [{b3} + {stride}*1]",
-                "tdpbf16ps tmm3, tmm4, tmm5",
-                "add {a}, 1024",
+                "tileloadd tmm4, [{a} + {a_stride}*1]",
+                "tileloadd tmm6, [{b0} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {stride}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a}, {step}",
                 "add {b0}, 1024",
                 "add {b1}, 1024",
-                "add {b2}, 1024",
-                "add {b3}, 1024",
                 "dec {n}",
                 "jnz 3b",
                 "tilestored [{c} + {c_stride}*1], tmm0",
                 "tilestored [{c} + {c_stride}*1 + 64], tmm1",
-                "tilestored [{c} + {c_stride}*1 + 128], tmm2",
-                "tilestored [{c} + {c_stride}*1 + 192], tmm3",
                 overwrite = in(reg) u32::from(overwrite),
                 c = in(reg) sums.add(to.row * BLOCK_COLS + to.col),
                 c_stride = in(reg) SUMS_STRIDE,
-                a = inout(reg) lhs.tiles.as_ptr().cast::<[u16; TILE_K]>().add(lhs.first) => _,
+                a = inout(reg) lhs.bytes.as_ptr() => _,
+                a_stride = in(reg) lhs.stride,
+                step = in(reg) lhs.step,
                 b0 = inout(reg) rhs[0].as_ptr() => _,
                 b1 = inout(reg) rhs[1].as_ptr() => _,
-                b2 = inout(reg) rhs[2].as_ptr() => _,
-                b3 = inout(reg) rhs[3].as_ptr() => _,
-                stride = in(reg) size_of::<[u16; TILE_K]>(),
+                stride = in(reg) LINE,
                 n = inout(reg) n => _,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
@@ -434,20 +450,16 @@ impl Tiles {
     #[inline]
     pub(crate) fn multiply_rows(
         &mut self,
-        rows: MemoryRows<'_>,
+        rows: LeftRows<'_>,
         right: &[Tile],
         sums: &mut [[f32; TILE_COLS]],
         overwrite: bool,
     ) {
-        const LINE: usize = size_of::<[u16; TILE_K]>();
-        let MemoryRows { bytes, stride, n } = rows;
-        assert_eq!(sums.len(), n);
-        assert!(!right.is_empty() && right.len() * LINE <= bytes.len());
-        assert!(n == 1 || stride <= (bytes.len() - right.len() * LINE) / (n - 1));
-        self.configure(n);
-        // SAFETY: the configuration above, of one row at least and 16 at most, is what the instructions want; by the
-        // assertions the last of the rows has the bytes of `right.len()` steps, and there is a row of 64 bytes of
-        // sums for each.
+        assert_eq!(sums.len(), rows.rows);
+        assert!(!right.is_empty() && right.len() == rows.steps);
+        self.configure(rows.rows);
+        // SAFETY: the configuration above, of one row at least and 16 at most, is what the instructions want; the rows have
+        // their steps, as many as there are right tiles, and there is a row of 64 bytes of sums for each.
         unsafe {
             asm!(
                 "test {overwrite:e}, {overwrite:e}",
@@ -460,7 +472,7 @@ impl Tiles {
                 "tileloadd tmm7, [{b} + {line}*1]",
                 "tileloadd tmm4, [{a} + {stride}*1]",
                 "tdpbf16ps tmm0, tmm4, tmm7",
-                "add {a}, {line}",
+                "add {a}, {step}",
                 "add {b}, 1024",
                 "dec {n}",
                 "jnz 3b",
@@ -468,11 +480,134 @@ impl Tiles {
                 overwrite = in(reg) u32::from(overwrite),
                 c = in(reg) sums.as_mut_ptr(),
                 line = in(reg) LINE,
-                a = inout(reg) bytes.as_ptr() => _,
-                stride = in(reg) stride,
+                a = inout(reg) rows.bytes.as_ptr() => _,
+                stride = in(reg) rows.stride,
+                step = in(reg) rows.step,
                 b = inout(reg) right.as_ptr() => _,
                 n = inout(reg) right.len() => _,
                 out("tmm0") _, out("tmm4") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+/// The sums of 32 rows and 32 columns in tile registers, until they are stored. What runs meanwhile knows no tiles:
+/// compilers have no use for them, and [`Tiles`] are borrowed.
+pub(crate) struct Square<'a>(#[allow(dead_code)] &'a mut Tiles);
+
+/// Adds a product to half of the rows of a [`Square`], by its two registers.
+macro_rules! add_half {
+    ($lhs:expr, $rhs:expr, $left:literal, $right:literal) => {
+        let (lhs, rhs): (LeftRows<'_>, [&[Tile]; 2]) = ($lhs, $rhs);
+        let n = lhs.steps;
+        assert!(n > 0 && lhs.rows == TILE_ROWS && rhs.iter().all(|tiles| tiles.len() == n));
+        // SAFETY: as in `Square::add`, of three operands.
+        unsafe {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a} + {a_stride}*1]",
+                "tileloadd tmm6, [{b0} + {stride}*1]",
+                concat!("tdpbf16ps ", $left, ", tmm4, tmm6"),
+                "tileloadd tmm7, [{b1} + {stride}*1]",
+                concat!("tdpbf16ps ", $right, ", tmm4, tmm7"),
+                "add {a}, {step}",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {n}",
+                "jnz 2b",
+                a = inout(reg) lhs.bytes.as_ptr() => _,
+                a_stride = in(reg) lhs.stride,
+                step = in(reg) lhs.step,
+                b0 = inout(reg) rhs[0].as_ptr() => _,
+                b1 = inout(reg) rhs[1].as_ptr() => _,
+                stride = in(reg) LINE,
+                n = inout(reg) n => _,
+                out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    };
+}
+
+impl Square<'_> {
+    /// Adds a product.
+    ///
+    /// # Panics
+    /// If the operands differ in `k`, or have none.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, lhs: [LeftRows<'_>; 2], rhs: [&[Tile]; 2]) {
+        let LeftRows { rows, stride, steps: n, step, .. } = lhs[0];
+        let one = lhs[1];
+        assert!((rows, one.rows) == (TILE_ROWS, TILE_ROWS) && n > 0);
+        assert!((one.stride, one.steps, one.step) == (stride, n, step));
+        assert!(rhs.iter().all(|tiles| tiles.len() == n));
+        // SAFETY: `Tiles::square` has configured what the instructions want; each of the four operands has `n` steps of 16
+        // rows of 64 bytes, which the loop reads one after the other.
+        unsafe {
+            asm!(
+                "2:",
+                "tileloadd tmm4, [{a0} + {a_stride}*1]",
+                "tileloaddt1 tmm6, [{b0} + {stride}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloaddt1 tmm7, [{b1} + {stride}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {a_stride}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, {step}",
+                "add {a1}, {step}",
+                "add {b0}, 1024",
+                "add {b1}, 1024",
+                "dec {n}",
+                "jnz 2b",
+                a0 = inout(reg) lhs[0].bytes.as_ptr() => _,
+                a1 = inout(reg) lhs[1].bytes.as_ptr() => _,
+                a_stride = in(reg) stride,
+                step = in(reg) step,
+                b0 = inout(reg) rhs[0].as_ptr() => _,
+                b1 = inout(reg) rhs[1].as_ptr() => _,
+                stride = in(reg) LINE,
+                n = inout(reg) n => _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+
+    /// Adds a product to the upper 16 rows.
+    ///
+    /// # Panics
+    /// If the operands differ in `k`, or have none.
+    #[inline(always)]
+    pub(crate) fn add_upper(&mut self, lhs: LeftRows<'_>, rhs: [&[Tile]; 2]) {
+        add_half!(lhs, rhs, "tmm0", "tmm1");
+    }
+
+    /// [`Square::add_upper`], of the lower ones.
+    #[inline(always)]
+    pub(crate) fn add_lower(&mut self, lhs: LeftRows<'_>, rhs: [&[Tile]; 2]) {
+        add_half!(lhs, rhs, "tmm2", "tmm3");
+    }
+
+    /// Writes the sums.
+    ///
+    /// # Panics
+    /// If they would not begin in row 0, or the corner is not there.
+    #[inline(always)]
+    pub(crate) fn store(self, mut to: Corner<'_>) {
+        let sums = to.square();
+        // SAFETY: as in `add`; the sums' 32 rows from their first column on are inside the block, as `Corner::square` has
+        // made sure, and `to` has it alone.
+        unsafe {
+            asm!(
+                "tilestored [{c} + {stride}*1], tmm0",
+                "tilestored [{c} + {stride}*1 + 64], tmm1",
+                "tilestored [{c2} + {stride}*1], tmm2",
+                "tilestored [{c2} + {stride}*1 + 64], tmm3",
+                c = in(reg) sums,
+                c2 = in(reg) sums.add(TILE_ROWS * BLOCK_COLS),
+                stride = in(reg) SUMS_STRIDE,
                 options(nostack),
             );
         }

@@ -2,7 +2,10 @@
 
 #![allow(unsafe_code)]
 
-use std::arch::{asm, x86_64::*};
+use std::{
+    arch::{asm, x86_64::*},
+    mem,
+};
 
 use half::bf16;
 
@@ -10,7 +13,10 @@ use super::{LANES, Simd, SimdOp};
 
 /// The token of AVX-512.
 #[derive(Clone, Copy, Debug)]
-pub struct Avx512(());
+pub struct Avx512 {
+    /// Whether there is AVX512-BF16, too.
+    bf16: bool,
+}
 
 impl Avx512 {
     /// The token, if this CPU has what [`Avx512::run`] enables.
@@ -22,15 +28,36 @@ impl Avx512 {
             && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c"))
-        .then_some(Self(()))
+        .then_some(Self { bf16: false })
+    }
+
+    /// The same with AVX512-BF16 for [`Simd::store_bf16_flushed`], if this CPU has it.
+    pub(super) fn with_bf16(self) -> Option<Self> {
+        is_x86_feature_detected!("avx512bf16").then_some(Self { bf16: true })
     }
 
     /// The token.
     ///
     /// # Safety
-    /// The instructions that [`Avx512::run`] enables are executed, if not by the CPU.
-    pub(super) unsafe fn assume() -> Self {
-        Self(())
+    /// The instructions that [`Avx512::run`] enables are executed, if not by the CPU, and those of AVX512-BF16 if
+    /// `bf16`.
+    pub(super) unsafe fn assume(bf16: bool) -> Self {
+        Self { bf16 }
+    }
+
+    /// Runs `op` compiled for AVX-512 with AVX512-BF16.
+    ///
+    /// # Panics
+    /// If the token is not [`Avx512::with_bf16`].
+    #[inline]
+    pub(super) fn run_with_bf16<O: SimdOp>(self, op: O) -> O::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+        fn enter<O: SimdOp>(simd: Avx512, op: O) -> O::Output {
+            op.eval(simd)
+        }
+        assert!(self.bf16, "a token of AVX512-BF16");
+        // SAFETY: as in `run`; `with_bf16` has seen AVX512-BF16.
+        unsafe { enter(self, op) }
     }
 
     /// Runs `op` compiled for AVX-512.
@@ -164,6 +191,16 @@ impl Simd for Avx512 {
             let words = _mm512_mask_blend_epi32(nan, rounded, quiet);
             _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(words));
         })
+    }
+    #[inline(always)]
+    fn store_bf16_flushed(self, v: Self::V, to: &mut [bf16; LANES]) {
+        if !self.bf16 {
+            return self.store_bf16(v, to);
+        }
+        intrinsics!({
+            let rounded: __m256i = mem::transmute(_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), rounded);
+        });
     }
     #[inline(always)]
     fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V {

@@ -15,8 +15,8 @@ mod scalar;
 
 pub use amx::Amx;
 pub(super) use amx::{
-    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, MemoryRows, TILE_COLS, TILE_K, TILE_ROWS,
-    Tile, Tiles,
+    BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile,
+    Tiles,
 };
 pub use avx2::Avx2;
 pub use avx512::Avx512;
@@ -59,6 +59,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn load_bf16(self, x: &[bf16; LANES]) -> Self::V;
     /// To bf16, rounded to nearest even; NaN stays NaN.
     fn store_bf16(self, v: Self::V, to: &mut [bf16; LANES]);
+    /// [`Simd::store_bf16`], where denormals may become zero if that is faster.
+    #[inline(always)]
+    fn store_bf16_flushed(self, v: Self::V, to: &mut [bf16; LANES]) {
+        self.store_bf16(v, to);
+    }
     /// From 16 little-endian f32 at any alignment.
     fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V;
     /// From 16 little-endian bf16 at any alignment.
@@ -197,6 +202,11 @@ pub trait Element: 'static {
 pub trait ElementMut: Element {
     /// 16 of them, each rounded once.
     fn store<S: Simd>(simd: S, v: S::V, to: &mut [Self::Item; LANES]);
+    /// The same, where denormals may become zero if that is faster.
+    #[inline(always)]
+    fn store_flushed<S: Simd>(simd: S, v: S::V, to: &mut [Self::Item; LANES]) {
+        Self::store(simd, v, to);
+    }
     /// One of them, rounded once.
     fn put(x: f32) -> Self::Item;
 
@@ -250,6 +260,10 @@ impl ElementMut for bf16 {
     #[inline(always)]
     fn store<S: Simd>(simd: S, v: S::V, to: &mut [bf16; LANES]) {
         simd.store_bf16(v, to);
+    }
+    #[inline(always)]
+    fn store_flushed<S: Simd>(simd: S, v: S::V, to: &mut [bf16; LANES]) {
+        simd.store_bf16_flushed(v, to);
     }
     #[inline(always)]
     fn put(x: f32) -> bf16 {
@@ -357,7 +371,7 @@ impl Isa {
             return vec![];
         }
         // SAFETY: the caller's promise.
-        let (avx512, amx) = unsafe { (Avx512::assume(), Amx::assume()) };
+        let (avx512, amx) = unsafe { (Avx512::assume(false), Amx::assume()) };
         let avx512 = Avx512::detect().is_none().then_some(Self::Avx512(avx512));
         let amx = Amx::detect().is_none().then_some(Self::Amx(amx));
         avx512.into_iter().chain(amx).collect()
