@@ -243,6 +243,14 @@ impl Machine<'_> {
             Vfnmadd132ps => self.lanes(i, 4, f32s(|[d, a, b]| (-d).mul_add(b, a))),
             Vfnmadd213ps => self.lanes(i, 4, f32s(|[d, a, b]| (-a).mul_add(d, b))),
             Vfnmadd231ps => self.lanes(i, 4, f32s(|[d, a, b]| (-a).mul_add(b, d))),
+            Vscalefps => self.lanes(
+                i,
+                4,
+                // In f64, where nothing that f32 has is out of range: rounded once.
+                f32s(|[_, a, n]| {
+                    (f64::from(a) * f64::from(n.floor().clamp(-600.0, 600.0)).exp2()) as f32
+                }),
+            ),
             Vrndscaleps if i.immediate8() & !8 == 0 => {
                 self.lanes(i, 4, f32s(|[_, a, _]| a.round_ties_even()))
             }

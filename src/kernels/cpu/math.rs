@@ -20,10 +20,7 @@ pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
         p = s.fma(p, r, s.splat(c));
     }
     let p = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
-    // 2^128 is no f32, but p 2^127 * 2 may be one.
-    let top = s.splat(127.0);
-    let value = s.mul(p, s.exp2_integral(s.min(top, n)));
-    let value = s.select_lt(top, n, s.add(value, value), value);
+    let value = s.times_exp2(p, n);
     s.select_lt(x, s.splat(-87.336_54), s.splat(0.0), value)
 }
 

@@ -136,7 +136,7 @@ fn round_to_left<S: Simd>(s: S, row: &[f32; KEYS], m: usize, packed: &mut [Tile]
         let line: &mut [bf16; TILE_K] = bytemuck::cast_mut(&mut tile.0[m % TILE_ROWS]);
         let line = line.as_chunks_mut::<LANES>().0.iter_mut();
         for (to, items) in line.zip(items.as_chunks::<LANES>().0) {
-            s.store_bf16(s.load(items), to);
+            s.store_bf16_flushed(s.load(items), to);
         }
     }
 }
@@ -150,8 +150,8 @@ fn round_to_right<S: Simd>(s: S, rows: &Rows, packed: &mut [Tile], step: usize) 
         let vectors = even.as_chunks::<LANES>().0.iter().zip(odd.as_chunks::<LANES>().0);
         for (tile, (even, odd)) in vectors.enumerate() {
             let mut rounded = [[bf16::ZERO; LANES]; 2];
-            s.store_bf16(s.load(even), &mut rounded[0]);
-            s.store_bf16(s.load(odd), &mut rounded[1]);
+            s.store_bf16_flushed(s.load(even), &mut rounded[0]);
+            s.store_bf16_flushed(s.load(odd), &mut rounded[1]);
             let [even, odd]: [[u16; LANES]; 2] = bytemuck::cast(rounded);
             let tile = &mut packed[tile * BLOCKS_OF_QUERIES + step];
             let line: &mut [u32; LANES] = bytemuck::cast_mut(&mut tile.0[line]);

@@ -254,6 +254,10 @@ impl Simd for Avx512 {
         intrinsics!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a))
     }
     #[inline(always)]
+    fn times_exp2(self, a: Self::V, n: Self::V) -> Self::V {
+        intrinsics!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
     fn exp2_integral(self, n: Self::V) -> Self::V {
         intrinsics!({
             let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));

@@ -91,6 +91,14 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn round(self, a: Self::V) -> Self::V;
     /// `2^n` for integral `n` in `-126..=127`.
     fn exp2_integral(self, n: Self::V) -> Self::V;
+    /// `a 2^n` for integral `n` in `-126..=128`, in the order that keeps what is an f32 one.
+    #[inline(always)]
+    fn times_exp2(self, a: Self::V, n: Self::V) -> Self::V {
+        // 2^128 is no f32, but a 2^127 * 2 may be one.
+        let top = self.splat(127.0);
+        let value = self.mul(a, self.exp2_integral(self.min(top, n)));
+        self.select_lt(top, n, self.add(value, value), value)
+    }
     /// `yes` where `a < b`, else `no`.
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
 
