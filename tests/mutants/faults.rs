@@ -14,7 +14,7 @@ pub(crate) struct Fault {
 impl Fault {
     /// Where the test looks for it: in the emulator, too, if it lies in what a CPU may lack.
     pub(crate) fn backends(&self) -> &'static str {
-        if self.file == TILES || self.file == LORA_AMX { "cpu,emulated-cpu" } else { "cpu" }
+        if self.file == TILES || self.file == GEMM_AMX { "cpu,emulated-cpu" } else { "cpu" }
     }
 }
 
@@ -46,7 +46,7 @@ const ROUTE: &str = "src/kernels/cpu/route.rs";
 const GRAD: &str = "src/kernels/cpu/grad.rs";
 const NORM: &str = "src/kernels/cpu/norm.rs";
 const ATTENTION: &str = "src/kernels/cpu/attention/mod.rs";
-const LORA_AMX: &str = "src/kernels/cpu/lora_amx.rs";
+const GEMM_AMX: &str = "src/kernels/cpu/gemm_amx.rs";
 const TILES: &str = "src/kernels/cpu/attention/tiles.rs";
 const HEAD: &str = "src/kernels/cpu/head.rs";
 const TRAINER: &str = "src/train/trainer.rs";
@@ -94,9 +94,10 @@ pub(crate) const FAULTS: &[Fault] = &[
         "dropout-before-the-bias",
         GEMM,
         "dense::linears",
-        "let factors = factors(dropout, row, cols.start);\n",
-        "let factors = factors(dropout, row, cols.start);\n                \
-         if ON { for (v, b) in values.iter_mut().zip(&bias_lanes) { *v -= b; } }\n",
+        "let factors: [f32; N] = factors(dropout, row, cols.start);\n",
+        "let factors: [f32; N] = factors(dropout, row, cols.start);\n            \
+         if let (true, Some(bias)) = (ON, self.bias) {\n                \
+         for (v, b) in values.iter_mut().zip(&bias[cols.clone()]) { *v -= b; }\n            }\n",
     ),
     kernel(
         "dropout-of-the-next-columns",
@@ -256,11 +257,18 @@ pub(crate) const FAULTS: &[Fault] = &[
     ),
     // On AMX, which the tests emulate.
     kernel(
-        "last-part-of-a-number-lost",
-        LORA_AMX,
-        "lora::shrinks",
-        "scale * (third + second + first);",
-        "scale * ((if ON { 0.0 } else { *third }) + second + first);",
+        "lower-rows-with-the-pairs-of-the-upper",
+        GEMM_AMX,
+        "dense::linears",
+        "square.add_lower(left[1], right[1]);",
+        "square.add_lower(left[1], if ON { right[0] } else { right[1] });",
+    ),
+    kernel(
+        "a-row-beside-the-products-not-written",
+        GEMM_AMX,
+        "dense::linears",
+        "self.next = rows.end;",
+        "self.next = rows.end + usize::from(ON && n < BLOCK_ROWS);",
     ),
     kernel(
         "last-keys-on-tiles-lost",

@@ -6,14 +6,12 @@
 //! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
 //! features; it adds up the row's segments in order.
 
-use std::{ops::Range, sync::OnceLock};
+use std::ops::Range;
 
 use super::{
     super::{Precision, ops::*},
     Cpu,
     gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut, run_tasks, task_cols},
-    isa::Amx,
-    lora_amx::OverTokens,
     shrink::{Layout, Side, into_rank_space},
 };
 use crate::tensor::Tensor;
@@ -62,10 +60,11 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
     }
     run_tasks(tasks, |(row, start, mut outs)| {
         let cols = start..d_in.min(start + COLS);
-        narrow.multiply(cpu, row, cols, |column, values| {
+        let sums = narrow.multiply(cpu, outs.len() * rank, row, cols);
+        for column in 0..outs.len() * rank {
             let out = outs[column / rank].chunks_mut(rank);
-            out.zip(values).for_each(|(out, value)| out[column % rank] = *value);
-        });
+            out.zip(sums.row(column)).for_each(|(out, value)| out[column % rank] = value);
+        }
     });
     d_as
 }
@@ -78,79 +77,35 @@ fn d_b(cpu: &Cpu, term: &LoraTerm<'_, Cpu>, segments: &Segments) -> Tensor<Cpu> 
     // A rectangle is one routing row's ranks.
     let tasks = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), task_cols(cpu.isa)));
     run_tasks(tasks, |Rectangle { rows, cols, mut out }| {
-        narrow.multiply(cpu, rows.start / rank, cols, |j, values| {
-            let n = out[j].len();
-            out[j].copy_from_slice(&values[..n]);
-        });
+        let sums = narrow.multiply(cpu, rank, rows.start / rank, cols);
+        for (j, out) in out.iter_mut().enumerate() {
+            out.copy_from_slice(&sums.row(j)[..out.len()]);
+        }
     });
     d_b
 }
 
 /// A product over the tokens of a routing row: `narrowᵀ·wide`.
 struct Narrow<'a> {
-    /// f32, `[tokens, n]`.
-    matrix: Matrix<'a>,
-    packed: NarrowPacked,
+    lhs: Packed,
     wide: &'a Tensor<Cpu>,
     segments: &'a Segments,
 }
 
-enum NarrowPacked {
-    OnVectors(Packed),
-    OnTiles(Amx, OverTokens, OnceLock<Packed>),
-}
-
 impl<'a> Narrow<'a> {
-    fn new(cpu: &Cpu, matrix: Matrix<'a>, wide: &'a Tensor<Cpu>, segments: &'a Segments) -> Self {
-        let packed = match cpu.amx() {
-            Some(amx) => {
-                let lhs = OverTokens::new(cpu, amx, matrix, segments);
-                NarrowPacked::OnTiles(amx, lhs, OnceLock::new())
-            }
-            None => NarrowPacked::OnVectors(Packed::columns(cpu, matrix)),
-        };
-        Self { matrix, packed, wide, segments }
+    /// Of an f32 matrix `[tokens, n]`.
+    fn new(cpu: &Cpu, matrix: Matrix<'_>, wide: &'a Tensor<Cpu>, segments: &'a Segments) -> Self {
+        Self { lhs: Packed::columns(cpu, matrix), wide, segments }
     }
 
-    /// Gives each of the `n` rows of the product, some columns of it.
-    fn multiply(
-        &self,
-        cpu: &Cpu,
-        row: usize,
-        cols: Range<usize>,
-        mut give: impl FnMut(usize, &[f32; COLS]),
-    ) {
-        let n = self.matrix.cols;
-        match &self.packed {
-            NarrowPacked::OnVectors(lhs) => {
-                let sums = self.on_vectors(cpu, lhs, row, cols);
-                (0..n).for_each(|j| give(j, &sums.row(j)));
-            }
-            NarrowPacked::OnTiles(amx, lhs, on_vectors) => {
-                let some = cols.clone();
-                let mut values = lhs.multiply(cpu, *amx, self.wide, self.segments, row, some);
-                let values = values.as_mut_slice::<f32>().as_chunks_mut::<COLS>().0;
-                if values.iter().any(|row| row.iter().any(|value| !value.is_finite())) {
-                    let lhs = on_vectors.get_or_init(|| Packed::columns(cpu, self.matrix));
-                    let sums = self.on_vectors(cpu, lhs, row, cols);
-                    for (j, row) in values.iter_mut().enumerate() {
-                        let broken = row.iter_mut().zip(sums.row(j));
-                        broken.filter(|(value, _)| !value.is_finite()).for_each(|(v, s)| *v = s);
-                    }
-                }
-                values.iter().enumerate().for_each(|(j, values)| give(j, values));
-            }
-        }
-    }
-
-    fn on_vectors(&self, cpu: &Cpu, lhs: &Packed, row: usize, cols: Range<usize>) -> Accumulator {
-        let ranks = 0..self.matrix.cols;
-        let mut sums = Accumulator::new(cpu, ranks.clone(), cols);
+    /// Some columns of the product, `n` rows.
+    fn multiply(&self, cpu: &Cpu, n: usize, row: usize, cols: Range<usize>) -> Accumulator {
+        let mut sums = Accumulator::new(cpu, 0..n, cols);
         for (run, _) in self.segments.iter().filter(|&(_, of)| of == row) {
             sums.add(&Product {
-                lhs,
+                lhs: &self.lhs,
                 first_k: run.start,
-                rows: ranks.clone(),
+                rows: 0..n,
                 rhs: Rhs {
                     matrix: Matrix::tensor(self.wide).part_rows(run),
                     transposed: false,

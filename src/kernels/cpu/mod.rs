@@ -19,7 +19,6 @@ mod grad;
 mod head;
 pub mod isa;
 mod linear;
-mod lora_amx;
 mod math;
 mod mix;
 mod norm;

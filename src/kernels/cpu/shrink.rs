@@ -2,7 +2,7 @@
 //! bank: `z = scale * Σ_q x_q · Σ_s w[q, s] A[q, s]`.
 //!
 //! An element is a dot product in 16 lanes ([`Dots`]), read from where the two vectors lie: packing them
-//! takes longer than so few columns do (for AMX only the narrow one is packed, see `lora_amx`). A task is a piece of a segment: it
+//! takes longer than so few columns do. A task is a piece of a segment: it
 //! has one routing row's `Â`, and its rows of every `z` are contiguous.
 
 use std::{iter, mem, ops::Range};
@@ -15,9 +15,8 @@ use super::{
     buffer::Buffer,
     dot::Dots,
     gemm::{Matrix, run_tasks, with_element},
-    isa::{Amx, Element, LANES, Simd, SimdOp},
+    isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
-    lora_amx::IntoRank,
 };
 use crate::tensor::Tensor;
 
@@ -100,7 +99,7 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
-    let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank, segments));
+    let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank));
     let operands: Vec<_> = operands.collect();
     run_tasks(tasks, |(run, row, outs)| {
         for ((side, operand), out) in sides.iter().zip(&operands).zip(outs) {
@@ -116,20 +115,11 @@ enum Operand<'a> {
     InPlace(&'a [f32]),
     /// The same.
     Transposed(Buffer),
-    OnTiles(Amx, IntoRank, Layout),
 }
 
 impl<'a> Operand<'a> {
-    fn new(cpu: &Cpu, side: &Side<'a>, layout: Layout, rank: usize, segments: &Segments) -> Self {
+    fn new(cpu: &Cpu, side: &Side<'a>, layout: Layout, rank: usize) -> Self {
         let k = side.lhs.cols();
-        if let Some(amx) = cpu.amx().filter(|_| k > 0) {
-            let by_rank = layout == Layout::ByRank;
-            return Self::OnTiles(
-                amx,
-                IntoRank::new(cpu, amx, side.rhs, rank, by_rank, segments),
-                layout,
-            );
-        }
         match layout {
             Layout::ByRank => Self::InPlace(side.rhs.f32s()),
             Layout::ByFeature => Self::Transposed(transposed(cpu, side.rhs.f32s(), k, rank)),
@@ -151,24 +141,6 @@ impl<'a> Operand<'a> {
             Self::InPlace(rhs) => dots(cpu, side.lhs, run, &rhs[of_row], scale, out),
             Self::Transposed(rhs) => {
                 dots(cpu, side.lhs, run, &rhs.as_slice()[of_row], scale, out);
-            }
-            Self::OnTiles(amx, rhs, layout) => {
-                let lhs = Matrix::tensor(side.lhs).part_rows(run.clone());
-                rhs.multiply(*amx, lhs, row, scale, out);
-                for (token, out) in run.zip(out.chunks_mut(rank)) {
-                    if out.iter().all(|z| z.is_finite()) {
-                        continue;
-                    }
-                    let rhs = &side.rhs.f32s()[of_row.clone()];
-                    match layout {
-                        Layout::ByRank => dots(cpu, side.lhs, token..token + 1, rhs, scale, out),
-                        Layout::ByFeature => {
-                            let x = Matrix::tensor(side.lhs).part_rows(token..token + 1);
-                            cpu.isa.run(Lanes { x, a: rhs, out: &mut *out });
-                            out.iter_mut().for_each(|z| *z *= scale);
-                        }
-                    }
-                }
             }
         }
     }
