@@ -111,9 +111,9 @@ impl Gen {
 
     /// A size around those where kernels change what they do.
     pub fn size(&mut self, max: usize) -> usize {
-        const AWKWARD: [usize; 28] = [
+        const AWKWARD: [usize; 31] = [
             1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 47, 48, 63, 64, 65, 96, 127, 128,
-            129, 192, 255, 256, 257,
+            129, 192, 255, 256, 257, 288, 512, 513,
         ];
         let max = max.min(self.max_size);
         let n = AWKWARD.iter().filter(|&&size| size <= max).count();
@@ -219,7 +219,7 @@ pub struct Batch {
 impl Batch {
     pub fn random(random: &mut Gen) -> Self {
         let len = |random: &mut Gen| random.size(33);
-        let (lens, rows): (Vec<usize>, Vec<usize>) = match random.below(9) {
+        let (lens, rows): (Vec<usize>, Vec<usize>) = match random.below(10) {
             0 => (vec![1], vec![0]),
             1 => (vec![0, len(random), 0], vec![2, 1, 0]),
             2 => (vec![1; 40], (0..40).map(|_| random.below(7)).collect()),
@@ -227,6 +227,11 @@ impl Batch {
             4 => (vec![1, 0, random.size(129), 2], vec![0, 3, 1, 2]),
             5 => (vec![0, 0], vec![0, 1]),
             6 => (vec![64 + random.size(129)], vec![random.below(2)]),
+            // Where tiles of 16 rows end, several of them in a block of 32.
+            7 => {
+                let n = 1 + random.below(6);
+                (vec![16; n], (0..n).map(|_| random.below(3)).collect())
+            }
             _ => {
                 let n = 1 + random.below(6);
                 (

@@ -96,7 +96,8 @@ impl Op for Linear {
 
 pub fn linear(random: &mut Gen, class: Class, batch: Batch) -> Case<Linear> {
     let n_splits = random.pick(&[1, 1, 2, 4]);
-    let (d_in, rank) = (n_splits * random.size(257 / n_splits), random.size(17));
+    let most = random.pick(&[257, 257, 513]);
+    let (d_in, rank) = (n_splits * random.size(most / n_splits), random.size(17));
     let n = batch.n_tokens();
     let mut inputs = Inputs::default();
     inputs.tokens(&batch, d_in, activations(random, class, n * d_in, &SPECIALS));

@@ -264,13 +264,6 @@ pub(crate) const FAULTS: &[Fault] = &[
         "square.add_lower(left[1], if ON { right[0] } else { right[1] });",
     ),
     kernel(
-        "a-row-beside-the-products-not-written",
-        GEMM_AMX,
-        "dense::linears",
-        "self.next = rows.end;",
-        "self.next = rows.end + usize::from(ON && n < BLOCK_ROWS);",
-    ),
-    kernel(
         "last-keys-on-tiles-lost",
         TILES,
         "attention::attentions",

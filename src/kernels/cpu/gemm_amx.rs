@@ -1,10 +1,13 @@
 //! Matrix products of bf16 on AMX tiles, with the rank term and the finish of [`gemm`](super::gemm).
 //!
 //! ```text
-//! Lhs      [row tile][step of 32 k]     packed once, shared by all tasks
-//! right    [column tile][step]          packed by each task, straight from the mapped weight
-//! sums     Block [32 rows][128 columns] f32, finished and rounded while it is in the L1 cache
+//! Lhs      rows as they lie             read in place; a packed copy only where a row is not whole steps of 32 k
+//! right    [column tile][step of 32 k]  packed by each task, straight from the mapped weight
+//! sums     32 rows x 32 columns         in tile registers through all k and the rank term, then f32 in the L1 cache
 //! ```
+//!
+//! Sums are finished and rounded, a few rows at a time, between the products of the next ones: what a tile has just stored
+//! cannot be read at once, and tiles stand still meanwhile.
 //!
 //! An element's sum goes through the steps of 32 k in order, then through those of the rank term:
 //! one addition a step, within a step as [`amx`](super::isa) says. Where its row lies in a tile,
@@ -15,10 +18,9 @@
 //! six largest of their nine products ([`LEFT`], [`RIGHT`]) lie side by side as `6 rank` more k. What
 //! is left out is below 2^-26 of a product. At rank 8 these are 48 k, two steps.
 //!
-//! What limits it, as measured on two Xeons (benches/results/2026-11-27-amx.md and 2026-11-27-amx-2-cores.md): the L2 cache, which
-//! both operands come from at the rate at which tiles take them, and lines of sums and outputs that leave L1
-//! written: each costs a dozen cycles while tiles stream in. A right tile from memory takes as long to arrive and to be packed as
-//! products of 150 rows at the peak.
+//! What limits it, as measured (benches/results, 2026-11-27-amx.md to 2026-11-28-amx-2-cores.md): L1 is too small for what 32 columns
+//! multiply with, so right tiles come from L2, and cores have 16 misses of L1 under way at most. Vectors of 64 bytes are computed where
+//! the tiles are: each instruction of finishing costs tiles their time, hence `vcvtneps2bf16`.
 
 use std::ops::Range;
 

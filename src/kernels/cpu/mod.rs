@@ -470,7 +470,7 @@ impl Backend for Cpu {
         self.scope(|| mix::mix(self, args))
     }
     fn shrink(&self, args: Shrink<'_, Self>) -> Vec<Tensor<Self>> {
-        let work = || Work::shrink(&args).on(self.amx().filter(|_| args.order == Order::Panel));
+        let work = || Work::shrink(&args);
         let _timed = self.profile.time("shrink", work);
         self.scope(|| shrink::shrink(self, args))
     }
@@ -479,7 +479,7 @@ impl Backend for Cpu {
         self.scope(|| shrink::shrink_stacked(self, args))
     }
     fn lora_backward(&self, args: LoraBackward<'_, Self>) -> Vec<LoraGradients<Self>> {
-        let work = || Work::lora_backward(&args).on(self.amx());
+        let work = || Work::lora_backward(&args);
         let _timed = self.profile.time("lora_backward", work);
         self.scope(|| grad::lora_backward(self, args))
     }
