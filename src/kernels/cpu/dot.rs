@@ -70,10 +70,10 @@ impl FewRows {
 
 /// Sums of up to 16 rows with 16 columns.
 #[repr(align(64))]
-pub(super) struct Strip(pub(super) [[f32; TILE_COLS]; TILE_ROWS]);
+struct Strip([[f32; TILE_COLS]; TILE_ROWS]);
 
 /// The products of up to 16 rows of bf16, from where they lie, and a column of right tiles.
-pub(super) fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -> Strip {
+fn strip(registers: &mut Tiles, weight: Matrix<'_>, right: &[Tile]) -> Strip {
     let mut sums = Strip([[0.0; TILE_COLS]; TILE_ROWS]);
     let (whole, rest) = right.split_at(weight.cols / TILE_K);
     let (n, to) = (weight.rows, &mut sums.0[..weight.rows]);

@@ -343,7 +343,7 @@ fn side_by_side<const COLS: usize, const N: usize>(
 }
 
 /// A matrix of split numbers: each of its `[rows, cols]` becomes several.
-pub(super) struct Split {
+struct Split {
     items: Buffer,
     rows: usize,
     cols: usize,
@@ -351,12 +351,7 @@ pub(super) struct Split {
 
 impl Split {
     /// Side by side: `out[row, p * cols + col]` is part `order[p]` of `matrix[row, col]`.
-    pub(super) fn columns<const N: usize>(
-        cpu: &Cpu,
-        amx: Amx,
-        matrix: Matrix<'_>,
-        order: [usize; N],
-    ) -> Self {
+    fn columns<const N: usize>(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, order: [usize; N]) -> Self {
         let cols = matrix.cols;
         let mut items = cpu.pool.take(matrix.rows * N * cols * size_of::<bf16>());
         // Short rows are split several at a time.
@@ -396,12 +391,7 @@ impl Split {
     }
 
     /// On top of each other: `out[p * rows + row, col]` is part `order[p]` of `matrix[row, col]`.
-    pub(super) fn rows<const N: usize>(
-        cpu: &Cpu,
-        amx: Amx,
-        matrix: Matrix<'_>,
-        order: [usize; N],
-    ) -> Self {
+    fn rows<const N: usize>(cpu: &Cpu, amx: Amx, matrix: Matrix<'_>, order: [usize; N]) -> Self {
         let (rows, cols) = (N * matrix.rows, matrix.cols);
         let mut items = cpu.pool.take(rows * cols * size_of::<bf16>());
         let out = items.as_mut_slice::<bf16>();
@@ -419,7 +409,7 @@ impl Split {
         Self { items, rows, cols }
     }
 
-    pub(super) fn matrix(&self) -> Matrix<'_> {
+    fn matrix(&self) -> Matrix<'_> {
         Matrix::bf16s(self.items.as_slice(), self.rows, self.cols)
     }
 }

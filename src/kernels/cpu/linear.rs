@@ -1,7 +1,7 @@
 //! Frozen linears with routed LoRA: `y = residual + dropout(x·Wᵀ + bias + z·B̂)`, and their backward
 //! `d_x = d_residual + Σ_i (d_y_i·W_i + d_z_i·Â_iᵀ)`.
 //!
-//! All siblings share one packed copy of `x`. The rank term is some more K after the last block, so
+//! All siblings share one packed copy of `x` (on AMX, where it can be, `x` itself). The rank term is some more K after the last block, so
 //! it costs neither a pass over `y` nor a rounding. A task is 128 columns of one output; it finishes
 //! its sums (bias, dropout, residual) while they are in its cache and rounds once.
 
@@ -491,8 +491,8 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let d_ys = terms.iter().map(|t| Matrix::tensor(t.d_y).part_rows(rows.clone()));
-        let packed: Vec<_> = d_ys.map(|d_y| [Lhs::rows(cpu, amx, d_y, start)]).collect();
-        let parts: Vec<_> = (terms.iter().zip(&packed))
+        let lhs: Vec<_> = d_ys.map(|d_y| [Lhs::rows(cpu, amx, d_y, start)]).collect();
+        let parts: Vec<_> = (terms.iter().zip(&lhs))
             .map(|(t, lhs)| Part { lhs, matrix: Matrix::frozen(t.weight), transposed: false })
             .collect();
         let d_zs: Vec<_> = (ranks.iter())

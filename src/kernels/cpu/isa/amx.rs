@@ -278,6 +278,29 @@ impl Amx {
     pub(crate) const SPIN_FLOPS: usize = 4 * 2 * TILE_ROWS * TILE_COLS * TILE_K;
 }
 
+/// From label 3 on, the products of one left and two right tiles a step, added to two tiles of sums.
+macro_rules! multiply_one_by_two {
+    ($left:literal, $right:literal) => {
+        concat!(
+            "3:
+            tileloadd tmm4, [{a} + {a_stride}*1]
+            tileloadd tmm6, [{b0} + {stride}*1]
+            tdpbf16ps ",
+            $left,
+            ", tmm4, tmm6
+            tileloadd tmm7, [{b1} + {stride}*1]
+            tdpbf16ps ",
+            $right,
+            ", tmm4, tmm7
+            add {a}, {step}
+            add {b0}, 1024
+            add {b1}, 1024
+            dec {n}
+            jnz 3b"
+        )
+    };
+}
+
 impl Tiles {
     /// Four independent products of tiles, `n` times, nothing from memory: how fast the unit is.
     pub(crate) fn spin(&mut self, n: usize) {
@@ -413,17 +436,7 @@ impl Tiles {
                 "2:",
                 "tileloadd tmm0, [{c} + {c_stride}*1]",
                 "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
-                "3:",
-                "tileloadd tmm4, [{a} + {a_stride}*1]",
-                "tileloadd tmm6, [{b0} + {stride}*1]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {stride}*1]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "add {a}, {step}",
-                "add {b0}, 1024",
-                "add {b1}, 1024",
-                "dec {n}",
-                "jnz 3b",
+                multiply_one_by_two!("tmm0", "tmm1"),
                 "tilestored [{c} + {c_stride}*1], tmm0",
                 "tilestored [{c} + {c_stride}*1 + 64], tmm1",
                 overwrite = in(reg) u32::from(overwrite),
@@ -505,17 +518,7 @@ macro_rules! add_half {
         // SAFETY: as in `Square::add`, of three operands.
         unsafe {
             asm!(
-                "2:",
-                "tileloadd tmm4, [{a} + {a_stride}*1]",
-                "tileloadd tmm6, [{b0} + {stride}*1]",
-                concat!("tdpbf16ps ", $left, ", tmm4, tmm6"),
-                "tileloadd tmm7, [{b1} + {stride}*1]",
-                concat!("tdpbf16ps ", $right, ", tmm4, tmm7"),
-                "add {a}, {step}",
-                "add {b0}, 1024",
-                "add {b1}, 1024",
-                "dec {n}",
-                "jnz 2b",
+                multiply_one_by_two!($left, $right),
                 a = inout(reg) lhs.bytes.as_ptr() => _,
                 a_stride = in(reg) lhs.stride,
                 step = in(reg) lhs.step,
