@@ -104,6 +104,13 @@ impl<'a> Matrix<'a> {
         Self { bytes, dtype: Dtype::Bf16, rows, cols, stride: cols }
     }
 
+    /// The bf16 in the first halves of rows of f32.
+    pub(super) fn first_halves(values: &'a [f32], rows: usize, cols: usize) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        let bytes = bytemuck::cast_slice(values);
+        Self { bytes, dtype: Dtype::Bf16, rows, cols, stride: 2 * cols }
+    }
+
     /// Some rows and columns of it.
     pub(super) fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?}");

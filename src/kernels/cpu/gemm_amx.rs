@@ -115,18 +115,6 @@ impl<'a> Lhs<'a> {
         Lhs { matrix: None, tiles, first_row, first_packed: first_row, k: matrix.cols }
     }
 
-    /// `lhs = matrix`, which is f32, as the sum of three bf16 operands ([`Split`]).
-    pub(super) fn split_rows(
-        cpu: &Cpu,
-        amx: Amx,
-        matrix: Matrix<'_>,
-        first_row: usize,
-    ) -> [Lhs<'static>; 3] {
-        let split = Split::columns(cpu, amx, matrix, [0, 1, 2]);
-        let part = |i| split.matrix().part(0..matrix.rows, i * matrix.cols..(i + 1) * matrix.cols);
-        [0, 1, 2].map(|i| Lhs::packed(cpu, amx, part(i), first_row))
-    }
-
     /// Some steps of the row tiles of a block.
     #[inline(always)]
     fn block(&self, first_row: usize, some: &Range<usize>) -> [LeftRows<'_>; 2] {

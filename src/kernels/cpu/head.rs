@@ -6,10 +6,11 @@
 //! ```
 //!
 //! The logits of a chunk of tokens become, in place, the left operand of `d_x`'s product: for each
-//! tile of rows exponentials, then gradients, then the packed form. No more than 32 MiB of them
-//! exist at a time; on AMX those of 256 rows where that is more, and while they are made three times as much again, as each
-//! gradient becomes three bf16 that add up to it, in rows and then in tiles. Rows do not meet, so the chunks do not change a bit.
+//! tile of rows exponentials, then gradients, then the packed form. On AMX the gradients are rounded to bf16
+//! once, as those of every activation are, and stay where they are. No more than 32 MiB of logits
+//! exist at a time; on AMX those of 256 rows where that is more. Rows do not meet, so the chunks do not change a bit.
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{
@@ -24,7 +25,7 @@ use super::{
         task_cols, tile_shape,
     },
     gemm_amx::{self, Lhs, Part},
-    isa::{Element, ElementMut, Isa, LANES, Simd, SimdOp},
+    isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
 };
 use crate::tensor::{Frozen, Tensor};
@@ -46,7 +47,10 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
     let mut d_x = d_nll.map(|_| cpu.alloc(x.rows(), x.cols(), Precision::Activation));
     let amx = gemm_amx::takes(cpu, [weight].into_iter());
     let n_rows = (LOGITS / vocabulary.max(1) / 12 * 12).clamp(12, 1152);
-    let n_rows = if amx.is_some() { n_rows.max(ROWS_ON_TILES) } else { n_rows };
+    let n_rows = match amx {
+        Some(_) => n_rows.next_multiple_of(BLOCK_ROWS).max(ROWS_ON_TILES),
+        None => n_rows,
+    };
     for start in (0..x.rows()).step_by(n_rows) {
         let rows = start..x.rows().min(start + n_rows);
         let mut logits = logits(cpu, Matrix::tensor(x).part_rows(rows.clone()), weight);
@@ -55,7 +59,8 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
         let tiles = logits.tiles_mut().zip(labels[rows.clone()].par_chunks(mr)).zip(nll);
         tiles.for_each(|((logits, labels), nll)| {
             for ((row, &label), nll) in logits.chunks_mut(vocabulary).zip(labels).zip(nll) {
-                *nll = cpu.isa.run(Softmax { row, label: label as usize, scale, d_nll });
+                let (label, rounded) = (label as usize, amx.is_some());
+                *nll = cpu.isa.run(Softmax { row, label, scale, d_nll, rounded });
             }
             if d_nll.is_some() && amx.is_none() {
                 let gradients = &logits[..labels.len() * vocabulary];
@@ -101,7 +106,7 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
     logits
 }
 
-/// `d_x = d_logits·W`, of packed `d_logits` or, on AMX, row-major ones.
+/// `d_x = d_logits·W`, of packed `d_logits` or, on AMX, rows of bf16.
 fn backward<T: ElementMut<Item = T> + Send>(
     cpu: &Cpu,
     d_logits: &Packed,
@@ -111,7 +116,8 @@ fn backward<T: ElementMut<Item = T> + Send>(
     let n_rows = d_x.len() / weight.cols().max(1);
     if let Some(amx) = gemm_amx::takes(cpu, [weight].into_iter()) {
         let values = &d_logits.values()[..n_rows * weight.rows()];
-        let lhs = &Lhs::split_rows(cpu, amx, Matrix::f32s(values, n_rows, weight.rows()), 0);
+        let d_logits = Matrix::first_halves(values, n_rows, weight.rows());
+        let lhs = &[Lhs::rows(cpu, amx, d_logits, 0)];
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: false };
         return gemm_amx::write(cpu, amx, &part, cut(d_x, weight.cols(), 0, (n_rows.max(1), COLS)));
     }
@@ -134,14 +140,18 @@ struct Softmax<'a> {
     label: usize,
     scale: f32,
     d_nll: Option<f32>,
+    /// Whether gradients become bf16, in the first half of the row.
+    rounded: bool,
 }
 
 impl SimdOp for Softmax<'_> {
     type Output = f64;
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) -> f64 {
-        let Self { row, label, scale, d_nll } = self;
-        multiply(simd, row, scale);
+        let Self { row, label, scale, d_nll, rounded } = self;
+        if scale != 1.0 {
+            multiply(simd, row, scale);
+        }
         let largest = max::<S, f32>(simd, row);
         let at_label = row[label];
         // NaN anywhere, or an infinity, makes the sum NaN: a broken model has no quiet loss.
@@ -166,8 +176,13 @@ impl SimdOp for Softmax<'_> {
         if let Some(d_nll) = d_nll {
             let d_logit = f64::from(scale) * f64::from(d_nll);
             let at_label = (f64::from(row[label]) / sum - 1.0) * d_logit;
-            multiply(simd, row, (d_logit / sum) as f32);
-            row[label] = at_label as f32;
+            let (factor, at_label) = ((d_logit / sum) as f32, at_label as f32);
+            if rounded {
+                multiply_to_bf16(simd, row, factor)[label] = bf16::from_f32(at_label);
+            } else {
+                multiply(simd, row, factor);
+                row[label] = at_label;
+            }
         }
         sum.ln() + (f64::from(largest) - f64::from(at_label))
     }
@@ -184,6 +199,29 @@ fn multiply<S: Simd>(simd: S, row: &mut [f32], factor: f32) {
     for v in rest {
         *v *= factor;
     }
+}
+
+/// `row * factor`, rounded, in the first half of the row.
+#[inline(always)]
+fn multiply_to_bf16<S: Simd>(simd: S, row: &mut [f32], factor: f32) -> &mut [bf16] {
+    let n = row.len();
+    let lanes = simd.splat(factor);
+    for start in (0..n).step_by(LANES) {
+        // What is overwritten has been read, in this turn or before.
+        let rest = &row[start..];
+        let v = match rest.first_chunk() {
+            Some(v) => simd.load(v),
+            None => simd.load_part(rest, 0.0),
+        };
+        let mut rounded = [bf16::ZERO; LANES];
+        simd.store_bf16_flushed(simd.mul(v, lanes), &mut rounded);
+        let to = &mut bytemuck::cast_slice_mut(row)[start..];
+        match to.first_chunk_mut() {
+            Some(to) if n - start >= LANES => *to = rounded,
+            _ => to[..n - start].copy_from_slice(&rounded[..n - start]),
+        }
+    }
+    &mut bytemuck::cast_slice_mut(row)[..n]
 }
 
 /// The largest element that is not NaN, or -inf.
@@ -207,7 +245,7 @@ pub(super) fn argmax(cpu: &Cpu, logits: &Tensor<Cpu>, forbidden: &[u32]) -> Vec<
     walls.push(cols);
     match logits.slice() {
         Slice::F32(slice) => argmax_of::<f32>(cpu.isa, slice, cols, &walls),
-        Slice::Bf16(slice) => argmax_of::<half::bf16>(cpu.isa, slice, cols, &walls),
+        Slice::Bf16(slice) => argmax_of::<bf16>(cpu.isa, slice, cols, &walls),
     }
 }
 
