@@ -627,9 +627,12 @@ fn cut_steps(parts: &[Part<'_>], most: usize) -> Vec<Vec<Piece>> {
 impl<T: ElementMut<Item = T>> Task<'_, T> {
     /// Computes and writes the rectangles.
     pub(super) fn run(mut self, cpu: &Cpu, amx: Amx) {
-        let Some(first) = self.rectangles.first() else { return };
-        let (rows, n_tiles) = (first.rows.clone(), column_tiles(first.cols.len()));
-        let n_rectangles = self.rectangles.len();
+        let [Some(first), Some(last)] = [self.rectangles.first(), self.rectangles.last()] else {
+            return;
+        };
+        // Neighbours' columns are packed as one's: more of a weight's row at a time.
+        let (rows, cols) = (first.rows.clone(), first.cols.start..last.cols.end);
+        let (n_rectangles, n_tiles) = (self.rectangles.len(), column_tiles(cols.len()));
         let chunks = cut_steps(self.parts, STEPS_L2 / n_rectangles);
         let n_steps = |chunk: &[Piece]| chunk.iter().map(|(_, steps)| steps.len()).sum::<usize>();
         let most_steps = chunks.iter().map(|chunk| n_steps(chunk)).max().unwrap_or(0);
@@ -638,18 +641,16 @@ impl<T: ElementMut<Item = T>> Task<'_, T> {
         let n_blocks = rows.len().div_ceil(BLOCK_ROWS);
         let n_kept = if chunks.len() == 1 { 1 } else { n_rectangles * n_blocks };
         let mut sums = cpu.pool.take(n_kept * size_of::<Block>());
-        let mut right = cpu.tiles(n_rectangles * n_tiles * most_steps);
+        let mut right = cpu.tiles(n_tiles * most_steps);
         for (i, pieces) in chunks.iter().enumerate() {
-            let size = n_tiles * n_steps(pieces);
-            let right = &mut right.as_mut_slice::<Tile>()[..n_rectangles * size];
-            for (rectangle, mut right) in self.rectangles.iter().zip(right.chunks_mut(size)) {
-                for (part, steps) in pieces {
-                    let Part { matrix, transposed, .. } = self.parts[*part];
-                    let (out, rest) = right.split_at_mut(n_tiles * steps.len());
-                    let (steps, cols) = (steps.clone(), rectangle.cols.clone());
-                    amx.run(PackColumns { matrix, transposed, steps, cols, out });
-                    right = rest;
-                }
+            let right = &mut right.as_mut_slice::<Tile>()[..n_tiles * n_steps(pieces)];
+            let mut rest = &mut *right;
+            for (part, steps) in pieces {
+                let Part { matrix, transposed, .. } = self.parts[*part];
+                let out;
+                (out, rest) = rest.split_at_mut(n_tiles * steps.len());
+                let (steps, cols) = (steps.clone(), cols.clone());
+                amx.run(PackColumns { matrix, transposed, steps, cols, out });
             }
             let (is_first, is_last) = (i == 0, i + 1 == chunks.len());
             let (task, sums, slots) = (&mut self, sums.as_mut_slice(), Slot::all(pieces, n_tiles));
@@ -698,7 +699,6 @@ struct Chunk<'c, 'a, T> {
     tiles: &'c mut Tiles,
     task: &'c mut Task<'a, T>,
     slots: Vec<Slot>,
-    /// Of each rectangle.
     right: &'c [Tile],
     /// Those of all rectangles and their rows; a single one if these are all steps.
     sums: &'c mut [Block],
@@ -715,7 +715,6 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
         let (all_rows, all_at_once) = (rectangles[0].rows.clone(), is_first && is_last);
         let ranks = if is_last { *ranks } else { &[] };
         let n_blocks = all_rows.len().div_ceil(BLOCK_ROWS);
-        let size = right.len() / rectangles.len();
         let n_rows = BLOCK_ROWS.div_ceil(slots.len().max(1));
         let mut halves = Vec::with_capacity(ranks.len());
         // A square is finished while the next one is computed: until then its lines are on their way to the cache.
@@ -727,8 +726,8 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
             halves.clear();
             halves.extend(ranks.iter().map_while(|(rank, _)| rank.of_halves(&rows)));
             for j in 0..rectangles.len() {
-                let right = &right[j * size..][..size];
                 let all_cols = rectangles[j].cols.clone();
+                let pairs_before = j * (BLOCK_COLS / PAIR);
                 for pair in 0..all_cols.len().div_ceil(PAIR) {
                     let start = all_cols.start + pair * PAIR;
                     let cols = start..all_cols.end.min(start + PAIR);
@@ -742,7 +741,7 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
                         let corner = &mut Corner { sums: &mut sums[at], row: 0, col };
                         let mut square = tiles.square((!is_first).then_some(corner));
                         for slot in &slots {
-                            let right = slot.right(right, pair);
+                            let right = slot.right(right, pairs_before + pair);
                             for lhs in parts[slot.part].lhs {
                                 square.add(lhs.block(rows.start, &slot.steps), right);
                             }
@@ -760,7 +759,7 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
                     } else {
                         let mut overwrite = is_first;
                         for slot in &slots {
-                            let right = slot.right(right, pair);
+                            let right = slot.right(right, pairs_before + pair);
                             for lhs in parts[slot.part].lhs {
                                 let [left, _] = lhs.block(rows.start, &slot.steps);
                                 let left = left.part(0..rows.len());
