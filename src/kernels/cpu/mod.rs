@@ -29,22 +29,21 @@ mod route;
 mod shrink;
 #[cfg(test)]
 mod testing;
+mod threads;
 
 use std::{mem, sync::Arc};
 
-pub use buffer::Buffer;
-use half::bf16;
-pub use probe::Peaks;
-pub use profile::{Entry, Profile};
-use rayon::{ThreadPool, ThreadPoolBuilder};
-
-use self::{buffer::Pool, isa::Isa, profile::Work};
+use self::{buffer::Pool, isa::Isa, profile::Work, threads::Threads};
 use super::{Backend, Precision, ops::*};
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
     tensor::{BytesMut, Frozen, Tensor},
 };
+pub use buffer::Buffer;
+use half::bf16;
+pub use probe::Peaks;
+pub use profile::{Entry, Profile};
 
 /// The CPU backend: an instruction set, threads, a compute type and a pool of buffers.
 ///
@@ -53,7 +52,7 @@ use crate::{
 pub struct Cpu {
     isa: Isa,
     compute: Dtype,
-    threads: Arc<ThreadPool>,
+    threads: Arc<Threads>,
     pool: Arc<Pool>,
     profile: Arc<Profile>,
 }
@@ -74,13 +73,9 @@ impl Cpu {
         if !matches!(compute, Dtype::F32 | Dtype::Bf16) {
             return Err(Error::Usage(format!("cannot compute in {compute}: use f32 or bf16")));
         }
-        let threads = ThreadPoolBuilder::new()
-            .num_threads(n_threads)
-            .thread_name(|i| format!("polytape-{i}"))
-            .build()
-            .map_err(|error| Error::Device(format!("cannot start threads: {error}")))?;
+        let threads = Arc::new(Threads::start(n_threads)?);
         let (pool, profile) = (Arc::default(), Arc::default());
-        Ok(Self { isa, compute, threads: Arc::new(threads), pool, profile })
+        Ok(Self { isa, compute, threads, pool, profile })
     }
 
     /// The instruction set in use.
@@ -95,7 +90,7 @@ impl Cpu {
 
     /// The number of threads.
     pub fn n_threads(&self) -> usize {
-        self.threads.current_num_threads()
+        self.threads.n()
     }
 
     /// What operations take, once it is started.
@@ -294,7 +289,7 @@ impl Backend for Cpu {
     type Chosen = Vec<u32>;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.threads.install(work)
+        self.threads.scope(work)
     }
 
     fn dtype(&self, precision: Precision) -> Dtype {

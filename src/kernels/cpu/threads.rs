@@ -1,0 +1,186 @@
+//! The threads of a backend: rayon's, kept awake from one operation to the next.
+//!
+//! rayon puts a thread to sleep some microseconds after its last work, and to wake it costs tens: as much as a small
+//! operation takes, hundreds of times a token. So while operations follow each other, the threads that have nothing to do look
+//! for work themselves for [`PATIENCE`], and offer their core to other threads and processes every few microseconds.
+
+use std::{
+    cell::Cell,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use rayon::{ThreadPool, ThreadPoolBuilder, Yield};
+
+use crate::error::{Error, Result};
+
+/// How long a thread looks for work before it may sleep.
+const PATIENCE: Duration = Duration::from_micros(500);
+/// Pauses between two looks, about a microsecond.
+const PAUSES: usize = 16;
+/// Looks between two offers of the core.
+const LOOKS_AT_ONCE: usize = 8;
+
+thread_local! {
+    /// Scopes that this thread is in.
+    static SCOPES: Cell<usize> = const { Cell::new(0) };
+    /// Whether it looks for work, or does what it found.
+    static LOOKS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Counts a scope of this thread while it lives.
+struct Inside<'a>(&'a Threads);
+
+impl<'a> Inside<'a> {
+    fn enter(threads: &'a Threads) -> Self {
+        SCOPES.set(SCOPES.get() + 1);
+        if SCOPES.get() == 1 {
+            threads.callers.fetch_add(1, Ordering::Relaxed);
+        }
+        Self(threads)
+    }
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        SCOPES.set(SCOPES.get() - 1);
+        if SCOPES.get() == 0 {
+            self.0.callers.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+pub(super) struct Threads {
+    pool: ThreadPool,
+    /// Threads in a scope.
+    callers: AtomicUsize,
+    /// Threads that look for work, or are about to.
+    looking: Arc<AtomicUsize>,
+}
+
+impl Threads {
+    /// `n` threads (0: one a core).
+    ///
+    /// # Errors
+    /// If they cannot be started.
+    pub(super) fn start(n: usize) -> Result<Self> {
+        let pool = ThreadPoolBuilder::new().num_threads(n).thread_name(|i| format!("polytape-{i}"));
+        let pool = pool.build();
+        let pool = pool.map_err(|error| Error::Device(format!("cannot start threads: {error}")))?;
+        Ok(Self { pool, callers: AtomicUsize::new(0), looking: Arc::default() })
+    }
+
+    pub(super) fn n(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Runs `work` on one of the threads, and what it forks on all of them.
+    pub(super) fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(|| {
+            let _inside = Inside::enter(self);
+            self.rouse();
+            work()
+        })
+    }
+
+    /// Runs `work` once on every thread.
+    pub(super) fn on_each<R: Send>(&self, work: impl Fn(usize) -> R + Sync) -> Vec<R> {
+        self.pool.broadcast(|context| work(context.index()))
+    }
+
+    /// Has the other threads look for work, if none does.
+    ///
+    /// Only between the operations of a single caller: nothing is forked then, so each of them begins at the bottom of its
+    /// stack. Above a part that waits for another thread, it would keep that part from going on.
+    fn rouse(&self) {
+        let (others, relaxed) = (self.n() - 1, Ordering::Relaxed);
+        // A scope may be what this thread found.
+        let own = usize::from(LOOKS.get());
+        if others == 0
+            || self.callers.load(relaxed) != 1
+            || self.looking.load(relaxed) > own
+            || self.looking.compare_exchange(own, own + others, relaxed, relaxed).is_err()
+        {
+            return;
+        }
+        let (caller, looking) = (rayon::current_thread_index(), Arc::clone(&self.looking));
+        self.pool.spawn_broadcast(move |context| {
+            if Some(context.index()) != caller {
+                LOOKS.set(true);
+                look_for_work();
+                LOOKS.set(false);
+                looking.fetch_sub(1, relaxed);
+            }
+        });
+    }
+}
+
+/// Does what other threads have left to do, until there has been nothing for a while.
+fn look_for_work() {
+    let mut last = Instant::now();
+    while last.elapsed() < PATIENCE {
+        for _ in 0..LOOKS_AT_ONCE {
+            if rayon::yield_now() == Some(Yield::Executed) {
+                last = Instant::now();
+            } else {
+                (0..PAUSES).for_each(|_| std::hint::spin_loop());
+            }
+        }
+        thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rayon::prelude::*;
+
+    use super::*;
+
+    /// Scopes of several callers beside and inside each other, with pauses in which threads fall asleep.
+    #[test]
+    fn scopes_of_many_callers_end() {
+        for n in [1, 2, 5] {
+            let threads = &Threads::start(n).expect("threads start");
+            assert_eq!(threads.n(), n);
+            thread::scope(|callers| {
+                for caller in 0..4 {
+                    callers.spawn(move || {
+                        for round in 0..300_u64 {
+                            if round % 100 == caller {
+                                thread::sleep(PATIENCE * 3);
+                            }
+                            let sum = threads.scope(|| {
+                                let inner =
+                                    threads.scope(|| (0..50 + round).into_par_iter().sum::<u64>());
+                                inner + (0..round).into_par_iter().sum::<u64>()
+                            });
+                            assert_eq!(
+                                sum,
+                                (49 + round) * (50 + round) / 2
+                                    + round.saturating_sub(1) * round / 2
+                            );
+                        }
+                    });
+                }
+            });
+            while threads.looking.load(Ordering::Relaxed) > 0 {
+                thread::sleep(PATIENCE); // For ever, if one was miscounted.
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_leaves_the_scope() {
+        let threads = Threads::start(2).expect("threads start");
+        for _ in 0..3 {
+            let work =
+                || threads.scope(|| (0..9).into_par_iter().for_each(|i| assert!(i < 8, "i is 8")));
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err());
+            assert_eq!(threads.on_each(|_| SCOPES.get()), [0, 0]);
+        }
+    }
+}
