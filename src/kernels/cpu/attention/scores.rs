@@ -136,7 +136,7 @@ pub(super) fn score_gradients<S: Simd, T: Element, const W: usize>(
     let seen = pair.limit(i).saturating_sub(first_key).min(n);
     let unseen = pair.first(i).saturating_sub(first_key);
     let bias = pair.bias(head, i).map(|bias| bias.get(first_key..).unwrap_or_default());
-    let kept = pair.factors::<W>(head, i, first_key, seen);
+    let kept = pair.args.dropout.map(|_| pair.factors::<W>(head, i, first_key, seen));
     let (lse, dot) = (s.splat(lse), s.splat(dot));
     let vectors = p.as_chunks_mut::<LANES>().0.iter_mut().zip(d_s.as_chunks_mut::<LANES>().0);
     for (j, (p, d_s)) in vectors.enumerate().take(n / LANES) {
@@ -145,10 +145,16 @@ pub(super) fn score_gradients<S: Simd, T: Element, const W: usize>(
             (*p, *d_s) = ([0.0; LANES], [0.0; LANES]);
             continue;
         }
-        let kept = s.load(&kept.as_chunks::<LANES>().0[j]);
         let mut value = exp(s, s.sub(score(s, s.load(p), pair.args.scale, bias, j), lse));
-        let mut gradient = s.mul(value, s.sub(s.mul(s.load(d_s), kept), dot));
-        value = s.mul(value, kept);
+        let mut d_p = s.load(d_s);
+        let kept = kept.as_ref().map(|kept| s.load(&kept.as_chunks::<LANES>().0[j]));
+        if let Some(kept) = kept {
+            d_p = s.mul(d_p, kept);
+        }
+        let mut gradient = s.mul(value, s.sub(d_p, dot));
+        if let Some(kept) = kept {
+            value = s.mul(value, kept);
+        }
         if left < LANES {
             value = first_lanes(s, left, value, 0.0);
             gradient = first_lanes(s, left, gradient, 0.0);

@@ -95,6 +95,11 @@ impl Pair<'_, bf16> {
         (self.head_dim.div_ceil(BLOCK_COLS), self.head_dim.div_ceil(BLOCK_ROWS))
     }
 
+    /// Tiles that have room for a number of each block of keys.
+    fn begun_tiles(&self) -> usize {
+        (self.key_blocks() * size_of::<u32>()).div_ceil(size_of::<Tile>())
+    }
+
     /// Tiles for [`Forward`] to work in.
     pub(super) fn forward_tiles(&self) -> usize {
         let (as_columns, as_rows) = self.key_tiles();
@@ -112,7 +117,14 @@ impl Pair<'_, bf16> {
         let probabilities = 2 * TILES * BLOCKS_OF_QUERIES + 2 * STEPS;
         let sums = 2 * self.key_blocks() * row_blocks + BLOCKS_OF_QUERIES * blocks + 2;
         let dots = 1;
-        2 * as_columns + as_rows + queries + transposed + probabilities + BLOCK_TILES * sums + dots
+        let numbers = dots + self.begun_tiles();
+        2 * as_columns
+            + as_rows
+            + queries
+            + transposed
+            + probabilities
+            + BLOCK_TILES * sums
+            + numbers
     }
 }
 
@@ -127,11 +139,11 @@ fn left(packed: &[Tile], start: usize, n_steps: usize, n: usize) -> Left<'_> {
     Left::of(&first[start..][..n_steps], &second[start..][..n_steps], n)
 }
 
-/// Rounds a row of a block to row `m` of a pair of row tiles, `[2][all]`, at steps from `start` on.
+/// Rounds whole steps of a row of a block to row `m` of a pair of row tiles, `[2][all]`, at steps from `start` on.
 #[inline(always)]
-fn round_to_left<S: Simd>(s: S, row: &[f32; KEYS], m: usize, packed: &mut [Tile], start: usize) {
+fn round_to_left<S: Simd>(s: S, row: &[f32], m: usize, packed: &mut [Tile], start: usize) {
     let n_steps = packed.len() / 2;
-    let tiles = &mut packed[m / TILE_ROWS * n_steps..][start..][..STEPS];
+    let tiles = &mut packed[m / TILE_ROWS * n_steps..][start..];
     for (tile, items) in tiles.iter_mut().zip(row.as_chunks::<TILE_K>().0) {
         let line: &mut [bf16; TILE_K] = bytemuck::cast_mut(&mut tile.0[m % TILE_ROWS]);
         let line = line.as_chunks_mut::<LANES>().0.iter_mut();
@@ -141,13 +153,14 @@ fn round_to_left<S: Simd>(s: S, row: &[f32; KEYS], m: usize, packed: &mut [Tile]
     }
 }
 
-/// Rounds a block to a right operand with keys as columns and queries as k, at step `step` of
-/// [`BLOCKS_OF_QUERIES`].
+/// Rounds the first `cols` columns of a block, whole vectors, to a right operand with keys as columns and queries as k,
+/// at step `step` of [`BLOCKS_OF_QUERIES`].
 #[inline(always)]
-fn round_to_right<S: Simd>(s: S, rows: &Rows, packed: &mut [Tile], step: usize) {
+fn round_to_right<S: Simd>(s: S, rows: &Rows, cols: usize, packed: &mut [Tile], step: usize) {
     let (pairs, _) = rows.as_chunks::<2>();
     for (line, [even, odd]) in pairs.iter().enumerate() {
-        let vectors = even.as_chunks::<LANES>().0.iter().zip(odd.as_chunks::<LANES>().0);
+        let [even, odd] = [even, odd].map(|row| row[..cols].as_chunks::<LANES>().0);
+        let vectors = even.iter().zip(odd);
         for (tile, (even, odd)) in vectors.enumerate() {
             let mut rounded = [[bf16::ZERO; LANES]; 2];
             s.store_bf16_flushed(s.load(even), &mut rounded[0]);
@@ -282,8 +295,9 @@ impl SimdOp for Backward<'_, '_> {
         let d_k = carve_blocks(&mut scratch, pair.key_blocks() * row_blocks);
         let d_v = carve_blocks(&mut scratch, pair.key_blocks() * row_blocks);
         let dots: &mut [f32] = bytemuck::cast_slice_mut(carve(&mut scratch, 1));
-        d_k.fill(Block::zeroed());
-        d_v.fill(Block::zeroed());
+        // Whether there is anything in the sums of a block of keys.
+        let begun: &mut [u32] = bytemuck::cast_slice_mut(carve(&mut scratch, pair.begun_tiles()));
+        begun.fill(0);
 
         let all_queries = (0..n_queries).step_by(BLOCKS_OF_QUERIES * QUERIES);
         for (g, first) in (0..group).flat_map(|g| all_queries.clone().map(move |i| (g, i))) {
@@ -308,7 +322,7 @@ impl SimdOp for Backward<'_, '_> {
                 let row = |matrix| pair.of_query(matrix, head, first + i);
                 *dot = dot_rows::<S, bf16>(s, row(d_o), row(o));
             }
-            d_q.fill(Block::zeroed());
+            let mut d_q_begun = [false; BLOCKS_OF_QUERIES];
 
             let (start, limit) = (pair.first(first) / KEYS, pair.limit(first + n - 1));
             for b in start..limit.div_ceil(KEYS) {
@@ -322,6 +336,11 @@ impl SimdOp for Backward<'_, '_> {
                 };
                 let some = (0..n_blocks).find(|&i| sees(i)).unwrap_or(n_blocks);
                 let some = some..(some..n_blocks).find(|&i| !sees(i)).unwrap_or(n_blocks);
+                if some.is_empty() {
+                    continue;
+                }
+                let seen_by_all = KEYS.min(limit - first_key);
+                let n_cols = seen_by_all.next_multiple_of(TILE_K);
                 for block in some.clone() {
                     let rows = rows_of(block);
                     let end = pair.limit(first + block * QUERIES + rows - 1);
@@ -336,17 +355,18 @@ impl SimdOp for Backward<'_, '_> {
                     for (r, (p, d_s)) in p.0.iter_mut().zip(&mut d_s.0).enumerate() {
                         let i = block * QUERIES + r;
                         if r >= rows {
-                            (*p, *d_s) = ([0.0; KEYS], [0.0; KEYS]);
+                            p[..n_cols].fill(0.0);
+                            d_s[..n_cols].fill(0.0);
                             continue;
                         }
                         let token = pair.first_query + first + i;
                         let lse = self.lse[token * pair.args.n_heads + head];
                         let query = Query { head, i: first + i, lse, dot: dots[i] };
-                        score_gradients(s, &pair, query, first_key, KEYS, p, d_s);
-                        round_to_left(s, d_s, r, d_s_left, 0);
+                        score_gradients(s, &pair, query, first_key, n_cols, p, d_s);
+                        round_to_left(s, &d_s[..n_cols], r, d_s_left, 0);
                     }
-                    round_to_right(s, &p.0, p_right, block);
-                    round_to_right(s, &d_s.0, d_s_right, block);
+                    round_to_right(s, &p.0, n_cols, p_right, block);
+                    round_to_right(s, &d_s.0, n_cols, d_s_right, block);
                     let n_steps = steps(seen);
                     for (c, sums) in
                         d_q[block * head_blocks..][..head_blocks].iter_mut().enumerate()
@@ -361,14 +381,13 @@ impl SimdOp for Backward<'_, '_> {
                             of_tile,
                             cols,
                             sums,
-                            false,
+                            !d_q_begun[block],
                         );
                     }
+                    d_q_begun[block] = true;
                 }
-                if some.is_empty() {
-                    continue;
-                }
-                let seen = KEYS.min(limit - first_key);
+                let all_cols = KEYS.min(pair.n_keys - first_key).next_multiple_of(TILE_K);
+                let first_time = std::mem::replace(&mut begun[b], 1) == 0;
                 for (right, transposed, sums) in [
                     (&*p_right, &*d_o_transposed, &mut *d_v),
                     (&*d_s_right, &*q_transposed, &mut *d_k),
@@ -379,17 +398,31 @@ impl SimdOp for Backward<'_, '_> {
                     let pairs = transposed.chunks_exact(2 * n_blocks);
                     for (pair, sums) in pairs.zip(&mut sums[b * row_blocks..][..row_blocks]) {
                         let left = left(pair, some.start, some.len(), BLOCK_ROWS);
-                        multiply(tiles, left, of_tile, seen, sums, false);
+                        // Of what later queries will see, some may not be among the columns yet.
+                        let overwrite = first_time && n_cols == all_cols;
+                        if first_time && !overwrite {
+                            *sums = Block::zeroed();
+                        }
+                        multiply(tiles, left, of_tile, seen_by_all, sums, overwrite);
                     }
                 }
             }
             for i in 0..n {
                 let sums = &d_q[i / QUERIES * head_blocks..][..head_blocks];
                 let to = &mut d_q_rows[(first + i) * group + g];
+                if !d_q_begun[i / QUERIES] {
+                    to.fill(bf16::ZERO);
+                    continue;
+                }
                 for j in 0..head_dim.div_ceil(LANES) {
                     let row = &sums[j / TILES].0[i % QUERIES].as_chunks::<LANES>().0[j % TILES];
                     store::<S, bf16>(s, s.mul(s.load(row), s.splat(pair.args.scale)), to, j);
                 }
+            }
+        }
+        for b in (0..pair.key_blocks()).filter(|&b| begun[b] == 0) {
+            for sums in [&mut *d_k, &mut *d_v] {
+                sums[b * row_blocks..][..row_blocks].fill(Block::zeroed());
             }
         }
         write_transposed(s, d_k, row_blocks, pair.args.scale, d_k_rows);
