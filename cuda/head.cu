@@ -3,7 +3,7 @@
 //   nll[t] = ln sum_v e^(scale raw[t, v]) - scale raw[t, labels[t]]
 //   d_raw[t, v] = d_nll * scale * (softmax[v] - [v = labels[t]])
 //     f32: in the place of raw, and d_x = d_raw W [tokens, d_model] by `head_backward`
-//     bf16: as the sum of two bf16, d_high + d_low, and d_x = d_high W + d_low W by `linear_backward`
+//     bf16: rounded once, as any activation's gradient is, and d_x = d_raw W by `linear_backward`
 //   argmax[t]: the column of the largest value not forbidden; the first of equals
 // Grid of `head_softmax` and `argmax`: x = tokens, HEAD_THREADS along the vocabulary; a thread adds in
 // order, then a tree within a warp, then the warps in order.
@@ -12,8 +12,8 @@
 const u32 HEAD_THREADS = 1024;
 
 extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
-head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labels, u32 n_vocabulary,
-             float scale, float d_nll, u32 wants_gradient) {
+head_softmax(double* nll, float* raw, Item* d_raw, const u32* labels, u32 n_vocabulary, float scale, float d_nll,
+             u32 wants_gradient) {
     after_previous();
     SHARED(float, scratch, HEAD_THREADS / WARP);
     float* row = raw + size_t(blockIdx.x) * n_vocabulary;
@@ -29,13 +29,11 @@ head_softmax(double* nll, float* raw, Item* d_high, Item* d_low, const u32* labe
     __syncthreads();
     for (u32 v = threadIdx.x; v < n_vocabulary; v += HEAD_THREADS) {
         const float probability = expf(scale * row[v] - largest) / sum;
-        const float d_raw = d_nll * scale * (probability - (v == label ? 1.0f : 0.0f));
+        const float d = d_nll * scale * (probability - (v == label ? 1.0f : 0.0f));
 #if POLYTAPE_BF16
-        const size_t at = size_t(blockIdx.x) * n_vocabulary + v;
-        d_high[at] = to_bf16(d_raw);
-        d_low[at] = low_half(d_raw, d_high[at]);
+        d_raw[size_t(blockIdx.x) * n_vocabulary + v] = to_bf16(d);
 #else
-        row[v] = d_raw;
+        row[v] = d;
 #endif
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use polytape::{
+    dtype::Dtype,
     kernels::{
         Backend, Precision, ops,
         ops::{Activation, SamplingRules},
@@ -638,12 +639,44 @@ pub struct HeadLoss {
     pub label_shift: u32,
 }
 
+impl HeadLoss {
+    /// A token's logits, and the sums of their terms' sizes.
+    fn logits(&self, inputs: &Inputs, token: usize) -> [Vec<f64>; 2] {
+        let (x, weight) = (&inputs.tensors[0], inputs.weights[0].to_f32());
+        let rows = weight.chunks(x.cols.max(1)).take(inputs.weights[0].rows());
+        let scale = f64::from(self.scale);
+        let sum = |row: &[f32], term: &dyn Fn(f64) -> f64| -> f64 {
+            row.iter().enumerate().map(|(i, &w)| term(scale * x.at(token, i) * f64::from(w))).sum()
+        };
+        let (logits, sizes) = rows.map(|row| (sum(row, &|term| term), sum(row, &f64::abs))).unzip();
+        [logits, sizes]
+    }
+
+    /// `Σ_v term(p[v], 1 where v is the label) |w[v, i]|` times what all gradients have, of a token.
+    fn gradients(
+        &self,
+        (batch, inputs): (&Batch, &Inputs),
+        token: usize,
+        logits: &[f64],
+        term: impl Fn(f64, f64) -> f64,
+    ) -> Vec<f64> {
+        let (weight, d) = (inputs.weights[0].to_f32(), inputs.tensors[0].cols);
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
+        let label = (batch.ids[token] % self.label_shift) as usize;
+        let factor = (f64::from(self.d_nll) * f64::from(self.scale)).abs();
+        let mut all = vec![0.0; d];
+        for (v, logit) in logits.iter().enumerate() {
+            let size = factor * term((logit - max).exp() / sum, f64::from(u8::from(v == label)));
+            let row = &weight[v * d..][..d];
+            all.iter_mut().zip(row).for_each(|(all, w)| *all += size * f64::from(w.abs()));
+        }
+        all
+    }
+}
+
 impl Op for HeadLoss {
     const CUT: Cut = Cut::Token;
-
-    fn splits_operands(&self) -> bool {
-        true
-    }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
         // The vocabulary is not known to `Loaded`; ids are made below it.
@@ -663,34 +696,37 @@ impl Op for HeadLoss {
     }
 
     fn tolerance(&self, batch: &Batch, inputs: &Inputs, _: &[Output]) -> Vec<Vec<f64>> {
-        let (x, weight) = (&inputs.tensors[0], inputs.weights[0].to_f32());
-        let (d, scale) = (x.cols, f64::from(self.scale));
-        let w = |v: usize, i: usize| f64::from(weight[v * d + i]);
-        let n_vocabulary = inputs.weights[0].rows();
         let (mut nll, mut d_x) = (Vec::new(), Vec::new());
         for t in 0..batch.n_tokens() {
-            let logits = |term: &dyn Fn(f64) -> f64| -> Vec<f64> {
-                let logit = |v| (0..d).map(|i| term(scale * x.at(t, i) * w(v, i))).sum();
-                (0..n_vocabulary).map(logit).collect()
-            };
-            let (logits, sizes) = (logits(&|term| term), logits(&f64::abs));
+            let [logits, sizes] = self.logits(inputs, t);
             let largest = |of: &[f64]| of.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
             // Of a logit, and of the log-sum-exp: a mean of those errors, and its own arithmetic.
             let error = 6.0 * U * largest(&sizes);
             let error = 2.0 * error + 8.0 * U * (1.0 + largest(&logits));
             nll.push(error);
-            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = logits.iter().map(|logit| (logit - max).exp()).sum();
-            let label = (batch.ids[t] % self.label_shift) as usize;
-            for i in 0..d {
-                let d_logit =
-                    |v: usize| (logits[v] - max).exp() / sum + f64::from(u8::from(v == label));
-                let size: f64 = (0..n_vocabulary).map(|v| d_logit(v) * w(v, i).abs()).sum();
-                let factor = (f64::from(self.d_nll) * scale).abs();
-                d_x.push((error.exp_m1() + 12.0 * U) * factor * size);
-            }
+            let sizes = self.gradients((batch, inputs), t, &logits, |p, hot| p + hot);
+            d_x.extend(sizes.into_iter().map(|size| (error.exp_m1() + 12.0 * U) * size));
         }
         vec![nll.clone(), d_x, nll]
+    }
+
+    fn rounding_on_tiles(
+        &self,
+        batch: &Batch,
+        inputs: &Inputs,
+        expected: &[Output],
+    ) -> Option<Vec<Vec<f64>>> {
+        if inputs.weights[0].dtype() != Dtype::Bf16 {
+            return None; // Nor are there products on tiles.
+        }
+        let mut rounding: Vec<_> = expected.iter().map(|o| vec![0.0; o.values.len()]).collect();
+        let gradients = (0..batch.n_tokens()).flat_map(|t| {
+            let [logits, _] = self.logits(inputs, t);
+            self.gradients((batch, inputs), t, &logits, |p, hot| (p - hot).abs())
+        });
+        let unit = Dtype::Bf16.unit_roundoff();
+        rounding[1] = gradients.map(|size| unit * size).collect();
+        Some(rounding)
     }
 }
 

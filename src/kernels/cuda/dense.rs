@@ -410,10 +410,9 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side).min(tokens).max(1);
     let mut raw = cuda.alloc(chunk, vocabulary, Precision::Full);
     let item = cuda.compute.size_bytes();
-    // In bf16 the logits' gradient is the sum of two.
-    let halves = (d_nll.is_some() && cuda.compute == Dtype::Bf16)
-        .then(|| [0, 1].map(|_| cuda.alloc(chunk, vocabulary, Precision::Activation)));
-    let half = |i: usize| halves.as_ref().map_or(0, |halves| halves[i].address());
+    let d_raw = (d_nll.is_some() && cuda.compute == Dtype::Bf16)
+        .then(|| cuda.alloc(chunk, vocabulary, Precision::Activation));
+    let d_raw = d_raw.as_ref().map(Tensor::address);
     for first in (0..tokens).step_by(chunk) {
         let n = chunk.min(tokens - first);
         let row = (first * d_model * item) as u64;
@@ -424,18 +423,16 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
         gemm::Forward { projections: &[product], x, tokens: n, d_in: d_model, output }.launch(cuda);
         let kernel = cuda.kernel("head", "head_softmax");
         let kernel = kernel.arg(nll.address() + 8 * first as u64).arg(raw.address_mut());
-        let kernel = kernel.arg(half(0)).arg(half(1));
+        let kernel = kernel.arg(d_raw.unwrap_or(0));
         let kernel = kernel.arg(labels.address() + 4 * first as u64).count(vocabulary).arg(scale);
         let kernel = kernel.arg(d_nll.unwrap_or(0.0)).arg(u32::from(d_nll.is_some()));
         kernel.launch([n, 1, 1], HEAD_THREADS);
         let Some(d_x) = &mut d_x else { continue };
         let to = d_x.address_mut() + row;
-        if halves.is_some() {
-            let mut terms = TermsArg { terms: [TermArg::zeroed(); MAX_TERMS], n: 2, padding: 0 };
-            for (i, term) in terms.terms.iter_mut().take(2).enumerate() {
-                term.d_y = half(i);
-                (term.weight, term.d_out) = (weight.matrix(), narrow(vocabulary));
-            }
+        if let Some(d_y) = d_raw {
+            let mut terms = TermsArg { terms: [TermArg::zeroed(); MAX_TERMS], n: 1, padding: 0 };
+            let (weight, d_out) = (weight.matrix(), narrow(vocabulary));
+            terms.terms[0] = TermArg { d_y, weight, d_out, ..TermArg::zeroed() };
             let (tokens, d_in) = (n, d_model);
             gemm::Backward { d_x: to, d_residual: 0, terms, tokens, d_in }.launch(cuda);
         } else {
