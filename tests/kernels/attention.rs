@@ -148,6 +148,9 @@ impl Op for Attention {
     }
 }
 
+/// Probabilities below it may be zero in the backward, so that their products with gradients are not denormal.
+const NEGLIGIBLE: f64 = 1.0 / (1_u128 << 100) as f64;
+
 /// A bound of zero for each element.
 fn zeros(expected: &[Output]) -> Vec<Vec<f64>> {
     expected.iter().map(|output| vec![0.0; output.values.len()]).collect()
@@ -318,7 +321,7 @@ impl AttentionBackward {
                 let p = (scores[j] - lse).exp();
                 let p_error = p
                     * ((errors[j] + 4.0 * U * (lse.abs() + scores[j].abs())).exp_m1() + 6.0 * U)
-                    + SMALLEST;
+                    + NEGLIGIBLE;
                 let d_score = p * (d_p - inner).abs();
                 let d_score_error = p_error * (d_p - inner).abs()
                     + (p + p_error) * 6.0 * U * (d_p_size + inner_size);

@@ -9,6 +9,12 @@ use super::isa::{LANES, Simd};
 /// subnormal), infinity above 88.72; NaN stays NaN.
 #[inline(always)]
 pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
+    exp_from(s, x, -87.336_54)
+}
+
+/// [`exp`], 0 below `least`, which is not below -87.33.
+#[inline(always)]
+pub(super) fn exp_from<S: Simd>(s: S, x: S::V, least: f32) -> S::V {
     // e^x = 2^n e^r with |r| <= ln(2) / 2. The clamps keep `n` in -126..=128 and let NaN through.
     let clamped = s.max(s.splat(-87.4), s.min(s.splat(89.0), x));
     let n = s.round(s.mul(clamped, s.splat(std::f32::consts::LOG2_E)));
@@ -21,7 +27,7 @@ pub(super) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     }
     let p = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
     let value = s.times_exp2(p, n);
-    s.select_lt(x, s.splat(-87.336_54), s.splat(0.0), value)
+    s.select_lt(x, s.splat(least), s.splat(0.0), value)
 }
 
 /// `σ(x) = 1 / (1 + e^-x)` and its derivative `σ(x) (1 - σ(x))`, both without cancellation.

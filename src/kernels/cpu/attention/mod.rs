@@ -35,7 +35,7 @@ use super::{
     super::{Precision, ops::*},
     Cpu,
     elementwise::factors,
-    isa::{Element, ElementMut, LANES},
+    isa::{Element, ElementMut, LANES, Simd},
     with_element,
 };
 use crate::tensor::Tensor;
@@ -290,6 +290,25 @@ impl<'a, T: Element> Pair<'a, T> {
     fn of_key(&self, matrix: &'a [T::Item], j: usize) -> &'a [T::Item] {
         let row = self.first_key + j;
         &matrix[(row * self.args.n_kv_heads + self.kv_head) * self.head_dim..][..self.head_dim]
+    }
+
+    /// Fetches the row of query `i` of a head's right neighbour, which is often the next one's turn: its line lies in
+    /// another page than the row before, where no prefetcher looks for it.
+    #[inline(always)]
+    fn prefetch_query<S: Simd>(&self, s: S, matrix: &'a [T::Item], head: usize, i: usize) {
+        if head + 1 < self.args.n_heads {
+            s.prefetch(self.of_query(matrix, head + 1, i));
+        }
+    }
+
+    /// [`Pair::prefetch_query`], of key `j`, if it is there, in `k` and `v`.
+    #[inline(always)]
+    fn prefetch_key<S: Simd>(&self, s: S, j: usize) {
+        if self.kv_head + 1 < self.args.n_kv_heads && j < self.n_keys {
+            let next = Self { kv_head: self.kv_head + 1, ..*self };
+            s.prefetch(next.of_key(self.k, j));
+            s.prefetch(next.of_key(self.v, j));
+        }
     }
 
     /// One past the last key that query `i` sees.

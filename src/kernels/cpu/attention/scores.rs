@@ -6,7 +6,7 @@ use super::{
     super::{
         elementwise::load,
         isa::{Element, LANES, Simd},
-        math::exp,
+        math::{exp, exp_from},
     },
     Pair,
 };
@@ -110,6 +110,10 @@ pub(super) fn softmax<S: Simd, T: Element, const MR: usize, const W: usize>(
     (sum, most + sum.ln())
 }
 
+/// Logarithm of the least probability in the backward, 2^-100: products of smaller ones with gradients would be denormal,
+/// which CPUs take a hundred cycles for.
+const LEAST: f32 = -69.314_72;
+
 /// What the backward knows of a query.
 pub(super) struct Query {
     pub(super) head: usize,
@@ -145,7 +149,8 @@ pub(super) fn score_gradients<S: Simd, T: Element, const W: usize>(
             (*p, *d_s) = ([0.0; LANES], [0.0; LANES]);
             continue;
         }
-        let mut value = exp(s, s.sub(score(s, s.load(p), pair.args.scale, bias, j), lse));
+        let x = s.sub(score(s, s.load(p), pair.args.scale, bias, j), lse);
+        let mut value = exp_from(s, x, LEAST);
         let mut d_p = s.load(d_s);
         let kept = kept.as_ref().map(|kept| s.load(&kept.as_chunks::<LANES>().0[j]));
         if let Some(kept) = kept {

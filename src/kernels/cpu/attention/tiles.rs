@@ -219,6 +219,11 @@ impl SimdOp for Forward<'_, '_> {
             let rows: &mut [Rows] = bytemuck::cast_slice_mut(strip);
             let mut divisors = [1.0; QUERIES];
             for (m, divisor) in divisors.iter_mut().enumerate().take(n) {
+                pair.prefetch_query(s, pair.q, head, first + m);
+                if g == 0 {
+                    pair.prefetch_key(s, first + m);
+                }
+                s.prefetch(o[(first + m) * group + g]);
                 let log;
                 (*divisor, log) = softmax(s, &pair, head, first + m, rows, m, start..limit);
                 lse[(first + m) * group + g][0] = log;
@@ -341,6 +346,10 @@ impl SimdOp for Backward<'_, '_> {
                 }
                 let seen_by_all = KEYS.min(limit - first_key);
                 let n_cols = seen_by_all.next_multiple_of(TILE_K);
+                // The lines that the end, and the next head, will want: a few with each query.
+                let is_first = g == 0 && begun[b] == 0;
+                let mut keys = first_key..first_key + if is_first { seen_by_all } else { 0 };
+                let keys_a_query = keys.len().div_ceil(n);
                 for block in some.clone() {
                     let rows = rows_of(block);
                     let end = pair.limit(first + block * QUERIES + rows - 1);
@@ -358,6 +367,20 @@ impl SimdOp for Backward<'_, '_> {
                             p[..n_cols].fill(0.0);
                             d_s[..n_cols].fill(0.0);
                             continue;
+                        }
+                        if b == start {
+                            for matrix in [pair.q, self.d_o.items::<bf16>(), self.o.items::<bf16>()]
+                            {
+                                pair.prefetch_query(s, matrix, head, first + i);
+                            }
+                            s.prefetch(d_q_rows[(first + i) * group + g]);
+                        }
+                        for _ in 0..keys_a_query {
+                            if let Some(j) = keys.next() {
+                                pair.prefetch_key(s, j);
+                                s.prefetch(d_k_rows[j]);
+                                s.prefetch(d_v_rows[j]);
+                            }
                         }
                         let token = pair.first_query + first + i;
                         let lse = self.lse[token * pair.args.n_heads + head];
