@@ -48,6 +48,9 @@ use crate::{
 const STEPS_AT_ONCE: usize = 8;
 /// Steps of k whose right tiles a task packs at a time, for 128 columns: 1 MiB, half an L2 cache.
 const STEPS_L2: usize = 128;
+/// Rectangles of a task at most, where k is too long to be packed at once: so often less is the left operand read, from
+/// memory, as a vocabulary wide it is in no cache.
+const RECTANGLES: usize = 8;
 /// Column tiles come in pairs, zeros past the last column.
 const TILES_AT_ONCE: usize = 2;
 /// Columns of a pair of column tiles.
@@ -909,8 +912,14 @@ pub(super) fn write<T: ElementMut<Item = T> + Send>(
     part: &Part<'_>,
     rectangles: Vec<Rectangle<'_, T>>,
 ) {
-    let tasks = rectangles.into_iter().map(|rectangle| (0, rectangle)).collect();
-    run_tasks(in_pairs(cpu, tasks), |(_, rectangles)| {
+    let tasks: Vec<_> = rectangles.into_iter().map(|rectangle| (0, rectangle)).collect();
+    let tasks = if steps(part.lhs[0].k) > STEPS_L2 {
+        let most = (tasks.len() / cpu.n_threads()).clamp(1, RECTANGLES);
+        in_groups(tasks, most)
+    } else {
+        in_pairs(cpu, tasks)
+    };
+    run_tasks(tasks, |(_, rectangles)| {
         let (parts, finish) = (std::slice::from_ref(part), Finish::default());
         Task { parts, ranks: &[], more: Vec::new(), rectangles, finish }.run(cpu, amx);
     });
@@ -925,15 +934,22 @@ pub(super) fn in_pairs<'a, T>(
     let per_thread = tasks.len() / cpu.n_threads();
     let even = tasks.len().is_multiple_of(2 * cpu.n_threads());
     let pairs = per_thread >= 32 || (per_thread >= 4 && even);
+    in_groups(tasks, if pairs { 2 } else { 1 })
+}
+
+/// Puts neighbouring rectangles of one width and the same rows in groups of at most `most`.
+fn in_groups<'a, T>(
+    tasks: Vec<(usize, Rectangle<'a, T>)>,
+    most: usize,
+) -> Vec<(usize, Vec<Rectangle<'a, T>>)> {
     let mut all: Vec<(usize, Vec<Rectangle<'a, T>>)> = Vec::new();
     for (i, rectangle) in tasks {
         match all.last_mut() {
             Some((last, group))
-                if pairs
-                    && *last == i
-                    && group.len() == 1
+                if *last == i
+                    && group.len() < most
                     && group[0].rows == rectangle.rows
-                    && group[0].cols.len() == BLOCK_COLS =>
+                    && group[group.len() - 1].cols.len() == BLOCK_COLS =>
             {
                 group.push(rectangle);
             }
