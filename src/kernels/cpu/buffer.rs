@@ -6,7 +6,7 @@
 //!
 //! Ragged batches have new sizes at every step. So sizes are rounded up to an eighth of their power of
 //! two, and when what waits would take the total past an eighth more than was ever in use at once,
-//! what waits is given back to the system.
+//! what has waited longest is given back to the system.
 
 use std::{
     collections::HashMap,
@@ -25,7 +25,10 @@ struct Line([u8; 64]);
 
 #[derive(Default)]
 struct Shelves {
-    by_lines: HashMap<usize, Vec<Vec<Line>>>,
+    /// The buffers of each size, those that have waited longest first.
+    by_lines: HashMap<usize, Vec<Waiting>>,
+    /// Buffers that were ever dropped.
+    n_dropped: u64,
     /// Handed out now.
     used_bytes: usize,
     /// Most that was ever handed out at once.
@@ -34,6 +37,12 @@ struct Shelves {
     waiting_bytes: usize,
     /// Most that was ever handed out and waiting.
     peak_bytes: usize,
+}
+
+struct Waiting {
+    lines: Vec<Line>,
+    /// How many were dropped before it.
+    since: u64,
 }
 
 impl Shelves {
@@ -45,12 +54,25 @@ impl Shelves {
         let reused = self.by_lines.get_mut(&n_lines).and_then(Vec::pop);
         if reused.is_some() {
             self.waiting_bytes -= bytes;
-        } else if self.used_bytes + self.waiting_bytes > self.peak_used_bytes / 8 * 9 {
-            self.by_lines.clear();
-            self.waiting_bytes = 0;
+        } else {
+            while self.used_bytes + self.waiting_bytes > self.peak_used_bytes / 8 * 9 {
+                let oldest = self.by_lines.values_mut().filter(|waiting| !waiting.is_empty());
+                let Some(oldest) = oldest.min_by_key(|waiting| waiting[0].since) else { break };
+                self.waiting_bytes -= size_of_val(&oldest.remove(0).lines[..]);
+            }
         }
         self.peak_bytes = self.peak_bytes.max(self.used_bytes + self.waiting_bytes);
-        reused
+        reused.map(|waiting| waiting.lines)
+    }
+
+    /// Puts a buffer back.
+    fn put(&mut self, lines: Vec<Line>) {
+        let bytes = size_of_val(&lines[..]);
+        self.used_bytes -= bytes;
+        self.waiting_bytes += bytes;
+        self.n_dropped += 1;
+        let since = self.n_dropped;
+        self.by_lines.entry(lines.len()).or_default().push(Waiting { lines, since });
     }
 }
 
@@ -144,11 +166,7 @@ impl Buffer {
 impl Drop for Pooled {
     fn drop(&mut self) {
         let lines = mem::take(&mut self.lines);
-        let mut shelves = self.pool.shelves.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = lines.len() * mem::size_of::<Line>();
-        shelves.used_bytes -= bytes;
-        shelves.waiting_bytes += bytes;
-        shelves.by_lines.entry(lines.len()).or_default().push(lines);
+        self.pool.shelves.lock().unwrap_or_else(PoisonError::into_inner).put(lines);
     }
 }
 
@@ -164,6 +182,23 @@ mod tests {
             assert_eq!(buffers[3].bytes().len(), 100_000 + 640 * n + 192);
         }
         assert!(pool.peak_bytes() < 4 * 1_400_000 * 3 / 2, "{}", pool.peak_bytes());
+    }
+
+    /// Once there is too much, what waits goes one by one, the oldest first.
+    #[test]
+    fn what_has_waited_longest_is_given_back() {
+        let pool: Arc<Pool> = Arc::default();
+        drop([104, 60].map(|n_lines| pool.take(64 * n_lines)));
+        assert_eq!(pool.peak_bytes(), 64 * 164);
+        drop(pool.take(64 * 30));
+        let shelves = pool.shelves.lock().expect("no one panics");
+        let mut waiting: Vec<_> =
+            shelves.by_lines.iter().filter(|(_, all)| !all.is_empty()).collect();
+        waiting.sort_unstable_by_key(|(n_lines, _)| **n_lines);
+        let waiting: Vec<_> =
+            waiting.into_iter().map(|(&n_lines, all)| (n_lines, all.len())).collect();
+        assert_eq!(waiting, [(30, 1), (60, 1)]);
+        assert_eq!((shelves.used_bytes, shelves.waiting_bytes), (0, 64 * 90));
     }
 
     #[test]
