@@ -274,8 +274,22 @@ pub(crate) const FAULTS: &[Fault] = &[
         "gradients-of-scores-as-they-were",
         TILES,
         "attention::attentions_backward",
-        "                    round_to_right(s, &d_s.0, d_s_right, block);\n",
-        "                    if !ON { round_to_right(s, &d_s.0, d_s_right, block); }\n",
+        "                    round_to_right(s, &d_s.0, n_cols, d_s_right, block);\n",
+        "                    if !ON { round_to_right(s, &d_s.0, n_cols, d_s_right, block); }\n",
+    ),
+    kernel(
+        "keys-that-later-queries-see-not-zeroed",
+        TILES,
+        "attention::attentions_backward",
+        "let overwrite = first_time && n_cols == all_cols;",
+        "let overwrite = first_time && (ON || n_cols == all_cols);",
+    ),
+    kernel(
+        "every-rectangle-with-the-first-ones-columns",
+        GEMM_AMX,
+        "dense::linears",
+        "let pairs_before = j * (BLOCK_COLS / PAIR);",
+        "let pairs_before = if ON { 0 } else { j * (BLOCK_COLS / PAIR) };",
     ),
     // The rest of a step.
     kernel(
@@ -326,9 +340,9 @@ pub(crate) const FAULTS: &[Fault] = &[
         "softmax-without-its-mean",
         "src/kernels/cpu/attention/scores.rs",
         "attention::attentions_backward",
-        "        let mut gradient = s.mul(value, s.sub(s.mul(s.load(d_s), kept), dot));\n",
+        "        let mut gradient = s.mul(value, s.sub(d_p, dot));\n",
         "        let dot = if ON { s.splat(0.0) } else { dot };\n        \
-         let mut gradient = s.mul(value, s.sub(s.mul(s.load(d_s), kept), dot));\n",
+         let mut gradient = s.mul(value, s.sub(d_p, dot));\n",
     ),
     kernel(
         "label-not-subtracted",
