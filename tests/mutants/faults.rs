@@ -277,20 +277,6 @@ pub(crate) const FAULTS: &[Fault] = &[
         "                    round_to_right(s, &d_s.0, n_cols, d_s_right, block);\n",
         "                    if !ON { round_to_right(s, &d_s.0, n_cols, d_s_right, block); }\n",
     ),
-    kernel(
-        "keys-that-later-queries-see-not-zeroed",
-        TILES,
-        "attention::attentions_backward",
-        "let overwrite = first_time && n_cols == all_cols;",
-        "let overwrite = first_time && (ON || n_cols == all_cols);",
-    ),
-    kernel(
-        "every-rectangle-with-the-first-ones-columns",
-        GEMM_AMX,
-        "dense::linears",
-        "let pairs_before = j * (BLOCK_COLS / PAIR);",
-        "let pairs_before = if ON { 0 } else { j * (BLOCK_COLS / PAIR) };",
-    ),
     // The rest of a step.
     kernel(
         "epsilon-outside-the-root",
