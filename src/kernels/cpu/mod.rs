@@ -33,6 +33,11 @@ mod threads;
 
 use std::{mem, sync::Arc};
 
+pub use buffer::Buffer;
+use half::bf16;
+pub use probe::Peaks;
+pub use profile::{Entry, Profile};
+
 use self::{buffer::Pool, isa::Isa, profile::Work, threads::Threads};
 use super::{Backend, Precision, ops::*};
 use crate::{
@@ -40,10 +45,6 @@ use crate::{
     error::{Error, Result},
     tensor::{BytesMut, Frozen, Tensor},
 };
-pub use buffer::Buffer;
-use half::bf16;
-pub use probe::Peaks;
-pub use profile::{Entry, Profile};
 
 /// The CPU backend: an instruction set, threads, a compute type and a pool of buffers.
 ///

@@ -410,9 +410,9 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side).min(tokens).max(1);
     let mut raw = cuda.alloc(chunk, vocabulary, Precision::Full);
     let item = cuda.compute.size_bytes();
-    let d_raw = (d_nll.is_some() && cuda.compute == Dtype::Bf16)
+    let rounded = (d_nll.is_some() && cuda.compute == Dtype::Bf16)
         .then(|| cuda.alloc(chunk, vocabulary, Precision::Activation));
-    let d_raw = d_raw.as_ref().map(Tensor::address);
+    let d_raw = rounded.as_ref().map(Tensor::address);
     for first in (0..tokens).step_by(chunk) {
         let n = chunk.min(tokens - first);
         let row = (first * d_model * item) as u64;
