@@ -10,71 +10,131 @@ use super::{
     scores::{first_lanes, score, without_lanes},
 };
 
-/// The forward of a single query: K and V are read where they lie.
+/// The forward of a single query, for some neighbouring key-value heads: K and V are read once each, where they lie, row by
+/// row. (Head by head, two lines of a row at a time, memory gave a third of what it has.)
 pub(super) struct Decode<'a, T: ElementMut> {
     pub(super) pair: Pair<'a, T>,
-    /// The pieces of the group's heads.
+    /// The pieces of the heads.
     pub(super) o: Vec<&'a mut [T::Item]>,
     pub(super) lse: Vec<&'a mut [f32]>,
     pub(super) scratch: &'a mut [f32],
 }
 
+/// Bytes of a task's rows that are fetched before their turn.
+const BYTES_AHEAD: usize = 8192;
+const LINE_BYTES: usize = 64;
+
 impl<T: ElementMut> SimdOp for Decode<'_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        const COLUMNS: usize = 4;
-        /// Keys that are fetched before their turn.
-        const AHEAD: usize = 16;
-        let Self { pair, mut o, mut lse, mut scratch } = self;
+        let Self { pair, o, lse, mut scratch } = self;
         let (from, limit) = (pair.first(0) / LANES * LANES, pair.limit(0));
         let n_vectors = pair.head_dim.div_ceil(LANES);
-        let q = carve(&mut scratch, n_vectors * LANES).as_chunks_mut::<LANES>().0;
-        let scores = carve(&mut scratch, limit.next_multiple_of(LANES));
-        for (g, (o, lse)) in o.iter_mut().zip(&mut lse).enumerate() {
-            let head = pair.head(g);
-            let row = pair.of_query(pair.q, head, 0);
+        let (n_heads, n_scores) = (o.len(), limit.next_multiple_of(LANES));
+        let q = carve(&mut scratch, n_heads * n_vectors * LANES).as_chunks_mut::<LANES>().0;
+        let sums = carve(&mut scratch, n_heads * n_vectors * LANES).as_chunks_mut::<LANES>().0;
+        let divisors = carve(&mut scratch, n_heads);
+        let scores = carve(&mut scratch, n_heads * n_scores);
+        for (g, q) in q.chunks_mut(n_vectors).enumerate() {
+            let row = pair.of_query(pair.q, pair.head(g), 0);
             for (i, q) in q.iter_mut().enumerate() {
                 s.store(load::<S, T>(s, row, i), q);
             }
-            for (j, score) in scores.iter_mut().enumerate().take(limit).skip(from) {
-                // A head's piece of a row is too short, and the next row's too far away, for prefetchers.
-                s.prefetch(pair.of_key(pair.k, (j + AHEAD).min(limit - 1)));
-                if g == 0 {
-                    s.prefetch(pair.of_key(pair.v, j));
-                }
-                let (row, tail) = pair.of_key(pair.k, j).as_chunks::<LANES>();
-                let mut sum = s.splat(0.0);
-                for (q, k) in q.iter().zip(row) {
-                    sum = s.fma(s.load(q), T::load(s, k), sum);
-                }
-                if !tail.is_empty() {
-                    sum = s.fma(s.load(&q[n_vectors - 1]), T::load_part(s, tail), sum);
-                }
-                *score = s.sum(sum);
-            }
-            let (sum, log) = softmax_of_one(s, &pair, head, scores, limit);
-            lse[0] = log;
-            let divisor = s.splat(sum);
-            for first in (0..n_vectors).step_by(COLUMNS) {
-                let start = first * LANES;
-                let end = pair.head_dim.min(start + COLUMNS * LANES);
-                let mut sums = [s.splat(0.0); COLUMNS];
-                for (j, &p) in scores.iter().enumerate().take(limit).skip(from) {
-                    let p = s.splat(p);
-                    let (row, tail) = pair.of_key(pair.v, j)[start..end].as_chunks::<LANES>();
-                    for (sum, v) in sums.iter_mut().zip(row) {
-                        *sum = s.fma(p, T::load(s, v), *sum);
-                    }
-                    if !tail.is_empty() {
-                        sums[row.len()] = s.fma(p, T::load_part(s, tail), sums[row.len()]);
-                    }
-                }
-                let o = &mut o[start..end];
-                for (i, &sum) in sums.iter().enumerate().take((end - start).div_ceil(LANES)) {
-                    store::<S, T>(s, s.div(sum, divisor), o, i);
+        }
+        for j in from..limit {
+            for (kv, q) in q.chunks(pair.group * n_vectors).enumerate() {
+                let row = pair.row_ahead(s, pair.k, kv, j);
+                for (g, q) in q.chunks(n_vectors).enumerate() {
+                    scores[(kv * pair.group + g) * n_scores + j] = dot::<S, T>(s, q, row);
                 }
             }
+        }
+        for (g, (divisor, lse)) in divisors.iter_mut().zip(lse).enumerate() {
+            let scores = &mut scores[g * n_scores..][..n_scores];
+            (*divisor, lse[0]) = softmax_of_one(s, &pair, pair.head(g), scores, limit);
+        }
+        sums.fill([0.0; LANES]);
+        for first in (from..limit).step_by(KEYS) {
+            let n = KEYS.min(limit - first);
+            for (kv, sums) in sums.chunks_mut(pair.group * n_vectors).enumerate() {
+                let mut rows: [&[T::Item]; KEYS] = [&[]; KEYS];
+                for (i, row) in rows.iter_mut().enumerate().take(n) {
+                    *row = pair.row_ahead(s, pair.v, kv, first + i);
+                }
+                for (g, sums) in sums.chunks_mut(n_vectors).enumerate() {
+                    let p = &scores[(kv * pair.group + g) * n_scores + first..][..n];
+                    add_rows::<S, T>(s, p, &rows[..n], sums);
+                }
+            }
+        }
+        for ((o, sums), &divisor) in o.into_iter().zip(sums.chunks(n_vectors)).zip(&*divisors) {
+            let divisor = s.splat(divisor);
+            for (i, sum) in sums.iter().enumerate() {
+                store::<S, T>(s, s.div(s.load(sum), divisor), o, i);
+            }
+        }
+    }
+}
+
+/// Keys whose values are added at a time.
+const KEYS: usize = 4;
+
+impl<'a, T: Element> Pair<'a, T> {
+    /// Key `j`'s row of `k` or `v` for the task's key-value head number `kv`. Fetches a later one.
+    #[inline(always)]
+    fn row_ahead<S: Simd>(
+        &self,
+        s: S,
+        matrix: &'a [T::Item],
+        kv: usize,
+        j: usize,
+    ) -> &'a [T::Item] {
+        let head = Self { kv_head: self.kv_head + kv, ..*self };
+        let items = LINE_BYTES / size_of::<T::Item>();
+        let ahead = BYTES_AHEAD / size_of::<T::Item>() / (self.n_kv_heads * self.head_dim);
+        let later = head.of_key(matrix, (j + ahead.max(1)).min(self.n_keys - 1));
+        later.chunks(items).for_each(|line| s.prefetch(line));
+        head.of_key(matrix, j)
+    }
+}
+
+/// `q·k`.
+#[inline(always)]
+fn dot<S: Simd, T: Element>(s: S, q: &[[f32; LANES]], row: &[T::Item]) -> f32 {
+    let (row, tail) = row.as_chunks::<LANES>();
+    let mut sum = s.splat(0.0);
+    for (q, k) in q.iter().zip(row) {
+        sum = s.fma(s.load(q), T::load(s, k), sum);
+    }
+    if !tail.is_empty() {
+        sum = s.fma(s.load(&q[row.len()]), T::load_part(s, tail), sum);
+    }
+    s.sum(sum)
+}
+
+/// `sums += Σ_j p_j v_j`, in the order of `j`.
+#[inline(always)]
+fn add_rows<S: Simd, T: Element>(s: S, p: &[f32], rows: &[&[T::Item]], sums: &mut [[f32; LANES]]) {
+    const COLUMNS: usize = 4;
+    for (c, sums) in sums.chunks_mut(COLUMNS).enumerate() {
+        let mut columns = [s.splat(0.0); COLUMNS];
+        for (column, sum) in columns.iter_mut().zip(&*sums) {
+            *column = s.load(sum);
+        }
+        for (&p, row) in p.iter().zip(rows) {
+            let p = s.splat(p);
+            let end = row.len().min((c + 1) * COLUMNS * LANES);
+            let (row, tail) = row[c * COLUMNS * LANES..end].as_chunks::<LANES>();
+            for (column, v) in columns.iter_mut().zip(row) {
+                *column = s.fma(p, T::load(s, v), *column);
+            }
+            if !tail.is_empty() {
+                columns[row.len()] = s.fma(p, T::load_part(s, tail), columns[row.len()]);
+            }
+        }
+        for (&column, sum) in columns.iter().zip(sums) {
+            s.store(column, sum);
         }
     }
 }

@@ -13,7 +13,7 @@
 //! `NV` vectors ([`panels`]); with AMX, where there are several queries, on its tiles ([`tiles`]). The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at
 //! a time, in the cache; the backward computes the probabilities again from `lse`.
 //!
-//! A single query (decoding) reads K and V where they lie.
+//! A single query (decoding) reads K and V where they lie, in one task for several key-value heads: their rows are whole.
 //!
 //! Keys that no query of a tile sees (later ones, or earlier ones than a window) are not touched, but
 //! for whole blocks' sake; those that only some of them see have the probability 0 in the others.
@@ -47,6 +47,10 @@ const MAX_MR: usize = 12;
 const MAX_WIDTH: usize = 2 * LANES;
 /// Products that are surely worth a task.
 const GRAIN: usize = 128 * 1024;
+/// The same of single queries, which wait for memory.
+const DECODE_GRAIN: usize = 16 * 1024;
+/// Tasks of single queries for each thread, so that none waits long for another's last one.
+const TASKS_OF_A_THREAD: usize = 4;
 
 pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
     check(args);
@@ -56,7 +60,7 @@ pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
         return Attended { o, lse };
     }
     if let Some(amx) = cpu.amx() {
-        attend(args, &mut o, &mut lse, |pair: Pair<'_, bf16>, o, lse| {
+        attend(cpu, args, &mut o, &mut lse, |pair: Pair<'_, bf16>, o, lse| {
             if pair.n_queries == 1 || pair.n_keys == 0 {
                 return on_vectors(cpu, pair, o, lse);
             }
@@ -66,26 +70,34 @@ pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
         });
     } else {
         with_element!(args.q.dtype, T => {
-            attend::<T>(args, &mut o, &mut lse, |pair, o, lse| on_vectors(cpu, pair, o, lse));
+            attend::<T>(cpu, args, &mut o, &mut lse, |pair, o, lse| on_vectors(cpu, pair, o, lse));
         });
     }
     Attended { o, lse }
 }
 
-/// Runs a task for each sequence and key-value head, with its pieces of the results.
+/// Runs a task for each sequence and key-value head (each some of them, where there is a single query), with its pieces of
+/// the results.
 fn attend<'a, T: ElementMut>(
+    cpu: &Cpu,
     args: &'a Attention<'a, Cpu>,
     o: &'a mut Tensor<Cpu>,
     lse: &'a mut Tensor<Cpu>,
     run: impl Fn(Pair<'a, T>, Vec<&'a mut [T::Item]>, Vec<&'a mut [f32]>) + Sync,
 ) {
-    let (n_heads, n_kv_heads) = (args.n_heads, args.n_kv_heads);
-    let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, n_heads, n_kv_heads);
-    let lse = deal(lse.f32s_mut(), n_heads, args.queries, n_heads, n_kv_heads);
+    let decodes = args.queries.lens.iter().all(|&len| len <= 1);
+    let (n_parts, min_len) = match decodes {
+        true => (parts_of_a_row(cpu, args), 1),
+        false => (args.n_kv_heads, tasks_in_a_grain(args)),
+    };
+    let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, args.n_heads, n_parts);
+    let lse = deal(lse.f32s_mut(), args.n_heads, args.queries, args.n_heads, n_parts);
     let tasks = o.into_par_iter().zip(lse).enumerate().with_max_len(1);
-    tasks
-        .with_min_len(tasks_in_a_grain(args))
-        .for_each(|(task, (o, lse))| run(Pair::new(args, task), o, lse));
+    tasks.with_min_len(min_len).for_each(|(task, (o, lse))| {
+        if !o.is_empty() {
+            run(Pair::new(args, task, n_parts), o, lse);
+        }
+    });
 }
 
 fn on_vectors<T: ElementMut>(
@@ -149,9 +161,9 @@ fn differentiate<'a, T: ElementMut>(
     let d_k = deal(d_k.items_mut::<T>(), args.k.cols, args.keys, n_kv_heads, n_kv_heads);
     let d_v = deal(d_v.items_mut::<T>(), args.v.cols, args.keys, n_kv_heads, n_kv_heads);
     let tasks = (d_q, d_k, d_v).into_par_iter().enumerate().with_max_len(1);
-    tasks
-        .with_min_len(tasks_in_a_grain(args))
-        .for_each(|(task, (d_q, d_k, d_v))| run(Pair::new(args, task), [d_q, d_k, d_v]));
+    tasks.with_min_len(tasks_in_a_grain(args)).for_each(|(task, (d_q, d_k, d_v))| {
+        run(Pair::new(args, task, n_kv_heads), [d_q, d_k, d_v])
+    });
 }
 
 fn differentiate_on_vectors<'a, T: ElementMut>(
@@ -185,6 +197,16 @@ fn check(args: &Attention<'_, Cpu>) {
     if let Some(dropout) = args.dropout {
         assert_eq!(dropout.tokens.len(), q.rows, "a key for each query token");
     }
+}
+
+/// Into how many tasks the heads of a sequence with a single query are cut: as few as keep all threads busy to the end, if the
+/// tasks are worth it.
+fn parts_of_a_row(cpu: &Cpu, args: &Attention<'_, Cpu>) -> usize {
+    let products = args.keys.lens.iter().sum::<usize>() * args.n_heads * args.head_dim;
+    let n_tasks = (products / DECODE_GRAIN).min(TASKS_OF_A_THREAD * cpu.n_threads());
+    let wanted = n_tasks.div_ceil(args.queries.n().max(1));
+    let mut parts = (1..=args.n_kv_heads).filter(|n| args.n_kv_heads.is_multiple_of(*n));
+    parts.find(|&n| n >= wanted).unwrap_or(args.n_kv_heads)
 }
 
 /// How many tasks of average size are worth starting one.
@@ -231,7 +253,7 @@ fn deal<'a, T: bytemuck::Zeroable + Copy>(
     tasks
 }
 
-/// A task's view of the arguments: one sequence and one key-value head.
+/// A task's view of the arguments: one sequence and one key-value head, or with a single query several.
 struct Pair<'a, T: Element> {
     args: &'a Attention<'a, Cpu>,
     q: &'a [T::Item],
@@ -241,9 +263,10 @@ struct Pair<'a, T: Element> {
     n_queries: usize,
     first_key: usize,
     n_keys: usize,
-    /// The key-value head.
+    /// The key-value head, the first one of several.
     kv_head: usize,
-    /// Query heads that share it.
+    n_kv_heads: usize,
+    /// Query heads that share a key-value head.
     group: usize,
     head_dim: usize,
 }
@@ -256,8 +279,9 @@ impl<T: Element> Clone for Pair<'_, T> {
 impl<T: Element> Copy for Pair<'_, T> {}
 
 impl<'a, T: Element> Pair<'a, T> {
-    fn new(args: &'a Attention<'a, Cpu>, task: usize) -> Self {
-        let sequence = task / args.n_kv_heads;
+    /// Of each sequence's key-value heads, cut into `n_parts`, the part number `task`.
+    fn new(args: &'a Attention<'a, Cpu>, task: usize, n_parts: usize) -> Self {
+        let (sequence, n_kv_heads) = (task / n_parts, args.n_kv_heads / n_parts);
         Self {
             args,
             q: args.q.items::<T>(),
@@ -267,13 +291,14 @@ impl<'a, T: Element> Pair<'a, T> {
             n_queries: args.queries.lens[sequence],
             first_key: args.keys.starts[sequence],
             n_keys: args.keys.lens[sequence],
-            kv_head: task % args.n_kv_heads,
+            kv_head: task % n_parts * n_kv_heads,
+            n_kv_heads,
             group: args.n_heads / args.n_kv_heads,
             head_dim: args.head_dim,
         }
     }
 
-    /// The query head number `g` of the group.
+    /// The task's query head number `g`.
     fn head(&self, g: usize) -> usize {
         self.kv_head * self.group + g
     }
@@ -361,7 +386,9 @@ impl<'a, T: Element> Pair<'a, T> {
 
     fn forward_scratch(&self) -> usize {
         if self.n_queries == 1 {
-            return self.n_keys.next_multiple_of(LANES) + self.head_dim.next_multiple_of(LANES);
+            let (keys, width) = (self.n_keys, self.head_dim.next_multiple_of(LANES));
+            let of_a_head = keys.next_multiple_of(LANES) + 2 * width + 1;
+            return self.n_kv_heads * self.group * of_a_head;
         }
         let strip = self.n_keys.next_multiple_of(BLOCK) * MAX_MR;
         self.panels() + strip + self.head_dim * MAX_MR

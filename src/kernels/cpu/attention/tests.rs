@@ -296,6 +296,24 @@ fn blocks_of_tiles() {
     check_case(&cpu, &Case { causal: true, ..wide });
 }
 
+/// Single queries alone: the heads of a sequence together, and cut into one, some and all parts; keys on either side of those
+/// whose values are added together.
+#[test]
+fn single_queries() {
+    let lens =
+        [&[(1, 1), (0, 3), (1, 0), (1, 3), (1, 4), (1, 5)][..], &[(1, 300)], &[(1, 97), (1, 31)]];
+    each_cpu(|cpu| {
+        for (i, lens) in lens.into_iter().enumerate() {
+            let plain = Case::plain(lens, [13, 64, 80][i]);
+            for (n_heads, n_kv_heads) in [(12, 12), (12, 4), (7, 7), (6, 1)] {
+                let plain = Case { n_heads, n_kv_heads, ..plain.clone() };
+                check_case(cpu, &Case { bias: true, dropout: 0.3, gap: 2, ..plain.clone() });
+                check_case(cpu, &Case { causal: true, window: Some(40), ..plain });
+            }
+        }
+    });
+}
+
 #[test]
 fn wide_heads() {
     let cpu = Cpu::with_isa(Isa::detect().expect("an instruction set"), Dtype::F32, 2);
@@ -359,15 +377,17 @@ fn exact_means() {
 #[test]
 fn threads_and_other_sequences_change_nothing() {
     let lens = [(20, 20), (65, 65), (1, 30), (130, 130)];
+    let single = [(1, 30), (1, 200), (1, 1)]; // Cut by the number of threads.
     for case in [
         Case { bias: true, ..Case::plain(&lens, 16) },
         Case { causal: true, n_heads: 4, dropout: 0.2, ..Case::plain(&lens, 16) },
+        Case { bias: true, n_heads: 12, n_kv_heads: 6, ..Case::plain(&single, 64) },
     ] {
         same_for_any_threads(|cpu| {
             let data = Data::new(cpu, &case);
             let (out, [d_q, d_k, d_v]) = run(cpu, &data);
             let all = [&out.o, &out.lse, &d_q, &d_k, &d_v].map(|t| cpu.download(t));
-            for (sequence, &(n_queries, n_keys)) in lens.iter().enumerate() {
+            for (sequence, &(n_queries, n_keys)) in case.lens.iter().enumerate() {
                 let (first_query, first_key) =
                     (data.queries.starts[sequence], data.keys.starts[sequence]);
                 let mut alone = Data::new(cpu, &case);
