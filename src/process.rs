@@ -19,15 +19,24 @@ pub fn available_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// How much of this process's memory lies in huge pages, in MiB, mapped files included; 0 where the system does not tell.
+pub fn huge_mib() -> u64 {
+    let all = fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+    let kinds = ["AnonHugePages:", "ShmemPmdMapped:", "FilePmdMapped:"];
+    kinds.iter().map(|kind| mib(&all, kind)).sum()
+}
+
+/// A field of a file of Linux's, rounded up to MiB; 0 if it is not there.
+fn mib(fields: &str, field: &str) -> u64 {
+    let line = fields.lines().find_map(|line| line.strip_prefix(field));
+    let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse().ok());
+    kib.unwrap_or(0_u64).div_ceil(1024)
+}
+
 impl Memory {
     /// As of now.
     pub fn now() -> Self {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let mib = |field: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(field));
-            let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse().ok());
-            kib.unwrap_or(0_u64).div_ceil(1024)
-        };
-        Self { peak_rss_mib: mib("VmHWM:"), anon_mib: mib("RssAnon:") }
+        Self { peak_rss_mib: mib(&status, "VmHWM:"), anon_mib: mib(&status, "RssAnon:") }
     }
 }

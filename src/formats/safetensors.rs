@@ -20,7 +20,7 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     fmt, fs,
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     ops::Range,
     path::Path,
     sync::Arc,
@@ -32,7 +32,7 @@ use crate::{
     dtype::Dtype,
     error::{Error, Result},
     formats::{
-        disk::{self, NewFile},
+        disk::{self, InBlocks, NewFile},
         json::{UniqueMap, describe, duplicate, excerpt},
         mmap::{Access, MappedFile},
     },
@@ -564,7 +564,7 @@ pub fn write_safetensors(path: &Path, tensors: &[(&str, &[usize], &[f32])]) -> R
 /// file is removed.
 pub fn write_atomically(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<NewFile>) -> io::Result<()>,
+    write: impl FnOnce(&mut InBlocks) -> io::Result<()>,
 ) -> Result<()> {
     /// Removes the file when dropped, so on errors and panics alike.
     struct Temporary<'a>(&'a Path);
@@ -581,7 +581,7 @@ pub fn write_atomically(
         && !metadata.is_dir()
     {
         let file = NewFile::open(path).map_err(Error::io("write", path))?;
-        let mut file = BufWriter::new(file);
+        let mut file = InBlocks::new(file);
         return write(&mut file).and_then(|()| file.flush()).map_err(Error::io("write", path));
     }
     let Some(name) = path.file_name() else {
@@ -601,9 +601,9 @@ pub fn write_atomically(
     // first; then the name must be free, so that no link put there is written through.
     let _ = disk::remove_file(temporary.0);
     let file = NewFile::create(temporary.0).map_err(Error::io("create", path))?;
-    let mut file = BufWriter::with_capacity(1 << 20, file);
+    let mut file = InBlocks::new(file);
     write(&mut file).map_err(Error::io("write", path))?;
-    let file = file.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
+    let file = file.finish().map_err(Error::io("write", path))?;
     file.sync().map_err(Error::io("sync", path))?;
     drop(file);
     disk::rename(temporary.0, path).map_err(Error::io("rename", path))?;

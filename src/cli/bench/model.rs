@@ -22,7 +22,7 @@ use crate::{
         philox::{Key, Purpose},
     },
     model::{Adapter, Batch, Example, Layout, Model, network::Sides, routed_lora::parse_targets},
-    process::Memory,
+    process::{Memory, huge_mib},
     tape::{Gradients, Tape},
     train::{Schedule, TrainConfig, Trainer},
 };
@@ -145,6 +145,7 @@ impl ModelBench {
             "tok_per_s": f64::from(self.batch * row_tokens) / median,
             "rss_mib": Memory::now().peak_rss_mib,
             "anon_mib": timer.anon_mib,
+            "huge_mib": huge_mib(),
             "device_mib": backend.cpu().is_none().then(|| backend.peak_bytes() >> 20),
             "isa": backend.hardware(),
             "threads": backend.host_threads(),
