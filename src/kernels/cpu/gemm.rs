@@ -187,28 +187,6 @@ impl Packed {
         })
     }
 
-    /// `lhs = matrixᵀ`.
-    pub(super) fn columns(cpu: &Cpu, matrix: Matrix<'_>) -> Self {
-        let mut packed = Self::unwritten(cpu, matrix.cols, matrix.rows, 0);
-        let (mr, k) = (packed.mr, packed.k);
-        if k > 0 {
-            let tiles = packed.buffer.as_mut_slice::<f32>().chunks_mut(mr * k);
-            tiles.enumerate().for_each(|(tile, out)| {
-                let cols = tile * mr..matrix.cols.min(tile * mr + mr);
-                let part = matrix.part(0..k, cols);
-                for (i, out) in out.chunks_mut(mr).enumerate() {
-                    with_element!(part.dtype, E => {
-                        out.fill(0.0);
-                        for (o, &item) in out.iter_mut().zip(part.row::<E>(i)) {
-                            *o = E::get(item);
-                        }
-                    });
-                }
-            });
-        }
-        packed
-    }
-
     /// Room for `n_rows x k`: at first for any `k` values of each row ([`Packed::values_mut`]),
     /// then tile by tile for their packed form ([`Packed::tiles_mut`], [`pack_tile`]).
     pub(super) fn unwritten(cpu: &Cpu, n_rows: usize, k: usize, first_row: usize) -> Self {
@@ -350,8 +328,6 @@ impl Rhs<'_> {
 /// One product of [`Accumulator::add`].
 pub(super) struct Product<'a> {
     pub(super) lhs: &'a Packed,
-    /// Where in `lhs` the right operand's k starts.
-    pub(super) first_k: usize,
     /// The output rows that it is added to.
     pub(super) rows: Range<usize>,
     /// Columns that it does not have are left alone.
@@ -431,9 +407,9 @@ impl SimdOp for Add<'_> {
 fn add<S: Simd>(simd: S, args: Add<'_>) {
     let (mr, tile_width) = S::TILE;
     let Accumulator { sums, used, panels, rows, cols, width, .. } = args.sums;
-    let Product { lhs, first_k, rows: product_rows, rhs } = args.product;
+    let Product { lhs, rows: product_rows, rhs } = args.product;
     let (k, rhs_cols) = (rhs.k(), rhs.cols());
-    assert!(first_k + k <= lhs.k, "operands agree in K");
+    assert_eq!(k, lhs.k, "operands agree in K");
     assert!(product_rows.start >= rows.start && product_rows.end <= rows.end);
     let skipped = rows.start - lhs.first_row;
     assert_eq!(skipped % mr, 0, "tiles of sums are tiles of the left operand");
@@ -470,7 +446,7 @@ fn add<S: Simd>(simd: S, args: Add<'_>) {
             panels.fill(0.0);
         }
         pack_rhs::<S>(simd, rhs, block.clone(), cols, panels);
-        let (lhs, stride) = lhs.tiles(first_k + block.start..first_k + block.end);
+        let (lhs, stride) = lhs.tiles(block.clone());
         let lhs_of = |tile: usize| &lhs[(skipped / mr + tile) * stride..][..block.len() * mr];
         for some_tiles in tiles.clone().step_by(TILES) {
             let some_tiles = some_tiles..tiles.end.min(some_tiles + TILES);

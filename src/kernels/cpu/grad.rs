@@ -2,19 +2,27 @@
 //! `d_z = scale * d_y·B̂ᵀ`, `d_a = xᵀ·d_z` and `d_b = zᵀ·d_y` of each routing row.
 //!
 //! `d_z` is a shrink with another right operand. The other two are one kind of product, with the
-//! tokens as K: `small[tokens, rank]ᵀ · wide[tokens, features]`, for `d_a` with the siblings' ranks
-//! side by side (so `x` is read once) and the result transposed. A task is 128 of a routing row's
-//! features; it adds up the row's segments in order.
-
-use std::ops::Range;
+//! tokens as K: `narrow[tokens, rank]ᵀ · wide[tokens, features]`, for `d_a` with the result transposed. A task is some of a
+//! routing row's features, as many as its sums leave room for in the L1 cache: it goes through the row's tokens
+//! in order, whole lines of several rows at a time. (128 features of a row, as the other products have them, are four
+//! lines in another page than the next row's: reading them took four times as long as memory does.)
 
 use super::{
     super::{Precision, ops::*},
     Cpu,
-    gemm::{Accumulator, COLS, Matrix, Packed, Product, Rectangle, Rhs, cut, run_tasks, task_cols},
+    elementwise::load,
+    gemm::{COLS, Matrix, Rectangle, cut, run_tasks, with_element},
+    isa::{Element, LANES, Simd, SimdOp},
     shrink::{Layout, Side, into_rank_space},
 };
 use crate::tensor::Tensor;
+
+/// Sums of a task: half of an L1 cache.
+const SUMS: usize = 6 * 1024;
+/// Tasks of a thread, so that none waits long for another's last one.
+const TASKS_OF_A_THREAD: usize = 4;
+/// Tokens whose products are added up before they are added to the sums.
+const TOKENS: usize = 4;
 
 pub(super) fn lora_backward(cpu: &Cpu, args: LoraBackward<'_, Cpu>) -> Vec<LoraGradients<Cpu>> {
     let LoraBackward { x, terms, segments, scale } = args;
@@ -26,94 +34,198 @@ pub(super) fn lora_backward(cpu: &Cpu, args: LoraBackward<'_, Cpu>) -> Vec<LoraG
     let sides: Vec<_> = terms.iter().map(|t| Side { lhs: t.d_y, rhs: t.mixed_b }).collect();
     let d_zs = into_rank_space(cpu, &sides, Layout::ByRank, rank, segments, scale);
     let d_as = d_a(cpu, x, &d_zs, segments);
-    let gradients = terms.iter().zip(d_zs).zip(d_as).map(|((term, d_z), d_a)| {
-        let d_b = d_b(cpu, term, segments);
-        LoraGradients { d_z, d_a, d_b }
-    });
-    gradients.collect()
+    let d_bs = d_b(cpu, terms, rank, segments);
+    let gradients = d_zs.into_iter().zip(d_as).zip(d_bs);
+    gradients.map(|((d_z, d_a), d_b)| LoraGradients { d_z, d_a, d_b }).collect()
 }
 
 /// `xᵀ·d_z` of each routing row and sibling, `[rows * d_in, rank]`.
 fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) -> Vec<Tensor<Cpu>> {
     let (d_in, rank) = (x.cols(), d_zs[0].cols());
-    let mut d_as: Vec<_> =
-        d_zs.iter().map(|_| cpu.alloc(segments.n_rows() * d_in, rank, Precision::Full)).collect();
+    let alloc = |_| cpu.alloc(segments.n_rows() * d_in, rank, Precision::Full);
+    let mut d_as: Vec<_> = d_zs.iter().map(alloc).collect();
     if rank * d_in == 0 {
         return d_as;
     }
-    let mut side_by_side = cpu.scratch(x.rows() * d_zs.len() * rank);
-    let all = side_by_side.as_mut_slice::<f32>();
-    for (i, d_z) in d_zs.iter().enumerate() {
-        let rows = all.chunks_mut(d_zs.len() * rank).zip(d_z.f32s().chunks(rank));
-        rows.for_each(|(all, d_z)| all[i * rank..(i + 1) * rank].copy_from_slice(d_z));
+    let width = task_width(cpu, rank, segments.n_rows() * d_zs.len(), d_in);
+    let mut tasks = Vec::new();
+    for (d_a, d_z) in d_as.iter_mut().zip(d_zs) {
+        for (row, of_row) in d_a.f32s_mut().chunks_mut(d_in * rank).enumerate() {
+            let pieces = of_row.chunks_mut(width * rank).enumerate();
+            tasks.extend(pieces.map(|(i, out)| (d_z, row, i * width, out)));
+        }
     }
-    let narrow = Narrow::new(cpu, Matrix::f32s(all, x.rows(), d_zs.len() * rank), x, segments);
-
-    // Tasks: for each routing row and [`COLS`] features, the features' rows of every sibling.
-    let mut tasks: Vec<_> = (0..segments.n_rows())
-        .flat_map(|row| (0..d_in).step_by(COLS).map(move |start| (row, start, Vec::new())))
-        .collect();
-    for d_a in &mut d_as {
-        let rows = d_a.f32s_mut().chunks_mut(d_in * rank);
-        let pieces = rows.flat_map(|row| row.chunks_mut(COLS * rank));
-        tasks.iter_mut().zip(pieces).for_each(|((.., outs), piece)| outs.push(piece));
-    }
-    run_tasks(tasks, |(row, start, mut outs)| {
-        let cols = start..d_in.min(start + COLS);
-        let sums = narrow.multiply(cpu, outs.len() * rank, row, cols);
-        for column in 0..outs.len() * rank {
-            let out = outs[column / rank].chunks_mut(rank);
-            out.zip(sums.row(column)).for_each(|(out, value)| out[column % rank] = value);
+    run_tasks(tasks, |(d_z, row, start, out)| {
+        let n = out.len() / rank;
+        let mut sums = cpu.scratch(rank * n);
+        let mut rows: Vec<_> = sums.as_mut_slice::<f32>().chunks_mut(n).collect();
+        add_up(cpu, (d_z, x), (segments, row), start, &mut rows);
+        for (i, out) in out.chunks_mut(rank).enumerate() {
+            out.iter_mut().zip(&rows).for_each(|(out, row)| *out = row[i]);
         }
     });
     d_as
 }
 
-/// `zᵀ·d_y` of each routing row, `[rows * rank, d_out]`.
-fn d_b(cpu: &Cpu, term: &LoraTerm<'_, Cpu>, segments: &Segments) -> Tensor<Cpu> {
-    let (rank, d_out) = (term.z.cols(), term.d_y.cols());
-    let mut d_b = cpu.alloc(segments.n_rows() * rank, d_out, Precision::Full);
-    let narrow = Narrow::new(cpu, Matrix::tensor(term.z), term.d_y, segments);
-    // A rectangle is one routing row's ranks.
-    let tasks = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), task_cols(cpu.isa)));
-    run_tasks(tasks, |Rectangle { rows, cols, mut out }| {
-        let sums = narrow.multiply(cpu, rank, rows.start / rank, cols);
-        for (j, out) in out.iter_mut().enumerate() {
-            out.copy_from_slice(&sums.row(j)[..out.len()]);
-        }
-    });
-    d_b
-}
-
-/// A product over the tokens of a routing row: `narrowᵀ·wide`.
-struct Narrow<'a> {
-    lhs: Packed,
-    wide: &'a Tensor<Cpu>,
-    segments: &'a Segments,
-}
-
-impl<'a> Narrow<'a> {
-    /// Of an f32 matrix `[tokens, n]`.
-    fn new(cpu: &Cpu, matrix: Matrix<'_>, wide: &'a Tensor<Cpu>, segments: &'a Segments) -> Self {
-        Self { lhs: Packed::columns(cpu, matrix), wide, segments }
+/// `zᵀ·d_y` of each routing row and sibling, `[rows * rank, d_out]`.
+fn d_b(
+    cpu: &Cpu,
+    terms: &[LoraTerm<'_, Cpu>],
+    rank: usize,
+    segments: &Segments,
+) -> Vec<Tensor<Cpu>> {
+    let n_rows = segments.n_rows();
+    let alloc = |t: &LoraTerm<'_, Cpu>| cpu.alloc(n_rows * rank, t.d_y.cols(), Precision::Full);
+    let mut d_bs: Vec<_> = terms.iter().map(alloc).collect();
+    let mut tasks = Vec::new();
+    for (d_b, term) in d_bs.iter_mut().zip(terms) {
+        let d_out = term.d_y.cols();
+        let width = task_width(cpu, rank, n_rows * terms.len(), d_out);
+        // A rectangle is one routing row's ranks.
+        let rectangles = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), width));
+        tasks.extend(rectangles.into_iter().map(|rectangle| (term, rectangle)));
     }
+    run_tasks(tasks, |(term, Rectangle { rows, cols, mut out })| {
+        let of = (segments, rows.start / rank);
+        add_up(cpu, (term.z, term.d_y), of, cols.start, &mut out);
+    });
+    d_bs
+}
 
-    /// Some columns of the product, `n` rows.
-    fn multiply(&self, cpu: &Cpu, n: usize, row: usize, cols: Range<usize>) -> Accumulator {
-        let mut sums = Accumulator::new(cpu, 0..n, cols);
-        for (run, _) in self.segments.iter().filter(|&(_, of)| of == row) {
-            sums.add(&Product {
-                lhs: &self.lhs,
-                first_k: run.start,
-                rows: 0..n,
-                rhs: Rhs {
-                    matrix: Matrix::tensor(self.wide).part_rows(run),
-                    transposed: false,
-                    first_col: 0,
-                },
-            });
+/// Features of a task, of `n` in all, where there are `n_parts` products of them.
+fn task_width(cpu: &Cpu, rank: usize, n_parts: usize, n: usize) -> usize {
+    let wanted = (TASKS_OF_A_THREAD * cpu.n_threads()).div_ceil(n_parts.max(1));
+    let most = (SUMS / rank.max(1)).min(n.div_ceil(wanted));
+    (most / COLS * COLS).max(COLS)
+}
+
+/// `sums[j, c] = Σ_t narrow[t, j] wide[t, first_col + c]` over a routing row's tokens.
+fn add_up(
+    cpu: &Cpu,
+    (narrow, wide): (&Tensor<Cpu>, &Tensor<Cpu>),
+    (segments, row): (&Segments, usize),
+    first_col: usize,
+    sums: &mut [&mut [f32]],
+) {
+    let Some(n) = sums.first().map(|sums| sums.len()) else { return };
+    sums.iter_mut().for_each(|sums| sums.fill(0.0));
+    for (run, _) in segments.iter().filter(|&(_, of)| of == row) {
+        let narrow = &narrow.f32s()[run.start * sums.len()..run.end * sums.len()];
+        let wide = Matrix::tensor(wide).part(run, first_col..first_col + n);
+        cpu.isa.run(AddUp { narrow, wide, sums: &mut *sums });
+    }
+}
+
+/// `sums += narrowᵀ·wide`, [`TOKENS`] at a time.
+struct AddUp<'a, 's> {
+    /// `[tokens, rank]`.
+    narrow: &'a [f32],
+    /// `[tokens, n]`.
+    wide: Matrix<'a>,
+    /// `[rank, n]`.
+    sums: &'a mut [&'s mut [f32]],
+}
+
+impl SimdOp for AddUp<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, s: S) {
+        let Self { narrow, wide, sums } = self;
+        with_element!(wide.dtype, E => {
+            let (n_whole, rank) = (wide.rows / TOKENS * TOKENS, sums.len());
+            for first in (0..n_whole).step_by(TOKENS) {
+                let row = |i: usize| wide.row::<E>((first + i).min(wide.rows - 1));
+                let rows = [row(0), row(1), row(2), row(3)];
+                let next = [row(4), row(5), row(6), row(7)];
+                add_tokens::<S, E, TOKENS>(s, &narrow[first * rank..], rows, next, sums);
+            }
+            let (row, narrow) = (|i| wide.row::<E>(n_whole + i), &narrow[n_whole * rank..]);
+            match wide.rows - n_whole {
+                0 => {}
+                1 => add_tokens::<S, E, 1>(s, narrow, [row(0)], [row(0)], sums),
+                2 => add_tokens::<S, E, 2>(s, narrow, [row(0), row(1)], [row(0); 2], sums),
+                _ => add_tokens::<S, E, 3>(s, narrow, [row(0), row(1), row(2)], [row(0); 3], sums),
+            }
+        });
+    }
+}
+
+/// [`AddUp`] of `N` tokens. Fetches the `next` ones.
+#[inline(always)]
+fn add_tokens<S: Simd, E: Element, const N: usize>(
+    s: S,
+    narrow: &[f32],
+    rows: [&[E::Item]; N],
+    next: [&[E::Item]; N],
+    sums: &mut [&mut [f32]],
+) {
+    let (rank, n_whole) = (sums.len(), rows[0].len() / LANES);
+    let mut narrows: [&[f32]; N] = [&[]; N];
+    for (of_token, narrow) in narrows.iter_mut().zip(narrow.chunks_exact(rank)) {
+        *of_token = narrow;
+    }
+    let mut i = 0;
+    // As many as there are registers for.
+    while S::NV > 1 && i + 4 <= n_whole {
+        for next in next {
+            s.prefetch(&next[i * LANES..(i + 4) * LANES]);
         }
-        sums
+        add_columns::<S, E, N, 4>(s, narrows, rows, i, sums);
+        i += 4;
+    }
+    while i < n_whole {
+        for next in next {
+            s.prefetch(&next[i * LANES..(i + 1) * LANES]);
+        }
+        add_columns::<S, E, N, 1>(s, narrows, rows, i, sums);
+        i += 1;
+    }
+    let rest = n_whole * LANES;
+    if rest < rows[0].len() {
+        let mut wide = [s.splat(0.0); N];
+        for (wide, row) in wide.iter_mut().zip(rows) {
+            *wide = load::<S, E>(s, row, n_whole);
+        }
+        for (j, sums) in sums.iter_mut().enumerate() {
+            let sums = &mut sums[rest..];
+            let mut sum = s.splat(0.0);
+            for (narrow, &wide) in narrows.iter().zip(&wide) {
+                sum = s.fma(s.splat(narrow[j]), wide, sum);
+            }
+            s.store_part(s.add(s.load_part(sums, 0.0), sum), sums);
+        }
+    }
+}
+
+/// [`AddUp`] of `N` tokens and `NV` vectors of columns.
+#[inline(always)]
+fn add_columns<S: Simd, E: Element, const N: usize, const NV: usize>(
+    s: S,
+    narrows: [&[f32]; N],
+    rows: [&[E::Item]; N],
+    vector: usize,
+    sums: &mut [&mut [f32]],
+) {
+    let mut wide = [[s.splat(0.0); NV]; N];
+    for t in 0..N {
+        let row: &[_; NV] = rows[t].as_chunks::<LANES>().0[vector..].first_chunk().expect("whole");
+        for v in 0..NV {
+            wide[t][v] = E::load(s, &row[v]);
+        }
+    }
+    for (j, sums) in sums.iter_mut().enumerate() {
+        let mut products = [s.splat(0.0); NV];
+        for t in 0..N {
+            let narrow = s.splat(narrows[t][j]);
+            for v in 0..NV {
+                products[v] = s.fma(narrow, wide[t][v], products[v]);
+            }
+        }
+        let sums = &mut sums.as_chunks_mut::<LANES>().0[vector..];
+        let sums: &mut [_; NV] = sums.first_chunk_mut().expect("as many columns");
+        for v in 0..NV {
+            s.store(s.add(s.load(&sums[v]), products[v]), &mut sums[v]);
+        }
     }
 }
 

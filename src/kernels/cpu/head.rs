@@ -97,7 +97,6 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {
             lhs: &lhs,
-            first_k: 0,
             rows: rectangle.rows.clone(),
             rhs: Rhs { matrix: Matrix::frozen(weight), transposed: true, first_col: 0 },
         });
@@ -126,7 +125,6 @@ fn backward<T: ElementMut<Item = T> + Send>(
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {
             lhs: d_logits,
-            first_k: 0,
             rows: rectangle.rows.clone(),
             rhs: Rhs { matrix: Matrix::frozen(weight), transposed: false, first_col: 0 },
         });

@@ -112,7 +112,6 @@ fn write<T: ElementMut<Item = T> + Send>(
             let weight = Matrix::frozen(projections[i].weight);
             sums.add(&Product {
                 lhs: &lhs,
-                first_k: 0,
                 rows: rectangle.rows.clone(),
                 rhs: Rhs { matrix: weight, transposed: true, first_col: 0 },
             });
@@ -240,7 +239,6 @@ impl<'a> Rank<'a> {
                     let matrix = b.part_rows(row * rank..(row + 1) * rank);
                     sums.add(&Product {
                         lhs: z,
-                        first_k: 0,
                         rows: run,
                         rhs: Rhs { matrix, transposed: false, first_col: 0 },
                     });
@@ -252,7 +250,6 @@ impl<'a> Rank<'a> {
                     let first_col = q * matrix.cols;
                     sums.add(&Product {
                         lhs,
-                        first_k: 0,
                         rows: task.rows.clone(),
                         rhs: Rhs { matrix, transposed: false, first_col },
                     });
@@ -451,7 +448,6 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                 let matrix = Matrix::frozen(term.weight);
                 sums.add(&Product {
                     lhs: d_y,
-                    first_k: 0,
                     rows: rectangle.rows.clone(),
                     rhs: Rhs { matrix, transposed: false, first_col: 0 },
                 });
@@ -460,7 +456,6 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
                     let matrix = Matrix::tensor(a).part_rows(row * cols..(row + 1) * cols);
                     sums.add(&Product {
                         lhs: d_z,
-                        first_k: 0,
                         rows: run,
                         rhs: Rhs { matrix, transposed: true, first_col: 0 },
                     });

@@ -22,7 +22,6 @@ pub(super) struct Decode<'a, T: ElementMut> {
 
 /// Bytes of a task's rows that are fetched before their turn.
 const BYTES_AHEAD: usize = 8192;
-const LINE_BYTES: usize = 64;
 
 impl<T: ElementMut> SimdOp for Decode<'_, T> {
     type Output = ();
@@ -91,10 +90,9 @@ impl<'a, T: Element> Pair<'a, T> {
         j: usize,
     ) -> &'a [T::Item] {
         let head = Self { kv_head: self.kv_head + kv, ..*self };
-        let items = LINE_BYTES / size_of::<T::Item>();
         let ahead = BYTES_AHEAD / size_of::<T::Item>() / (self.n_kv_heads * self.head_dim);
         let later = head.of_key(matrix, (j + ahead.max(1)).min(self.n_keys - 1));
-        later.chunks(items).for_each(|line| s.prefetch(line));
+        s.prefetch(later);
         head.of_key(matrix, j)
     }
 }
