@@ -59,7 +59,7 @@ impl Op for Linear {
     const CUT: Cut = Cut::Token;
 
     fn splits_operands(&self) -> bool {
-        true
+        self.projections.iter().any(|projection| projection.lora.is_some())
     }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
@@ -153,7 +153,7 @@ impl Op for LinearBackward {
     const CUT: Cut = Cut::Token;
 
     fn splits_operands(&self) -> bool {
-        true
+        self.lora.contains(&true)
     }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {

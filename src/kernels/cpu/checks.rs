@@ -131,13 +131,31 @@ impl Sized {
     }
 }
 
-/// Every element within `4 u size` and one rounding of its type; exactly so where sums are exact.
+/// [`check_within`] a few units of f32.
 pub(super) fn check(name: &str, cpu: &Cpu, got: &Tensor<Cpu>, want: &[Sized], exact: bool) {
+    check_within(4.0 * f64::powi(2.0, -24), name, cpu, got, want, exact);
+}
+
+/// [`check`] of sums with a rank term, whose factors are two bf16 each on tiles.
+pub(super) fn check_with_rank(
+    name: &str,
+    cpu: &Cpu,
+    got: &Tensor<Cpu>,
+    want: &[Sized],
+    exact: bool,
+) {
+    let on_tiles = matches!(cpu.isa, Isa::Amx(_)) && cpu.compute == Dtype::Bf16;
+    let share = if on_tiles { f64::powi(2.0, -15) } else { 4.0 * f64::powi(2.0, -24) };
+    check_within(share, name, cpu, got, want, exact);
+}
+
+/// Every element within a share of its size and one rounding of its type; exactly so where sums are exact.
+fn check_within(share: f64, name: &str, cpu: &Cpu, got: &Tensor<Cpu>, want: &[Sized], exact: bool) {
     let unit = got.dtype().unit_roundoff();
     let got_values = cpu.download(got);
     assert_eq!(got_values.len(), want.len(), "{name}");
     for (i, (&got_value, want)) in got_values.iter().zip(want).enumerate() {
-        let bound = 4.0 * f64::powi(2.0, -24) * want.size + unit * want.value.abs();
+        let bound = share * want.size + unit * want.value.abs();
         let fine = if exact {
             let rounded = match got.dtype() {
                 Dtype::Bf16 => half::bf16::from_f64(want.value).to_f64(),

@@ -741,7 +741,7 @@ mod tests {
                             let outs = case.run(&cpu, order, output, 0..m);
                             for ((out, want), n) in outs.iter().zip(&expected).zip(&ns) {
                                 let name = format!("linear {order:?} {m} x {k} x {n}");
-                                check(&name, &cpu, out, want, exact);
+                                check_with_rank(&name, &cpu, out, want, exact);
                             }
                         }
                     }
@@ -863,7 +863,7 @@ mod tests {
                         d_residual: d_residual.clone(),
                     });
                     let name = format!("linear_backward {m} x {ks:?} x {n}");
-                    check(&name, &cpu, &d_x, &want, exact);
+                    check_with_rank(&name, &cpu, &d_x, &want, exact);
                     if let Some((kept, before)) = kept {
                         assert_eq!(bits(&cpu, &kept), before, "somebody else's buffer");
                     }
