@@ -55,6 +55,8 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
             tasks.extend(pieces.map(|(i, out)| (d_z, row, i * width, out)));
         }
     }
+    // Siblings one after the other, while what they share of x is in the L2 cache.
+    tasks.sort_by_key(|&(_, row, start, _)| (row, start));
     run_tasks(tasks, |(d_z, row, start, out)| {
         let n = out.len() / rank;
         let mut sums = cpu.scratch(rank * n);
