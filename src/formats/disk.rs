@@ -104,7 +104,7 @@ impl Write for NewFile {
 /// Collects what is written to a file, and passes it on in whole blocks.
 ///
 /// A block of 2 MiB at a multiple of its size stays in Linux's page cache as one huge page, where the file system has such
-/// (ext4 since Linux 6.16, XFS): whoever maps the file reads it the faster.
+/// (ext4 of Linux 6.18 has): whoever maps the file reads it the faster.
 #[derive(Debug)]
 pub struct InBlocks {
     file: NewFile,

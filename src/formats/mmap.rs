@@ -12,7 +12,7 @@
 //!
 //! Linux is asked for huge pages: a core reads memory half as fast again if it need not look up one page in every 4 KiB
 //! (benches/results). In memory they are to be had. Of a mapped file only if it is read from disk then and the file
-//! system can (ext4 since 6.16, XFS), or was written in blocks as large ([`super::disk::InBlocks`]): what lies in
+//! system can (ext4 of Linux 6.18 does), or was written in blocks as large ([`super::disk::InBlocks`]): what lies in
 //! the page cache in small pages stays as it is, until it is dropped.
 
 use std::{
