@@ -9,7 +9,7 @@
 
 use super::{
     super::{Precision, ops::*},
-    Cpu,
+    Cpu, TASKS_OF_A_THREAD,
     elementwise::load,
     gemm::{COLS, Matrix, Rectangle, cut, run_tasks, with_element},
     isa::{Element, LANES, Simd, SimdOp},
@@ -19,8 +19,6 @@ use crate::tensor::Tensor;
 
 /// Sums of a task: half of an L1 cache.
 const SUMS: usize = 6 * 1024;
-/// Tasks of a thread, so that none waits long for another's last one.
-const TASKS_OF_A_THREAD: usize = 4;
 /// Tokens whose products are added up before they are added to the sums.
 const TOKENS: usize = 4;
 

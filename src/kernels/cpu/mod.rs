@@ -189,6 +189,8 @@ impl Cpu {
 
 /// Elements of a task of pointwise work: what starting another one is surely worth.
 const GRAIN: usize = 16 * 1024;
+/// Tasks of a thread where they are few and long, so that none waits long for another's last one.
+const TASKS_OF_A_THREAD: usize = 4;
 
 /// Evaluates an expression with `$t` as the element type of an activation of type `$dtype`.
 macro_rules! with_element {

@@ -10,8 +10,9 @@
 //!
 //! A task is a sequence and a key-value head: it packs K and V once into f32 panels and goes
 //! through the query heads that share them. All products run on one register tile of `MR` rows by
-//! `NV` vectors ([`panels`]); with AMX, where there are several queries, on its tiles ([`tiles`]). The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at
-//! a time, in the cache; the backward computes the probabilities again from `lse`.
+//! `NV` vectors ([`panels`]); with AMX, where there are several queries, on its tiles ([`tiles`]).
+//! The scores of `MR` queries (forward) or of a block of 96 by 96 (backward) exist at a time, in the cache; the backward
+//! computes the probabilities again from `lse`.
 //!
 //! A single query (decoding) reads K and V where they lie, in one task for several key-value heads: their rows are whole.
 //!
@@ -33,7 +34,7 @@ use rayon::prelude::*;
 use self::{backward::Backward, decode::Decode, forward::Forward};
 use super::{
     super::{Precision, ops::*},
-    Cpu,
+    Cpu, TASKS_OF_A_THREAD,
     elementwise::factors,
     isa::{Element, ElementMut, LANES, Simd},
     with_element,
@@ -49,8 +50,6 @@ const MAX_WIDTH: usize = 2 * LANES;
 const GRAIN: usize = 128 * 1024;
 /// The same of single queries, which wait for memory.
 const DECODE_GRAIN: usize = 16 * 1024;
-/// Tasks of single queries for each thread, so that none waits long for another's last one.
-const TASKS_OF_A_THREAD: usize = 4;
 
 pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
     check(args);
