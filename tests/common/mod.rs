@@ -466,8 +466,13 @@ pub trait Op: Debug {
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output>;
 
-    /// Whether a GPU's tensor cores, or tiles of AMX, multiply f32 operands of this, each as the sum of two bf16.
+    /// Whether a GPU multiplies f32 operands of this on tensor cores, each as the sum of two bf16.
     fn splits_operands(&self) -> bool {
+        false
+    }
+
+    /// Whether tiles of AMX multiply a rank term's factors, each as the sum of two bf16.
+    fn splits_on_tiles(&self) -> bool {
         false
     }
 
@@ -830,31 +835,26 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
     for compute in [Dtype::F32, Dtype::Bf16] {
         let own_weights = case.inputs.rounded(compute);
         let own_answer = answer(case, &own_weights);
-        // A GPU keeps the base in the compute type.
-        let rounded = (compute == Dtype::Bf16).then(|| {
-            let inputs = own_weights.with_weights_in(compute);
-            let (expected, mut tolerance) = answer(case, &inputs);
-            if case.op.splits_operands() {
+        let less_exact = |inputs: &Inputs, splits: bool, answer: Answer| {
+            let (expected, mut tolerance) = answer;
+            if splits {
                 tolerance.iter_mut().flatten().for_each(|bound| *bound *= OF_TWO_PARTS);
             }
-            let more = case.op.rounding_on_tiles(&case.batch, &inputs, &expected);
-            for (bounds, more) in tolerance.iter_mut().zip(more.into_iter().flatten()) {
-                bounds.iter_mut().zip(more).for_each(|(bound, more)| *bound += more);
-            }
-            (inputs, (expected, tolerance))
-        });
-        let on_tiles = || {
-            let (expected, mut tolerance) = own_answer.clone();
-            if case.op.splits_operands() {
-                tolerance.iter_mut().flatten().for_each(|bound| *bound *= OF_TWO_PARTS);
-            }
-            let more = case.op.rounding_on_tiles(&case.batch, &own_weights, &expected);
+            let more = case.op.rounding_on_tiles(&case.batch, inputs, &expected);
             for (bounds, more) in tolerance.iter_mut().zip(more.into_iter().flatten()) {
                 bounds.iter_mut().zip(more).for_each(|(bound, more)| *bound += more);
             }
             (expected, tolerance)
         };
-        let on_tiles = (compute == Dtype::Bf16).then(on_tiles);
+        // A GPU keeps the base in the compute type.
+        let rounded = (compute == Dtype::Bf16).then(|| {
+            let inputs = own_weights.with_weights_in(compute);
+            let answer = answer(case, &inputs);
+            let answer = less_exact(&inputs, case.op.splits_operands(), answer);
+            (inputs, answer)
+        });
+        let on_tiles = (compute == Dtype::Bf16)
+            .then(|| less_exact(&own_weights, case.op.splits_on_tiles(), own_answer.clone()));
         let subjects = subjects()
             .iter()
             .filter(|subject| subject.compute == compute && subject.emulated <= emulate);
@@ -917,8 +917,11 @@ fn is_on_amx(subject: &Subject) -> bool {
     matches!(&subject.variants[0], Variant::Cpu(cpu) if matches!(cpu.isa(), Isa::Amx(_)))
 }
 
+/// What the oracle says, and how far each element of a backend's may be from it.
+type Answer = (Vec<Output>, Vec<Vec<f64>>);
+
 /// What the oracle says, and how far a backend may be from it.
-pub fn answer<O: Op>(case: &Case<O>, inputs: &Inputs) -> (Vec<Output>, Vec<Vec<f64>>) {
+pub fn answer<O: Op>(case: &Case<O>, inputs: &Inputs) -> Answer {
     let expected = case.op.run(&Oracle, &case.batch, &inputs.load(&Oracle));
     let mut tolerance = case.op.tolerance(&case.batch, inputs, &expected);
     if matches!(case.class, Class::Spread | Class::Special) {

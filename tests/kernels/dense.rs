@@ -59,7 +59,12 @@ impl Op for Linear {
     const CUT: Cut = Cut::Token;
 
     fn splits_operands(&self) -> bool {
-        self.projections.iter().any(|projection| projection.lora.is_some())
+        true
+    }
+
+    fn splits_on_tiles(&self) -> bool {
+        let mixed = |p: &Projection| matches!(p.lora, Some(Lora::Mixed));
+        self.order == ops::Order::Panel && self.projections.iter().any(mixed)
     }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
@@ -153,6 +158,10 @@ impl Op for LinearBackward {
     const CUT: Cut = Cut::Token;
 
     fn splits_operands(&self) -> bool {
+        true
+    }
+
+    fn splits_on_tiles(&self) -> bool {
         self.lora.contains(&true)
     }
 
