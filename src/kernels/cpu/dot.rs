@@ -14,7 +14,7 @@ use bytemuck::Zeroable;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Matrix, with_element},
+    matrix::{Matrix, with_element},
     gemm_amx::{self, PackColumns, padded},
     isa::{
         Amx, Bf16Bytes, Element, LANES, LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,

@@ -31,10 +31,7 @@ use super::{
     Cpu,
     buffer::Buffer,
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
-};
-use crate::{
-    dtype::Dtype,
-    tensor::{Frozen, Tensor},
+    matrix::{Matrix, Rectangle, with_element},
 };
 
 /// Products of an element that are summed in registers before they are added to the others.
@@ -48,105 +45,6 @@ const TILES: usize = 16;
 
 /// Rows of a right operand or an output that are fetched before their turn.
 pub(super) const ROWS_AHEAD: usize = 8;
-
-/// Evaluates an expression with the element type of a dtype's bytes.
-macro_rules! with_element {
-    ($dtype:expr, $element:ident => $body:expr) => {
-        match $dtype {
-            $crate::dtype::Dtype::F32 => {
-                type $element = $crate::kernels::cpu::isa::F32Bytes;
-                $body
-            }
-            $crate::dtype::Dtype::Bf16 => {
-                type $element = $crate::kernels::cpu::isa::Bf16Bytes;
-                $body
-            }
-            $crate::dtype::Dtype::F16 => {
-                type $element = $crate::kernels::cpu::isa::F16Bytes;
-                $body
-            }
-            $crate::dtype::Dtype::F64 => unreachable!("neither activations nor files have f64"),
-        }
-    };
-}
-pub(super) use with_element;
-
-/// A matrix to read: an activation, a parameter or a frozen weight, or a part of one.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    bytes: &'a [u8],
-    pub(super) dtype: Dtype,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    stride: usize,
-}
-
-impl<'a> Matrix<'a> {
-    pub(super) fn tensor(tensor: &'a Tensor<Cpu>) -> Self {
-        let Tensor { dtype, rows, cols, .. } = *tensor;
-        Self { bytes: tensor.buffer.bytes(), dtype, rows, cols, stride: cols }
-    }
-
-    pub(super) fn frozen(weight: &'a Frozen) -> Self {
-        let (rows, cols) = (weight.rows(), weight.cols());
-        Self { bytes: weight.bytes(), dtype: weight.dtype(), rows, cols, stride: cols }
-    }
-
-    pub(super) fn f32s(values: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(values.len(), rows * cols);
-        let bytes = bytemuck::cast_slice(values);
-        Self { bytes, dtype: Dtype::F32, rows, cols, stride: cols }
-    }
-
-    pub(super) fn bf16s(values: &'a [bf16], rows: usize, cols: usize) -> Self {
-        assert_eq!(values.len(), rows * cols);
-        let bytes = bytemuck::cast_slice(values);
-        Self { bytes, dtype: Dtype::Bf16, rows, cols, stride: cols }
-    }
-
-    /// The bf16 in the first halves of rows of f32.
-    pub(super) fn first_halves(values: &'a [f32], rows: usize, cols: usize) -> Self {
-        assert_eq!(values.len(), rows * cols);
-        let bytes = bytemuck::cast_slice(values);
-        Self { bytes, dtype: Dtype::Bf16, rows, cols, stride: 2 * cols }
-    }
-
-    /// Some rows and columns of it.
-    pub(super) fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
-        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?}");
-        assert!(cols.start <= cols.end && cols.end <= self.cols, "columns {cols:?}");
-        let first = (rows.start * self.stride + cols.start) * self.dtype.size_bytes();
-        // A part without elements may start past the end.
-        let bytes = self.bytes.get(first..).unwrap_or_default();
-        Self { bytes, rows: rows.len(), cols: cols.len(), ..self }
-    }
-
-    /// Some rows of it.
-    pub(super) fn part_rows(self, rows: Range<usize>) -> Self {
-        self.part(rows, 0..self.cols)
-    }
-
-    /// The bytes from its first element on, and those from a row to the next.
-    pub(super) fn lines(self) -> (&'a [u8], usize) {
-        (self.bytes, self.stride * self.dtype.size_bytes())
-    }
-
-    /// The bytes of some rows, where nothing lies between them.
-    pub(super) fn consecutive(self, rows: Range<usize>) -> Option<&'a [u8]> {
-        let row_bytes = self.cols * self.dtype.size_bytes();
-        (self.stride == self.cols)
-            .then(|| &self.bytes[rows.start * row_bytes..rows.end * row_bytes])
-    }
-
-    /// The elements of a row; `E` is the element type of `dtype`.
-    #[inline(always)]
-    pub(super) fn row<E: Element>(self, row: usize) -> &'a [E::Item] {
-        let size = size_of::<E::Item>();
-        assert!(row < self.rows);
-        let start = row * self.stride * size;
-        bytemuck::cast_slice(&self.bytes[start..start + self.cols * size])
-    }
-}
 
 /// A left operand in tiles of `MR` rows, `[k][MR]` each, rows past the end zero.
 pub(super) struct Packed {
@@ -625,47 +523,10 @@ pub(super) fn run_tasks<T: Send>(tasks: Vec<T>, run: impl Fn(T) + Send + Sync) {
     tasks.into_par_iter().with_max_len(1).for_each(run);
 }
 
-/// One task's piece of every row of an output: the rows' columns `cols`, top to bottom.
-pub(super) struct Rectangle<'a, T> {
-    pub(super) rows: Range<usize>,
-    pub(super) cols: Range<usize>,
-    pub(super) out: Vec<&'a mut [T]>,
-}
-
 /// Columns of a task that multiplies with this instruction set: four panels. (Models' widths are multiples
 /// of 96 more often than of 120: no thread waits for another's last task.)
 pub(super) fn task_cols(isa: Isa) -> usize {
     COLS.min(4 * tile_shape(isa).1)
-}
-
-/// Cuts rows of a row-major output, of which the first is `first_row`, into rectangles of at most
-/// `n_rows` x `n_cols`.
-pub(super) fn cut<T>(
-    out: &mut [T],
-    cols: usize,
-    first_row: usize,
-    (n_rows, n_cols): (usize, usize),
-) -> Vec<Rectangle<'_, T>> {
-    let mut all = Vec::new();
-    if out.is_empty() {
-        return all;
-    }
-    for (i, some) in out.chunks_mut(cols * n_rows).enumerate() {
-        let start = first_row + i * n_rows;
-        let rows = start..start + some.len() / cols;
-        let n_before = all.len();
-        all.extend((0..cols).step_by(n_cols).map(|start| Rectangle {
-            rows: rows.clone(),
-            cols: start..cols.min(start + n_cols),
-            out: Vec::with_capacity(rows.len()),
-        }));
-        for row in some.chunks_mut(cols) {
-            for (rectangle, piece) in all[n_before..].iter_mut().zip(row.chunks_mut(n_cols)) {
-                rectangle.out.push(piece);
-            }
-        }
-    }
-    all
 }
 
 /// How the rows of an operation are cut. By shape, and on AMX by the number of threads; the bits of a row do not depend on it.
@@ -783,11 +644,11 @@ impl<T: ElementMut<Item = T>, F: Fn(usize, &mut [f32; COLS])> SimdOp for Write<'
         let mut values = [0.0; COLS];
         for (i, row) in rows.enumerate() {
             // A row's next one is in another page, where no prefetcher looks for it.
-            if let Some(out) = out.get(i + ROWS_AHEAD) {
-                simd.prefetch(out);
+            if i + ROWS_AHEAD < out.rows() {
+                simd.prefetch(out.row(i + ROWS_AHEAD));
             }
             (self.sums)(row, &mut values);
-            let out = &mut *out[i];
+            let out = out.row_mut(i);
             self.finish.apply(simd, (row, cols.clone()), &mut values, out);
             let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
             for (value, out) in values.iter().zip(&mut *whole) {

@@ -31,11 +31,12 @@ use rayon::prelude::*;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, Matrix, ROWS_AHEAD, Rectangle, Residual, run_tasks, with_element},
+    gemm::{Accumulator, Finish, ROWS_AHEAD, Residual, run_tasks},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
     },
+    matrix::{Matrix, Rectangle, with_element},
 };
 use crate::{
     dtype::Dtype,
@@ -819,7 +820,7 @@ impl Done {
             Residual::Output => {
                 let columns = self.cols.start - all_cols.start..self.cols.end - all_cols.start;
                 for row in self.rows.clone() {
-                    simd.prefetch(&out[row - all_rows.start][columns.clone()]);
+                    simd.prefetch(&out.row(row - all_rows.start)[columns.clone()]);
                 }
             }
             Residual::Of(matrix) => with_element!(matrix.dtype, E => {
@@ -846,19 +847,19 @@ impl Done {
         let columns = self.cols.start - all_cols.start..self.cols.end - all_cols.start;
         let rows = self.next..self.rows.end.min(self.next + n);
         self.next = rows.end;
-        let outs = &mut out[rows.start - all_rows.start..rows.end - all_rows.start];
         let lines = &sums[self.at].0[rows.start - self.rows.start..rows.end - self.rows.start];
-        let lines = lines.iter().map(|line| &line[self.col..self.col + PAIR]).zip(outs);
+        let lines = lines.iter().map(|line| &line[self.col..self.col + PAIR]);
+        let lines = lines.zip(rows.start - all_rows.start..);
         let short = columns.len() < PAIR || finish.bias.is_some() || finish.dropout.is_some();
         if short || !more.is_empty() {
-            for (row, (line, out)) in rows.zip(lines) {
+            for (row, (line, out_row)) in rows.zip(lines) {
                 let mut values: [f32; PAIR] = *line.first_chunk().expect("a pair of tiles");
                 if let Some(more) = more.get(self.rectangle) {
                     let others = more.row(row);
                     let others = &others[columns.clone()];
                     values.iter_mut().zip(others).for_each(|(v, o)| *v += o);
                 }
-                let out = &mut out[columns.clone()];
+                let out = &mut out.row_mut(out_row)[columns.clone()];
                 finish.apply(simd, (row, self.cols.clone()), &mut values, out);
                 let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
                 for (value, out) in values.iter().zip(&mut *whole) {
@@ -872,16 +873,16 @@ impl Done {
         }
         match finish.residual {
             Residual::None => {
-                for (line, out) in lines {
-                    let out = out[columns.clone()].as_chunks_mut().0;
+                for (line, out_row) in lines {
+                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
                     for (value, out) in line.as_chunks().0.iter().zip(out) {
                         T::store_flushed(simd, simd.load(value), out);
                     }
                 }
             }
             Residual::Output => {
-                for (line, out) in lines {
-                    let out = out[columns.clone()].as_chunks_mut().0;
+                for (line, out_row) in lines {
+                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
                     for (value, out) in line.as_chunks().0.iter().zip(out) {
                         let sum = simd.add(simd.load(value), T::load(simd, out));
                         T::store_flushed(simd, sum, out);
@@ -889,9 +890,9 @@ impl Done {
                 }
             }
             Residual::Of(matrix) => with_element!(matrix.dtype, E => {
-                for (row, (line, out)) in rows.zip(lines) {
+                for (row, (line, out_row)) in rows.zip(lines) {
                     let others = matrix.row::<E>(row)[self.cols.clone()].as_chunks().0;
-                    let out = out[columns.clone()].as_chunks_mut().0;
+                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
                     for ((value, other), out) in line.as_chunks().0.iter().zip(others).zip(out) {
                         let sum = simd.add(simd.load(value), E::load(simd, other));
                         T::store_flushed(simd, sum, out);

@@ -11,8 +11,9 @@ use super::{
     super::{Precision, ops::*},
     Cpu, TASKS_OF_A_THREAD,
     elementwise::load,
-    gemm::{COLS, Matrix, Rectangle, cut, run_tasks, with_element},
+    gemm::{COLS, run_tasks},
     isa::{Element, LANES, Simd, SimdOp},
+    matrix::{Matrix, MatrixMut, Rectangle, cut, with_element},
     shrink::{Layout, Side, into_rank_space},
 };
 use crate::tensor::Tensor;
@@ -58,10 +59,11 @@ fn d_a(cpu: &Cpu, x: &Tensor<Cpu>, d_zs: &[Tensor<Cpu>], segments: &Segments) ->
     run_tasks(tasks, |(d_z, row, start, out)| {
         let n = out.len() / rank;
         let mut sums = cpu.scratch(rank * n);
-        let mut rows: Vec<_> = sums.as_mut_slice::<f32>().chunks_mut(n).collect();
-        add_up(cpu, (d_z, x), (segments, row), start, &mut rows);
+        let rows = MatrixMut::new(sums.as_mut_slice::<f32>(), n);
+        add_up(cpu, (d_z, x), (segments, row), start, rows);
+        let rows = sums.as_slice::<f32>();
         for (i, out) in out.chunks_mut(rank).enumerate() {
-            out.iter_mut().zip(&rows).for_each(|(out, row)| *out = row[i]);
+            out.iter_mut().zip(rows.chunks(n)).for_each(|(out, row)| *out = row[i]);
         }
     });
     d_as
@@ -85,9 +87,9 @@ fn d_b(
         let rectangles = cut(d_b.f32s_mut(), d_out, 0, (rank.max(1), width));
         tasks.extend(rectangles.into_iter().map(|rectangle| (term, rectangle)));
     }
-    run_tasks(tasks, |(term, Rectangle { rows, cols, mut out })| {
+    run_tasks(tasks, |(term, Rectangle { rows, cols, out })| {
         let of = (segments, rows.start / rank);
-        add_up(cpu, (term.z, term.d_y), of, cols.start, &mut out);
+        add_up(cpu, (term.z, term.d_y), of, cols.start, out);
     });
     d_bs
 }
@@ -105,14 +107,14 @@ fn add_up(
     (narrow, wide): (&Tensor<Cpu>, &Tensor<Cpu>),
     (segments, row): (&Segments, usize),
     first_col: usize,
-    sums: &mut [&mut [f32]],
+    mut sums: MatrixMut<'_, f32>,
 ) {
-    let Some(n) = sums.first().map(|sums| sums.len()) else { return };
-    sums.iter_mut().for_each(|sums| sums.fill(0.0));
+    let rank = sums.rows();
+    (0..rank).for_each(|j| sums.row_mut(j).fill(0.0));
     for (run, _) in segments.iter().filter(|&(_, of)| of == row) {
-        let narrow = &narrow.f32s()[run.start * sums.len()..run.end * sums.len()];
-        let wide = Matrix::tensor(wide).part(run, first_col..first_col + n);
-        cpu.isa.run(AddUp { narrow, wide, sums: &mut *sums });
+        let narrow = &narrow.f32s()[run.start * rank..run.end * rank];
+        let wide = Matrix::tensor(wide).part(run, first_col..first_col + sums.cols());
+        cpu.isa.run(AddUp { narrow, wide, sums: &mut sums });
     }
 }
 
@@ -123,7 +125,7 @@ struct AddUp<'a, 's> {
     /// `[tokens, n]`.
     wide: Matrix<'a>,
     /// `[rank, n]`.
-    sums: &'a mut [&'s mut [f32]],
+    sums: &'a mut MatrixMut<'s, f32>,
 }
 
 impl SimdOp for AddUp<'_, '_> {
@@ -132,7 +134,7 @@ impl SimdOp for AddUp<'_, '_> {
     fn eval<S: Simd>(self, s: S) {
         let Self { narrow, wide, sums } = self;
         with_element!(wide.dtype, E => {
-            let (n_whole, rank) = (wide.rows / TOKENS * TOKENS, sums.len());
+            let (n_whole, rank) = (wide.rows / TOKENS * TOKENS, sums.rows());
             for first in (0..n_whole).step_by(TOKENS) {
                 let row = |i: usize| wide.row::<E>((first + i).min(wide.rows - 1));
                 let rows = [row(0), row(1), row(2), row(3)];
@@ -157,9 +159,9 @@ fn add_tokens<S: Simd, E: Element, const N: usize>(
     narrow: &[f32],
     rows: [&[E::Item]; N],
     next: [&[E::Item]; N],
-    sums: &mut [&mut [f32]],
+    sums: &mut MatrixMut<'_, f32>,
 ) {
-    let (rank, n_whole) = (sums.len(), rows[0].len() / LANES);
+    let (rank, n_whole) = (sums.rows(), rows[0].len() / LANES);
     let mut narrows: [&[f32]; N] = [&[]; N];
     for (of_token, narrow) in narrows.iter_mut().zip(narrow.chunks_exact(rank)) {
         *of_token = narrow;
@@ -186,8 +188,8 @@ fn add_tokens<S: Simd, E: Element, const N: usize>(
         for (wide, row) in wide.iter_mut().zip(rows) {
             *wide = load::<S, E>(s, row, n_whole);
         }
-        for (j, sums) in sums.iter_mut().enumerate() {
-            let sums = &mut sums[rest..];
+        for j in 0..rank {
+            let sums = &mut sums.row_mut(j)[rest..];
             let mut sum = s.splat(0.0);
             for (narrow, &wide) in narrows.iter().zip(&wide) {
                 sum = s.fma(s.splat(narrow[j]), wide, sum);
@@ -204,7 +206,7 @@ fn add_columns<S: Simd, E: Element, const N: usize, const NV: usize>(
     narrows: [&[f32]; N],
     rows: [&[E::Item]; N],
     vector: usize,
-    sums: &mut [&mut [f32]],
+    sums: &mut MatrixMut<'_, f32>,
 ) {
     let mut wide = [[s.splat(0.0); NV]; N];
     for t in 0..N {
@@ -213,7 +215,7 @@ fn add_columns<S: Simd, E: Element, const N: usize, const NV: usize>(
             wide[t][v] = E::load(s, &row[v]);
         }
     }
-    for (j, sums) in sums.iter_mut().enumerate() {
+    for j in 0..sums.rows() {
         let mut products = [s.splat(0.0); NV];
         for t in 0..N {
             let narrow = s.splat(narrows[t][j]);
@@ -221,7 +223,7 @@ fn add_columns<S: Simd, E: Element, const N: usize, const NV: usize>(
                 products[v] = s.fma(narrow, wide[t][v], products[v]);
             }
         }
-        let sums = &mut sums.as_chunks_mut::<LANES>().0[vector..];
+        let sums = &mut sums.row_mut(j).as_chunks_mut::<LANES>().0[vector..];
         let sums: &mut [_; NV] = sums.first_chunk_mut().expect("as many columns");
         for v in 0..NV {
             s.store(s.add(s.load(&sums[v]), products[v]), &mut sums[v]);

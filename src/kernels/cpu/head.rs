@@ -21,12 +21,13 @@ use super::{
     },
     Cpu, Slice, SliceMut,
     gemm::{
-        Accumulator, COLS, Finish, Matrix, Packed, Product, Rhs, cut, pack_tile, run_tasks,
-        task_cols, tile_shape,
+        Accumulator, COLS, Finish, Packed, Product, Rhs, pack_tile, run_tasks, task_cols,
+        tile_shape,
     },
     gemm_amx::{self, Lhs, Part},
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
+    matrix::{Matrix, cut},
 };
 use crate::tensor::{Frozen, Tensor};
 

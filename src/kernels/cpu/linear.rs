@@ -13,11 +13,12 @@ use super::{
     buffer::Buffer,
     dot::FewRows,
     gemm::{
-        Accumulator, COLS, Cut, Finish, Matrix, Packed, Product, Rectangle, Residual, Rhs, cut,
-        run_tasks, task_cols, tile_shape,
+        Accumulator, COLS, Cut, Finish, Packed, Product, Residual, Rhs, run_tasks, task_cols,
+        tile_shape,
     },
     gemm_amx::{self, Lhs, Part, RankRhs},
     isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
+    matrix::{Matrix, Rectangle, cut},
 };
 use crate::{dtype::Dtype, tensor::Tensor};
 

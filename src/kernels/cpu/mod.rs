@@ -20,6 +20,7 @@ mod head;
 pub mod isa;
 mod linear;
 mod math;
+mod matrix;
 mod mix;
 mod norm;
 mod probe;

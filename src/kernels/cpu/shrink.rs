@@ -14,9 +14,10 @@ use super::{
     Cpu,
     buffer::Buffer,
     dot::Dots,
-    gemm::{Matrix, run_tasks, with_element},
+    gemm::run_tasks,
     isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
+    matrix::{Matrix, with_element},
 };
 use crate::tensor::Tensor;
 

@@ -155,14 +155,14 @@ impl<T: ElementMut> Backward<'_, T> {
                     }
                 }
                 for i in 0..in_block {
-                    let to = &mut d_q_rows[(first_query + i) * group + g];
+                    let to = &mut d_q_rows.row_mut(first_query + i)[pair.columns(g)];
                     write_row::<S, T, NV>(s, d_q, BLOCK, i, pair.args.scale, to);
                 }
             }
         }
-        for (i, (d_k_row, d_v_row)) in d_k_rows.iter_mut().zip(d_v_rows).enumerate() {
-            write_row::<S, T, NV>(s, d_k, key_rows, i, pair.args.scale, d_k_row);
-            write_row::<S, T, NV>(s, d_v, key_rows, i, 1.0, d_v_row);
+        for i in 0..n_keys {
+            write_row::<S, T, NV>(s, d_k, key_rows, i, pair.args.scale, d_k_rows.row_mut(i));
+            write_row::<S, T, NV>(s, d_v, key_rows, i, 1.0, d_v_rows.row_mut(i));
         }
     }
 }

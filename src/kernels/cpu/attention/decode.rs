@@ -5,6 +5,7 @@ use super::{
         elementwise::{load, store},
         isa::{Element, ElementMut, LANES, Simd, SimdOp},
         math::exp,
+        matrix::MatrixMut,
     },
     BLOCK, Pair, carve,
     scores::{first_lanes, score, without_lanes},
@@ -14,9 +15,9 @@ use super::{
 /// row. (Head by head, two lines of a row at a time, memory gave a third of what it has.)
 pub(super) struct Decode<'a, T: ElementMut> {
     pub(super) pair: Pair<'a, T>,
-    /// The pieces of the heads.
-    pub(super) o: Vec<&'a mut [T::Item]>,
-    pub(super) lse: Vec<&'a mut [f32]>,
+    /// The heads' columns of the query's row.
+    pub(super) o: MatrixMut<'a, T::Item>,
+    pub(super) lse: MatrixMut<'a, f32>,
     pub(super) scratch: &'a mut [f32],
 }
 
@@ -27,10 +28,10 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
     type Output = ();
     #[inline(always)]
     fn eval<S: Simd>(self, s: S) {
-        let Self { pair, o, lse, mut scratch } = self;
+        let Self { pair, mut o, mut lse, mut scratch } = self;
         let (from, limit) = (pair.first(0) / LANES * LANES, pair.limit(0));
         let n_vectors = pair.head_dim.div_ceil(LANES);
-        let (n_heads, n_scores) = (o.len(), limit.next_multiple_of(LANES));
+        let (n_heads, n_scores) = (lse.cols(), limit.next_multiple_of(LANES));
         let q = carve(&mut scratch, n_heads * n_vectors * LANES).as_chunks_mut::<LANES>().0;
         let sums = carve(&mut scratch, n_heads * n_vectors * LANES).as_chunks_mut::<LANES>().0;
         let divisors = carve(&mut scratch, n_heads);
@@ -49,9 +50,9 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
                 }
             }
         }
-        for (g, (divisor, lse)) in divisors.iter_mut().zip(lse).enumerate() {
+        for (g, (divisor, lse)) in divisors.iter_mut().zip(lse.row_mut(0)).enumerate() {
             let scores = &mut scores[g * n_scores..][..n_scores];
-            (*divisor, lse[0]) = softmax_of_one(s, &pair, pair.head(g), scores, limit);
+            (*divisor, *lse) = softmax_of_one(s, &pair, pair.head(g), scores, limit);
         }
         sums.fill([0.0; LANES]);
         for first in (from..limit).step_by(KEYS) {
@@ -67,7 +68,8 @@ impl<T: ElementMut> SimdOp for Decode<'_, T> {
                 }
             }
         }
-        for ((o, sums), &divisor) in o.into_iter().zip(sums.chunks(n_vectors)).zip(&*divisors) {
+        let heads = o.row_mut(0).chunks_mut(pair.head_dim).zip(sums.chunks(n_vectors));
+        for ((o, sums), &divisor) in heads.zip(&*divisors) {
             let divisor = s.splat(divisor);
             for (i, sum) in sums.iter().enumerate() {
                 store::<S, T>(s, s.div(s.load(sum), divisor), o, i);

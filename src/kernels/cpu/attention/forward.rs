@@ -4,6 +4,7 @@ use super::{
     super::{
         elementwise::store,
         isa::{ElementMut, LANES, Simd, SimdOp},
+        matrix::MatrixMut,
     },
     BLOCK, Pair, carve,
     panels::*,
@@ -12,9 +13,9 @@ use super::{
 
 pub(super) struct Forward<'a, T: ElementMut> {
     pub(super) pair: Pair<'a, T>,
-    /// Query by query, the pieces of the group's heads.
-    pub(super) o: Vec<&'a mut [T::Item]>,
-    pub(super) lse: Vec<&'a mut [f32]>,
+    /// The group's heads' columns of the queries' rows.
+    pub(super) o: MatrixMut<'a, T::Item>,
+    pub(super) lse: MatrixMut<'a, f32>,
     pub(super) scratch: &'a mut [f32],
 }
 
@@ -58,7 +59,7 @@ impl<T: ElementMut> Forward<'_, T> {
                 if m < n {
                     let lse;
                     (*sum, lse) = softmax(s, &pair, head, first + m, strip, m, start..limit);
-                    self.lse[(first + m) * group + g][0] = lse;
+                    self.lse.row_mut(first + m)[g] = lse;
                 } else {
                     clear(strip, m, limit);
                 }
@@ -72,7 +73,7 @@ impl<T: ElementMut> Forward<'_, T> {
                     store_rows(s, acc, &mut rows);
                 }
                 for (m, row) in rows.iter().enumerate().take(n) {
-                    let o = &mut self.o[(first + m) * group + g];
+                    let o = &mut self.o.row_mut(first + m)[pair.columns(g)];
                     for (j, x) in row.iter().enumerate() {
                         let vector = c * NV + j;
                         if vector * LANES < head_dim {

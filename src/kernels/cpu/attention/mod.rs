@@ -28,6 +28,8 @@ mod scores;
 mod tests;
 mod tiles;
 
+use std::ops::Range;
+
 use half::bf16;
 use rayon::prelude::*;
 
@@ -37,6 +39,7 @@ use super::{
     Cpu, TASKS_OF_A_THREAD,
     elementwise::factors,
     isa::{Element, ElementMut, LANES, Simd},
+    matrix::MatrixMut,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -82,18 +85,18 @@ fn attend<'a, T: ElementMut>(
     args: &'a Attention<'a, Cpu>,
     o: &'a mut Tensor<Cpu>,
     lse: &'a mut Tensor<Cpu>,
-    run: impl Fn(Pair<'a, T>, Vec<&'a mut [T::Item]>, Vec<&'a mut [f32]>) + Sync,
+    run: impl Fn(Pair<'a, T>, MatrixMut<'a, T::Item>, MatrixMut<'a, f32>) + Sync,
 ) {
     let decodes = args.queries.lens.iter().all(|&len| len <= 1);
     let (n_parts, min_len) = match decodes {
         true => (parts_of_a_row(cpu, args), 1),
         false => (args.n_kv_heads, tasks_in_a_grain(args)),
     };
-    let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, args.n_heads, n_parts);
-    let lse = deal(lse.f32s_mut(), args.n_heads, args.queries, args.n_heads, n_parts);
+    let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, n_parts);
+    let lse = deal(lse.f32s_mut(), args.n_heads, args.queries, n_parts);
     let tasks = o.into_par_iter().zip(lse).enumerate().with_max_len(1);
     tasks.with_min_len(min_len).for_each(|(task, (o, lse))| {
-        if !o.is_empty() {
+        if o.rows() > 0 {
             run(Pair::new(args, task, n_parts), o, lse);
         }
     });
@@ -102,8 +105,8 @@ fn attend<'a, T: ElementMut>(
 fn on_vectors<T: ElementMut>(
     cpu: &Cpu,
     pair: Pair<'_, T>,
-    o: Vec<&mut [T::Item]>,
-    lse: Vec<&mut [f32]>,
+    o: MatrixMut<'_, T::Item>,
+    lse: MatrixMut<'_, f32>,
 ) {
     let mut scratch = cpu.scratch(pair.forward_scratch().next_power_of_two());
     let scratch = scratch.as_mut_slice();
@@ -144,9 +147,8 @@ pub(super) fn attention_backward(cpu: &Cpu, args: AttentionBackward<'_, Cpu>) ->
     d
 }
 
-/// A task's pieces of the gradients: of the queries, query by query those of the group's heads, then of the
-/// keys and the values, key by key.
-type Gradients<'a, T> = [Vec<&'a mut [T]>; 3];
+/// A task's columns of the gradients: of the queries those of the group's heads, then of the keys and the values.
+type Gradients<'a, T> = [MatrixMut<'a, T>; 3];
 
 /// Runs a task for each sequence and key-value head, with its pieces of the gradients.
 fn differentiate<'a, T: ElementMut>(
@@ -154,11 +156,11 @@ fn differentiate<'a, T: ElementMut>(
     d: &'a mut [Tensor<Cpu>; 3],
     run: impl Fn(Pair<'a, T>, Gradients<'a, T::Item>) + Sync,
 ) {
-    let (n_heads, n_kv_heads) = (args.n_heads, args.n_kv_heads);
+    let n_kv_heads = args.n_kv_heads;
     let [d_q, d_k, d_v] = d;
-    let d_q = deal(d_q.items_mut::<T>(), args.q.cols, args.queries, n_heads, n_kv_heads);
-    let d_k = deal(d_k.items_mut::<T>(), args.k.cols, args.keys, n_kv_heads, n_kv_heads);
-    let d_v = deal(d_v.items_mut::<T>(), args.v.cols, args.keys, n_kv_heads, n_kv_heads);
+    let d_q = deal(d_q.items_mut::<T>(), args.q.cols, args.queries, n_kv_heads);
+    let d_k = deal(d_k.items_mut::<T>(), args.k.cols, args.keys, n_kv_heads);
+    let d_v = deal(d_v.items_mut::<T>(), args.v.cols, args.keys, n_kv_heads);
     let tasks = (d_q, d_k, d_v).into_par_iter().enumerate().with_max_len(1);
     tasks.with_min_len(tasks_in_a_grain(args)).for_each(|(task, (d_q, d_k, d_v))| {
         run(Pair::new(args, task, n_kv_heads), [d_q, d_k, d_v])
@@ -216,39 +218,37 @@ fn tasks_in_a_grain(args: &Attention<'_, Cpu>) -> usize {
     (GRAIN * n_tasks / products.max(1)).max(1)
 }
 
-/// Deals the rows of a matrix `width` wide, each cut into `n_heads` pieces, out to the tasks: sequence by sequence,
-/// and within one to `n_groups` groups of neighbouring heads. A task gets its pieces row by row.
-/// Rows of no sequence are set to zero.
+/// Deals the rows of a matrix `width` wide out to the tasks: sequence by sequence, and within one `n_groups` groups of
+/// neighbouring heads, the columns of one to a task. Rows of no sequence are set to zero.
 ///
 /// # Panics
 /// If two sequences share a row.
-fn deal<'a, T: bytemuck::Zeroable + Copy>(
+fn deal<'a, T: bytemuck::Zeroable>(
     matrix: &'a mut [T],
     width: usize,
     spans: &Spans,
-    n_heads: usize,
     n_groups: usize,
-) -> Vec<Vec<&'a mut [T]>> {
-    let mut tasks: Vec<Vec<&'a mut [T]>> = Vec::new();
-    for &len in &spans.lens {
-        tasks.extend((0..n_groups).map(|_| Vec::with_capacity(len * (n_heads / n_groups))));
-    }
+) -> Vec<MatrixMut<'a, T>> {
+    let mut tasks: Vec<_> = (0..spans.n() * n_groups).map(|_| MatrixMut::default()).collect();
     let mut in_order: Vec<usize> = (0..spans.n()).filter(|&i| spans.lens[i] > 0).collect();
     in_order.sort_unstable_by_key(|&i| spans.starts[i]);
-    let (mut rest, mut at) = (matrix, 0);
+    let (mut rest, mut at) = (MatrixMut::new(matrix, width), 0);
+    let clear = |mut rows: MatrixMut<'_, T>| {
+        (0..rows.rows()).for_each(|i| rows.row_mut(i).fill_with(T::zeroed));
+    };
     for sequence in in_order {
         let gap = spans.starts[sequence].checked_sub(at).expect("sequences share no row");
-        let (before, after) = rest.split_at_mut(gap * width);
-        before.fill(T::zeroed());
-        let (own, after) = after.split_at_mut(spans.lens[sequence] * width);
-        let group = n_heads / n_groups;
-        for (piece, cell) in own.chunks_exact_mut(width / n_heads).enumerate() {
-            tasks[sequence * n_groups + piece % n_heads / group].push(cell);
+        let before;
+        (before, rest) = rest.split_rows(gap);
+        clear(before);
+        let mut own;
+        (own, rest) = rest.split_rows(spans.lens[sequence]);
+        for task in &mut tasks[sequence * n_groups..][..n_groups] {
+            (*task, own) = own.split_cols(width / n_groups);
         }
-        rest = after;
         at = spans.starts[sequence] + spans.lens[sequence];
     }
-    rest.fill(T::zeroed());
+    clear(rest);
     tasks
 }
 
@@ -300,6 +300,12 @@ impl<'a, T: Element> Pair<'a, T> {
     /// The task's query head number `g`.
     fn head(&self, g: usize) -> usize {
         self.kv_head * self.group + g
+    }
+
+    /// The columns of the query head number `g` among the task's own.
+    #[inline(always)]
+    fn columns(&self, g: usize) -> Range<usize> {
+        g * self.head_dim..(g + 1) * self.head_dim
     }
 
     /// A head's piece of query `i`'s row of a matrix shaped as `q`.

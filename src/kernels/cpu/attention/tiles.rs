@@ -24,12 +24,12 @@ use super::{
     super::{
         Cpu,
         elementwise::store,
-        gemm::Matrix,
         gemm_amx::{Left, PackColumns, PackRows, PackTransposed, column_tiles, multiply, steps},
         isa::{
             BLOCK_COLS, BLOCK_ROWS, Block, LANES, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,
             Tiles, load_rows,
         },
+        matrix::{Matrix, MatrixMut},
     },
     Gradients, Pair, carve,
     scores::{Query, dot_rows, score_gradients, softmax},
@@ -178,9 +178,9 @@ fn round_to_right<S: Simd>(s: S, rows: &Rows, cols: usize, packed: &mut [Tile], 
 /// The forward of several queries, of at least one key.
 pub(super) struct Forward<'a, 't> {
     pub(super) pair: Pair<'a, bf16>,
-    /// Query by query, the pieces of the group's heads.
-    pub(super) o: Vec<&'a mut [bf16]>,
-    pub(super) lse: Vec<&'a mut [f32]>,
+    /// The group's heads' columns of the queries' rows.
+    pub(super) o: MatrixMut<'a, bf16>,
+    pub(super) lse: MatrixMut<'a, f32>,
     pub(super) scratch: &'t mut [Tile],
     pub(super) tiles: &'t mut Tiles,
 }
@@ -223,10 +223,10 @@ impl SimdOp for Forward<'_, '_> {
                 if g == 0 {
                     pair.prefetch_key(s, first + m);
                 }
-                s.prefetch(o[(first + m) * group + g]);
+                s.prefetch(&o.row(first + m)[pair.columns(g)]);
                 let log;
                 (*divisor, log) = softmax(s, &pair, head, first + m, rows, m, start..limit);
-                lse[(first + m) * group + g][0] = log;
+                lse.row_mut(first + m)[g] = log;
                 for (b, rows) in rows.iter().enumerate().take(end).skip(start) {
                     round_to_left(s, &rows[m], m, p, b * STEPS);
                 }
@@ -244,7 +244,7 @@ impl SimdOp for Forward<'_, '_> {
                     multiply(tiles, left(p, at, n_steps, n), of_tile, cols, sums, b == start);
                 }
                 for (m, row) in sums.0.iter().enumerate().take(n) {
-                    let o = &mut o[(first + m) * group + g][c..c + cols];
+                    let o = &mut o.row_mut(first + m)[pair.columns(g)][c..c + cols];
                     for (j, x) in row.as_chunks::<LANES>().0.iter().enumerate() {
                         if j * LANES < cols {
                             let mean = s.div(s.load(x), s.splat(divisors[m]));
@@ -373,13 +373,13 @@ impl SimdOp for Backward<'_, '_> {
                             {
                                 pair.prefetch_query(s, matrix, head, first + i);
                             }
-                            s.prefetch(d_q_rows[(first + i) * group + g]);
+                            s.prefetch(&d_q_rows.row(first + i)[pair.columns(g)]);
                         }
                         for _ in 0..keys_a_query {
                             if let Some(j) = keys.next() {
                                 pair.prefetch_key(s, j);
-                                s.prefetch(d_k_rows[j]);
-                                s.prefetch(d_v_rows[j]);
+                                s.prefetch(d_k_rows.row(j));
+                                s.prefetch(d_v_rows.row(j));
                             }
                         }
                         let token = pair.first_query + first + i;
@@ -432,7 +432,7 @@ impl SimdOp for Backward<'_, '_> {
             }
             for i in 0..n {
                 let sums = &d_q[i / QUERIES * head_blocks..][..head_blocks];
-                let to = &mut d_q_rows[(first + i) * group + g];
+                let to = &mut d_q_rows.row_mut(first + i)[pair.columns(g)];
                 if !d_q_begun[i / QUERIES] {
                     to.fill(bf16::ZERO);
                     continue;
@@ -460,15 +460,20 @@ fn write_transposed<S: Simd>(
     sums: &[Block],
     row_blocks: usize,
     scale: f32,
-    out: &mut [&mut [bf16]],
+    out: &mut MatrixMut<'_, bf16>,
 ) {
-    for (keys, blocks) in out.chunks_mut(KEYS).zip(sums.chunks_exact(row_blocks)) {
-        for (tile, keys) in keys.chunks_mut(TILE_COLS).enumerate() {
-            for j in 0..keys[0].len().div_ceil(LANES) {
+    for (block, blocks) in sums.chunks_exact(row_blocks).enumerate() {
+        for tile in 0..TILES {
+            let first = (block * KEYS + tile * TILE_COLS).min(out.rows());
+            let keys = first..out.rows().min(first + TILE_COLS);
+            if keys.is_empty() {
+                break;
+            }
+            for j in 0..out.cols().div_ceil(LANES) {
                 let (rows, _) = blocks[j / 2].0.as_chunks::<LANES>();
                 let square = load_rows(s, rows[j % 2].iter().map(|row| &row.as_chunks().0[tile]));
-                for (v, to) in s.transpose(square).into_iter().zip(&mut *keys) {
-                    store::<S, bf16>(s, s.mul(v, s.splat(scale)), to, j);
+                for (v, key) in s.transpose(square).into_iter().zip(keys.clone()) {
+                    store::<S, bf16>(s, s.mul(v, s.splat(scale)), out.row_mut(key), j);
                 }
             }
         }
