@@ -5,13 +5,12 @@
 //! p = p (1 - lr decay) - lr / (1 - β1^t) * m / (sqrt(v) / sqrt(1 - β2^t) + eps)
 //! ```
 
-use rayon::prelude::*;
-
 use super::{
     super::ops::*,
     Cpu, GRAIN,
     isa::{Element, LANES, Simd, SimdOp},
     math::total,
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -21,10 +20,18 @@ const BLOCK: usize = 4096;
 
 pub(super) fn sum_of_squares(cpu: &Cpu, tensor: &Tensor<Cpu>) -> f64 {
     let partial: Vec<f64> = with_element!(tensor.dtype, T => {
-        let blocks = tensor.items::<T>().par_chunks(BLOCK).with_min_len(GRAIN / BLOCK);
-        blocks.map(|x| f64::from(cpu.isa.run(SumOfSquares::<T> { x }))).collect()
+        let items = tensor.items::<T>();
+        let mut partial = vec![0.0; items.len().div_ceil(BLOCK)];
+        let of_task = GRAIN / BLOCK;
+        let tasks = partial.chunks_mut(of_task).zip(items.chunks(of_task * BLOCK));
+        run_tasks(tasks, |(partial, items)| {
+            for (partial, x) in partial.iter_mut().zip(items.chunks(BLOCK)) {
+                *partial = f64::from(cpu.isa.run(SumOfSquares::<T> { x }));
+            }
+        });
+        partial
     });
-    partial.iter().sum() // In order: rayon keeps it.
+    partial.iter().sum()
 }
 
 struct SumOfSquares<'a, T: Element> {
@@ -69,14 +76,12 @@ pub(super) fn adamw(cpu: &Cpu, args: AdamW<'_, Cpu>) {
             inverse_root: (1.0 / correction2.sqrt()) as f32,
             eps,
         };
-        (
-            params[range.clone()].par_chunks_mut(GRAIN),
-            m[range.clone()].par_chunks_mut(GRAIN),
-            v[range.clone()].par_chunks_mut(GRAIN),
-            grads[range.clone()].par_chunks(GRAIN),
-        )
-            .into_par_iter()
-            .for_each(|(params, m, v, grads)| cpu.isa.run(Step { params, m, v, grads, factors }));
+        let moments = m[range.clone()].chunks_mut(GRAIN).zip(v[range.clone()].chunks_mut(GRAIN));
+        let chunks =
+            params[range.clone()].chunks_mut(GRAIN).zip(grads[range.clone()].chunks(GRAIN));
+        run_tasks(chunks.zip(moments), |((params, grads), (m, v))| {
+            cpu.isa.run(Step { params, m, v, grads, factors });
+        });
     }
 }
 

@@ -14,12 +14,12 @@ use bytemuck::Zeroable;
 use super::{
     Cpu,
     buffer::Buffer,
-    matrix::{Matrix, with_element},
     gemm_amx::{self, PackColumns, padded},
     isa::{
         Amx, Bf16Bytes, Element, LANES, LeftRows, Simd, SimdOp, TILE_COLS, TILE_K, TILE_ROWS, Tile,
         Tiles, load_rows,
     },
+    matrix::{Matrix, with_element},
 };
 use crate::tensor::Frozen;
 

@@ -2,12 +2,11 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
     isa::{Element, ElementMut, LANES, Simd, SimdOp},
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -78,8 +77,8 @@ pub(super) fn dropout(cpu: &Cpu, x: &Tensor<Cpu>, dropout: &Dropout) -> Tensor<C
     with_element!(x.dtype, T => {
         let rows = (GRAIN / 4 / width).max(1); // Random bits cost more than the product.
         let size = rows * width;
-        let chunks = y.items_mut::<T>().par_chunks_mut(size).zip(x.items::<T>().par_chunks(size));
-        chunks.enumerate().for_each(|(task, (y, x))| {
+        let chunks = y.items_mut::<T>().chunks_mut(size).zip(x.items::<T>().chunks(size));
+        run_tasks(chunks.enumerate(), |(task, (y, x))| {
             cpu.isa.run(Drop::<T> { x, dropout, first_token: task * rows, width, y });
         });
     });
@@ -123,10 +122,8 @@ pub(super) fn add(cpu: &Cpu, a: Tensor<Cpu>, b: &Tensor<Cpu>) -> Tensor<Cpu> {
     assert_eq!((a.rows, a.cols, a.dtype), (b.rows, b.cols, b.dtype));
     let mut sum = a.own(cpu);
     with_element!(b.dtype, T => {
-        sum.items_mut::<T>()
-            .par_chunks_mut(GRAIN)
-            .zip(b.items::<T>().par_chunks(GRAIN))
-            .for_each(|(sum, b)| cpu.isa.run(Add::<T> { sum, b }));
+        let tasks = sum.items_mut::<T>().chunks_mut(GRAIN).zip(b.items::<T>().chunks(GRAIN));
+        run_tasks(tasks, |(sum, b)| cpu.isa.run(Add::<T> { sum, b }));
     });
     sum
 }

@@ -1,11 +1,10 @@
 //! Rows by index: embedding, gathering, and writing into a cache.
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
     isa::{Bf16Bytes, Element, ElementMut, F16Bytes, F32Bytes, LANES, Simd, SimdOp},
+    threads::run_tasks,
     with_element,
 };
 use crate::{dtype::Dtype, tensor::Tensor};
@@ -28,14 +27,13 @@ fn look_up<F: Element, T: ElementMut>(cpu: &Cpu, args: &Embed<'_, Cpu>, y: &mut 
     }
     let table: &[F::Item] = bytemuck::cast_slice(args.table.bytes()); // Bytes: no alignment needed.
     let rows = (GRAIN / width).max(1);
-    y.items_mut::<T>().par_chunks_mut(rows * width).zip(args.ids.par_chunks(rows)).for_each(
-        |(y, ids)| {
-            for (y, &id) in y.chunks_exact_mut(width).zip(ids) {
-                let from = &table[id as usize * width..][..width];
-                cpu.isa.run(Convert::<F, T> { from, to: y, scale: args.scale });
-            }
-        },
-    );
+    let tasks = y.items_mut::<T>().chunks_mut(rows * width).zip(args.ids.chunks(rows));
+    run_tasks(tasks, |(y, ids)| {
+        for (y, &id) in y.chunks_exact_mut(width).zip(ids) {
+            let from = &table[id as usize * width..][..width];
+            cpu.isa.run(Convert::<F, T> { from, to: y, scale: args.scale });
+        }
+    });
 }
 
 /// Elements of one type as elements of another, times a number.
@@ -64,12 +62,12 @@ pub(super) fn gather(cpu: &Cpu, args: Gather<'_, Cpu>) -> Tensor<Cpu> {
     let width = x.cols * x.dtype.size_bytes();
     let mut y = cpu.pool.take(rows.len() * width);
     if width > 0 {
-        let bytes = y.bytes_mut();
-        bytes
-            .par_chunks_mut(width)
-            .with_min_len((GRAIN / width).max(1))
-            .zip(rows)
-            .for_each(|(y, &row)| y.copy_from_slice(&x.buffer.bytes()[row * width..][..width]));
+        let n = (GRAIN / width).max(1);
+        run_tasks(y.bytes_mut().chunks_mut(n * width).zip(rows.chunks(n)), |(y, rows)| {
+            for (y, &row) in y.chunks_mut(width).zip(rows) {
+                y.copy_from_slice(&x.buffer.bytes()[row * width..][..width]);
+            }
+        });
     }
     Tensor::new(y, x.dtype, rows.len(), x.cols)
 }

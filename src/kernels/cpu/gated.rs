@@ -2,14 +2,13 @@
 //!
 //! Nothing but `gate` and `up` is kept; the backward computes the activation again, with its slope.
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
     elementwise::{FACTORS, factors, load, store},
     isa::{ElementMut, LANES, Simd, SimdOp},
     math::{normal, sigmoid},
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -24,7 +23,7 @@ pub(super) fn gated(cpu: &Cpu, args: &Gated<'_, Cpu>) -> Tensor<Cpu> {
     with_element!(h.dtype, T => {
         let rows = rows_of_a_task(width);
         let inputs = Inputs::<T>::new(args);
-        h.items_mut::<T>().par_chunks_mut(rows * width).enumerate().for_each(|(task, h)| {
+        run_tasks(h.items_mut::<T>().chunks_mut(rows * width).enumerate(), |(task, h)| {
             cpu.isa.run(Forward::<T> { inputs: inputs.rows(task * rows, h.len() / width), h });
         });
     });
@@ -49,18 +48,21 @@ pub(super) fn gated_backward(
         let inputs = Inputs::<T>::new(args);
         let chunks = d_gate
             .items_mut::<T>()
-            .par_chunks_mut(rows * width)
-            .zip(d_h.items::<T>().par_chunks(rows * width))
+            .chunks_mut(rows * width)
+            .zip(d_h.items::<T>().chunks(rows * width))
             .enumerate();
         let run = |task: usize, d_gate: &mut [_], d_up: Option<&mut [_]>, d_h| {
             let inputs = inputs.rows(task * rows, d_gate.len() / width);
             cpu.isa.run(Backward::<T> { inputs, d_h, d_gate, d_up });
         };
         match &mut d_up {
-            Some(d_up) => chunks
-                .zip(d_up.items_mut::<T>().par_chunks_mut(rows * width))
-                .for_each(|((task, (d_gate, d_h)), d_up)| run(task, d_gate, Some(d_up), d_h)),
-            None => chunks.for_each(|(task, (d_gate, d_h))| run(task, d_gate, None, d_h)),
+            Some(d_up) => {
+                let tasks = chunks.zip(d_up.items_mut::<T>().chunks_mut(rows * width));
+                run_tasks(tasks, |((task, (d_gate, d_h)), d_up)| {
+                    run(task, d_gate, Some(d_up), d_h);
+                });
+            }
+            None => run_tasks(chunks, |(task, (d_gate, d_h))| run(task, d_gate, None, d_h)),
         }
     });
     (d_gate, d_up)

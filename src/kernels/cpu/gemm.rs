@@ -24,7 +24,6 @@
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{
     super::ops::{Dropout, TokenKey},
@@ -32,6 +31,7 @@ use super::{
     buffer::Buffer,
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     matrix::{Matrix, Rectangle, with_element},
+    threads::run_tasks,
 };
 
 /// Products of an element that are summed in registers before they are added to the others.
@@ -64,12 +64,11 @@ impl Packed {
         let mut packed =
             Self { in_blocks: true, ..Self::unwritten(cpu, matrix.rows, matrix.cols, first_row) };
         let (isa, mr) = (cpu.isa, packed.mr);
-        packed.blocks(matrix).par_bridge().for_each(|(part, out)| {
-            let some_tiles = out.par_chunks_mut(TILES * mr * part.cols).enumerate();
-            some_tiles.for_each(|(i, out)| {
-                isa.run(PackRows { matrix: part, first_row: i * TILES * mr, out });
-            });
+        let tasks = packed.blocks(matrix).flat_map(|(part, out)| {
+            let some_tiles = out.chunks_mut((TILES * mr * part.cols).max(1)).enumerate();
+            some_tiles.map(move |(i, out)| (part, i * TILES * mr, out))
         });
+        run_tasks(tasks, |(matrix, first_row, out)| isa.run(PackRows { matrix, first_row, out }));
         packed
     }
 
@@ -105,9 +104,9 @@ impl Packed {
     }
 
     /// The tiles, `MR x k` values each.
-    pub(super) fn tiles_mut(&mut self) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+    pub(super) fn tiles_mut(&mut self) -> impl Iterator<Item = &mut [f32]> {
         let tile = (self.mr * self.k).max(1);
-        self.buffer.as_mut_slice::<f32>().par_chunks_mut(tile)
+        self.buffer.as_mut_slice::<f32>().chunks_mut(tile)
     }
 
     /// Some k, of one block where the operand is in blocks: tile 0 is at the start of the values, and
@@ -515,12 +514,6 @@ fn copy(to: &mut [f32], from: &[f32]) {
     } else {
         to.copy_from_slice(from);
     }
-}
-
-/// Runs each task once, on any thread. One at a time: by default rayon hands out runs of tasks, and
-/// threads would wait for the one that has the last run.
-pub(super) fn run_tasks<T: Send>(tasks: Vec<T>, run: impl Fn(T) + Send + Sync) {
-    tasks.into_par_iter().with_max_len(1).for_each(run);
 }
 
 /// Columns of a task that multiplies with this instruction set: four panels. (Models' widths are multiples

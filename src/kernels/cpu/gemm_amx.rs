@@ -26,17 +26,17 @@ use std::ops::Range;
 
 use bytemuck::Zeroable;
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, ROWS_AHEAD, Residual, run_tasks},
+    gemm::{Accumulator, Finish, ROWS_AHEAD, Residual},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
     },
     matrix::{Matrix, Rectangle, with_element},
+    threads::run_tasks,
 };
 use crate::{
     dtype::Dtype,
@@ -111,8 +111,8 @@ impl<'a> Lhs<'a> {
         let steps = steps(matrix.cols);
         let mut tiles = cpu.tiles(n_tiles * steps);
         if steps > 0 {
-            let of_block = tiles.as_mut_slice::<Tile>().par_chunks_mut(2 * steps);
-            of_block.enumerate().for_each(|(i, out)| {
+            let of_block = tiles.as_mut_slice::<Tile>().chunks_mut(2 * steps);
+            run_tasks(of_block.enumerate(), |(i, out)| {
                 amx.run(PackRows { matrix, first_row: i * BLOCK_ROWS, out });
             });
         }
@@ -345,8 +345,8 @@ impl Split {
         let mut items = cpu.pool.take(matrix.rows * N * cols * size_of::<bf16>());
         // Short rows are split several at a time.
         let n_rows = if cols < PIECE { PIECE / cols.max(1) } else { 1 };
-        let out = items.as_mut_slice::<bf16>().par_chunks_mut((n_rows * N * cols).max(1));
-        out.enumerate().for_each(|(i, out)| {
+        let out = items.as_mut_slice::<bf16>().chunks_mut((n_rows * N * cols).max(1));
+        run_tasks(out.enumerate(), |(i, out)| {
             let mut parts = [[bf16::ZERO; PIECE]; 3];
             let mut piece = [[0; 4]; PIECE];
             for start in (0..cols).step_by(PIECE) {
@@ -435,7 +435,7 @@ impl<'a> RankRhs<'a> {
             let of_columns = out.chunks_mut(BLOCK_COLS / TILE_COLS * steps).enumerate();
             tasks.extend(of_columns.map(|(i, out)| (row, i * BLOCK_COLS, out)));
         }
-        tasks.into_par_iter().for_each(|(row, start, out)| {
+        run_tasks(tasks, |(row, start, out): (usize, usize, &mut [Tile])| {
             let some = start..cols.min(start + BLOCK_COLS);
             let n = some.len();
             let split = if transposed {

@@ -11,10 +11,11 @@ use super::{
     super::{Precision, ops::*},
     Cpu, TASKS_OF_A_THREAD,
     elementwise::load,
-    gemm::{COLS, run_tasks},
+    gemm::COLS,
     isa::{Element, LANES, Simd, SimdOp},
     matrix::{Matrix, MatrixMut, Rectangle, cut, with_element},
     shrink::{Layout, Side, into_rank_space},
+    threads::run_tasks,
 };
 use crate::tensor::Tensor;
 

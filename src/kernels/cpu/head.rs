@@ -11,7 +11,6 @@
 //! exist at a time; on AMX those of 256 rows where that is more. Rows do not meet, so the chunks do not change a bit.
 
 use half::bf16;
-use rayon::prelude::*;
 
 use super::{
     super::{
@@ -20,14 +19,12 @@ use super::{
         sampling::{self, Candidate},
     },
     Cpu, Slice, SliceMut,
-    gemm::{
-        Accumulator, COLS, Finish, Packed, Product, Rhs, pack_tile, run_tasks, task_cols,
-        tile_shape,
-    },
+    gemm::{Accumulator, COLS, Finish, Packed, Product, Rhs, pack_tile, task_cols, tile_shape},
     gemm_amx::{self, Lhs, Part},
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
     matrix::{Matrix, cut},
+    threads::run_tasks,
 };
 use crate::tensor::{Frozen, Tensor};
 
@@ -56,9 +53,9 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
         let rows = start..x.rows().min(start + n_rows);
         let mut logits = logits(cpu, Matrix::tensor(x).part_rows(rows.clone()), weight);
         let mr = tile_shape(cpu.isa).0;
-        let nll = nll[rows.clone()].par_chunks_mut(mr);
-        let tiles = logits.tiles_mut().zip(labels[rows.clone()].par_chunks(mr)).zip(nll);
-        tiles.for_each(|((logits, labels), nll)| {
+        let nll = nll[rows.clone()].chunks_mut(mr);
+        let tiles = logits.tiles_mut().zip(labels[rows.clone()].chunks(mr)).zip(nll);
+        run_tasks(tiles, |((logits, labels), nll)| {
             for ((row, &label), nll) in logits.chunks_mut(vocabulary).zip(labels).zip(nll) {
                 let (label, rounded) = (label as usize, amx.is_some());
                 *nll = cpu.isa.run(Softmax { row, label, scale, d_nll, rounded });
@@ -249,7 +246,11 @@ pub(super) fn argmax(cpu: &Cpu, logits: &Tensor<Cpu>, forbidden: &[u32]) -> Vec<
 }
 
 fn argmax_of<E: Element>(isa: Isa, logits: &[E::Item], cols: usize, walls: &[usize]) -> Vec<u32> {
-    logits.par_chunks(cols).map(|row| isa.run(Argmax::<E> { row, walls })).collect()
+    let mut ids = vec![0; logits.len() / cols];
+    run_tasks(ids.iter_mut().zip(logits.chunks(cols)), |(id, row)| {
+        *id = isa.run(Argmax::<E> { row, walls });
+    });
+    ids
 }
 
 /// The first of the largest elements outside the walls, the last of which is the row's end; 0 where
@@ -285,7 +286,7 @@ pub(super) fn sample(cpu: &Cpu, args: &Sample<'_, Cpu>) -> Vec<u32> {
     let (rows, cols) = (logits.rows(), logits.cols());
     assert!(cols > 0 && scale > 0.0, "a column, and logits in their order");
     assert_eq!((forbids.len(), uniforms.len()), (rows, rows), "one for each row");
-    let draw = |(i, row): (usize, &[f32])| {
+    let draw = |i: usize, row: &[f32]| {
         let mut weights = cpu.scratch(cols);
         let weights = weights.as_mut_slice::<f32>();
         weights.copy_from_slice(row);
@@ -299,7 +300,10 @@ pub(super) fn sample(cpu: &Cpu, args: &Sample<'_, Cpu>) -> Vec<u32> {
         let candidates = columns.filter_map(|(id, (&x, &w))| Candidate::new(id, x, w.into()));
         sampling::draw(candidates.collect(), &rules, uniforms[i])
     };
-    logits.f32s().par_chunks(cols).enumerate().map(draw).collect()
+    let mut ids = vec![0; rows];
+    let tasks = ids.iter_mut().zip(logits.f32s().chunks(cols)).enumerate();
+    run_tasks(tasks, |(i, (id, row))| *id = draw(i, row));
+    ids
 }
 
 /// `row = e^(scale (row - largest))`.

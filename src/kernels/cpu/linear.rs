@@ -12,13 +12,11 @@ use super::{
     Cpu, SliceMut,
     buffer::Buffer,
     dot::FewRows,
-    gemm::{
-        Accumulator, COLS, Cut, Finish, Packed, Product, Residual, Rhs, run_tasks, task_cols,
-        tile_shape,
-    },
+    gemm::{Accumulator, COLS, Cut, Finish, Packed, Product, Residual, Rhs, task_cols, tile_shape},
     gemm_amx::{self, Lhs, Part, RankRhs},
     isa::{Amx, ElementMut, Isa, LANES, Simd, SimdOp},
     matrix::{Matrix, Rectangle, cut},
+    threads::run_tasks,
 };
 use crate::{dtype::Dtype, tensor::Tensor};
 

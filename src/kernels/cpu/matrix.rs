@@ -222,7 +222,8 @@ mod tests {
     /// Parts have each element once, on any thread.
     #[test]
     fn rectangles_cover_a_matrix() {
-        for (rows, cols, size) in [(7, 10, (3, 4)), (1, 1, (5, 5)), (4, 6, (4, 6)), (5, 3, (1, 1))] {
+        for (rows, cols, size) in [(7, 10, (3, 4)), (1, 1, (5, 5)), (4, 6, (4, 6)), (5, 3, (1, 1))]
+        {
             let mut items = vec![0; rows * cols];
             let rectangles = cut(&mut items, cols, 100, size);
             assert_eq!(rectangles.len(), rows.div_ceil(size.0) * cols.div_ceil(size.1));

@@ -9,13 +9,12 @@
 //! weighted sums and dot products of long vectors. The one difference between the halves is that
 //! a row of `B̂` holds the rows of all splits side by side.
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
     isa::{LANES, Simd, SimdOp},
     math::dot,
+    threads::run_tasks,
 };
 
 pub(super) fn mix(cpu: &Cpu, args: Mix<'_, Cpu>) -> MixedPair<Cpu> {
@@ -27,22 +26,25 @@ pub(super) fn mix(cpu: &Cpu, args: Mix<'_, Cpu>) -> MixedPair<Cpu> {
     let mut b = cpu.alloc(n_rows * rank, d_out, Precision::Full);
 
     let (slice, o) = (d_in / n_splits * rank, d_out / n_splits);
-    let slices = a.f32s_mut().par_chunks_mut(slice.max(1)).enumerate();
-    slices.with_min_len(tasks_in_a_grain(slice * n_skills)).for_each(|(i, out)| {
-        let (row, q) = (i / n_splits, i % n_splits);
-        let skills = &bank_a[q * n_skills * slice..][..n_skills * slice];
-        let terms = Terms { from: skills, stride: slice, weights: weights.of(row, q), step: 1 };
-        cpu.isa.run(WeightedSum { terms, add: false, out });
-    });
-    let rows = b.f32s_mut().par_chunks_mut(d_out.max(1)).enumerate();
-    rows.with_min_len(tasks_in_a_grain(d_out * n_skills)).for_each(|(i, out)| {
-        let (row, r) = (i / rank, i % rank);
-        for (q, out) in out.chunks_exact_mut(o).enumerate() {
-            let first = (q * n_skills * rank + r) * o;
-            let (from, weights) = (&bank_b[first..], weights.of(row, q));
-            let terms = Terms { from, stride: rank * o, weights, step: 1 };
+    let slices = pieces(Half::A, a.f32s_mut(), slice, n_skills);
+    let rows = pieces(Half::B, b.f32s_mut(), d_out, n_skills);
+    run_tasks(slices.chain(rows), |task| match task.half {
+        Half::A => task.each(slice, |i, out| {
+            let (row, q) = (i / n_splits, i % n_splits);
+            let skills = &bank_a[q * n_skills * slice..][..n_skills * slice];
+            let terms = Terms { from: skills, stride: slice, weights: weights.of(row, q), step: 1 };
             cpu.isa.run(WeightedSum { terms, add: false, out });
-        }
+        }),
+        Half::B => task.each(d_out, |i, out| {
+            let (row, r) = (i / rank, i % rank);
+            for (q, out) in out.chunks_exact_mut(o).enumerate() {
+                let first = (q * n_skills * rank + r) * o;
+                let (from, weights) = (&bank_b[first..], weights.of(row, q));
+                let terms = Terms { from, stride: rank * o, weights, step: 1 };
+                cpu.isa.run(WeightedSum { terms, add: false, out });
+            }
+        }),
+        Half::Weights => unreachable!("they are what mixes"),
     });
     MixedPair { a, b }
 }
@@ -63,41 +65,74 @@ pub(super) fn unmix(cpu: &Cpu, args: Unmix<'_, Cpu>) {
 
     let width = n_splits * n_skills;
     let own = bank.linear * n_rows * width..(bank.linear + 1) * n_rows * width;
-    let d_own = d_weights.f32s_mut()[own].par_iter_mut().enumerate();
-    d_own.with_min_len(tasks_in_a_grain(slice + rank * o)).for_each(|(i, d_w)| {
-        let (row, q, qs) = (i / width, i % width / n_skills, i % width);
-        *d_w += cpu.isa.run(DotPair {
-            d_a: &d_a[(row * n_splits + q) * slice..][..slice],
-            a: &bank_a[qs * slice..][..slice],
-            d_b: &d_b[row * rank * d_out..][..rank * d_out],
-            first_col: q * o,
-            b: &bank_b[qs * rank * o..][..rank * o],
-            rank,
-        }) as f32;
-    });
-
-    let grads = grads.f32s_mut();
-    let slices = grads[bank.a()].par_chunks_mut(slice.max(1)).enumerate();
-    slices.with_min_len(tasks_in_a_grain(slice * n_rows)).for_each(|(qs, out)| {
-        let from = d_a.get(qs / n_skills * slice..).unwrap_or_default();
-        let terms =
-            Terms { from, stride: n_splits * slice, weights: weights.column(qs), step: width };
-        cpu.isa.run(WeightedSum { terms, add: true, out });
-    });
-    let slices = grads[bank.b()].par_chunks_mut((rank * o).max(1)).enumerate();
-    slices.with_min_len(tasks_in_a_grain(rank * o * n_rows)).for_each(|(qs, out)| {
-        for (r, out) in out.chunks_exact_mut(o).enumerate() {
-            let from = d_b.get(r * d_out + qs / n_skills * o..).unwrap_or_default();
-            let terms =
-                Terms { from, stride: rank * d_out, weights: weights.column(qs), step: width };
+    let d_own = pieces(Half::Weights, &mut d_weights.f32s_mut()[own], 1, slice + rank * o);
+    let grads = grads.f32s_mut().get_disjoint_mut([bank.a(), bank.b()]);
+    let [grads_a, grads_b] = grads.expect("A and B share nothing");
+    let slices = pieces(Half::A, grads_a, slice, n_rows);
+    let rows = pieces(Half::B, grads_b, rank * o, n_rows);
+    run_tasks(d_own.chain(slices).chain(rows), |task| match task.half {
+        Half::Weights => task.each(1, |i, d_w| {
+            let (row, q, qs) = (i / width, i % width / n_skills, i % width);
+            d_w[0] += cpu.isa.run(DotPair {
+                d_a: &d_a[(row * n_splits + q) * slice..][..slice],
+                a: &bank_a[qs * slice..][..slice],
+                d_b: &d_b[row * rank * d_out..][..rank * d_out],
+                first_col: q * o,
+                b: &bank_b[qs * rank * o..][..rank * o],
+                rank,
+            }) as f32;
+        }),
+        Half::A => task.each(slice, |qs, out| {
+            let from = d_a.get(qs / n_skills * slice..).unwrap_or_default();
+            let (stride, weights) = (n_splits * slice, weights.column(qs));
+            let terms = Terms { from, stride, weights, step: width };
             cpu.isa.run(WeightedSum { terms, add: true, out });
-        }
+        }),
+        Half::B => task.each(rank * o, |qs, out| {
+            for (r, out) in out.chunks_exact_mut(o).enumerate() {
+                let from = d_b.get(r * d_out + qs / n_skills * o..).unwrap_or_default();
+                let (stride, weights) = (rank * d_out, weights.column(qs));
+                let terms = Terms { from, stride, weights, step: width };
+                cpu.isa.run(WeightedSum { terms, add: true, out });
+            }
+        }),
     });
 }
 
-/// How many pieces of this much work are worth a task.
-fn tasks_in_a_grain(work: usize) -> usize {
-    (GRAIN / work.max(1)).max(1)
+/// What a task of [`mix`] or [`unmix`] writes.
+#[derive(Clone, Copy)]
+enum Half {
+    A,
+    B,
+    Weights,
+}
+
+/// Consecutive pieces of one kind.
+struct Pieces<'a> {
+    half: Half,
+    /// The number of the first one.
+    first: usize,
+    out: &'a mut [f32],
+}
+
+impl Pieces<'_> {
+    /// Runs `run` for each piece of `size` elements, with its number.
+    fn each(self, size: usize, mut run: impl FnMut(usize, &mut [f32])) {
+        let pieces = self.out.chunks_mut(size.max(1)).enumerate();
+        pieces.for_each(|(i, out)| run(self.first + i, out));
+    }
+}
+
+/// The pieces of `out`, `size` elements each that take `work` times as many operations, in tasks that are worth starting.
+fn pieces(
+    half: Half,
+    out: &mut [f32],
+    size: usize,
+    work: usize,
+) -> impl Iterator<Item = Pieces<'_>> {
+    let n = (GRAIN / 4 / (size * work).max(1)).max(1);
+    let tasks = out.chunks_mut((n * size).max(1)).enumerate();
+    tasks.map(move |(i, out)| Pieces { half, first: i * n, out })
 }
 
 /// One linear's mixing weights, `[n_rows, n_splits, n_skills]`.

@@ -9,13 +9,12 @@
 //! Where it is not centered `mean(x)` and `mean(g)` are 0. A row is read twice (three times where it is
 //! centered), from the cache after the first. Sums go over 64 lanes (four vectors).
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu, GRAIN,
     isa::{ElementMut, LANES, Simd, SimdOp},
     math::total,
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -26,13 +25,14 @@ pub(super) fn norm(cpu: &Cpu, args: Norm<'_, Cpu>) -> Normed<Cpu> {
     let mut mean = centered.then(|| cpu.alloc(x.rows, 1, Precision::Full));
     with_element!(x.dtype, T => {
         let rows = rows_of_a_task(x.cols);
-        let chunks = rstd.f32s_mut().par_chunks_mut(rows);
-        let chunks = chunks.zip(x.items::<T>().par_chunks(rows * x.cols));
+        let chunks = rstd.f32s_mut().chunks_mut(rows).zip(x.items::<T>().chunks(rows * x.cols));
         match &mut mean {
-            Some(mean) => chunks.zip(mean.f32s_mut().par_chunks_mut(rows)).for_each(
-                |((rstd, x), mean)| cpu.isa.run(Moments::<T> { x, eps, mean, rstd }),
-            ),
-            None => chunks.for_each(|(rstd, x)| cpu.isa.run(Rstd::<T> { x, eps, rstd })),
+            Some(mean) => {
+                run_tasks(chunks.zip(mean.f32s_mut().chunks_mut(rows)), |((rstd, x), mean)| {
+                    cpu.isa.run(Moments::<T> { x, eps, mean, rstd });
+                });
+            }
+            None => run_tasks(chunks, |(rstd, x)| cpu.isa.run(Rstd::<T> { x, eps, rstd })),
         }
     });
     let stats = NormStats { mean, rstd };
@@ -49,14 +49,12 @@ pub(super) fn norm_again(cpu: &Cpu, args: NormAgain<'_, Cpu>) -> Tensor<Cpu> {
     with_element!(x.dtype, T => {
         let rows = rows_of_a_task(x.cols);
         let size = rows * x.cols;
-        (y.items_mut::<T>().par_chunks_mut(size), x.items::<T>().par_chunks(size))
-            .into_par_iter()
-            .enumerate()
-            .for_each(|(task, (y, x))| {
-                let (weight, bias) = (&weight[..], bias.as_deref());
-                let stats = RowStats::new(stats, task * rows);
-                cpu.isa.run(Apply::<T> { x, weight, bias, stats, y });
-            });
+        let chunks = y.items_mut::<T>().chunks_mut(size).zip(x.items::<T>().chunks(size));
+        run_tasks(chunks.enumerate(), |(task, (y, x))| {
+            let (weight, bias) = (&weight[..], bias.as_deref());
+            let stats = RowStats::new(stats, task * rows);
+            cpu.isa.run(Apply::<T> { x, weight, bias, stats, y });
+        });
     });
     y
 }
@@ -75,14 +73,12 @@ pub(super) fn norm_backward(cpu: &Cpu, args: NormBackward<'_, Cpu>) -> Tensor<Cp
     with_element!(x.dtype, T => {
         let rows = rows_of_a_task(x.cols);
         let size = rows * x.cols;
-        (d_x.items_mut::<T>().par_chunks_mut(size), x.items::<T>().par_chunks(size))
-            .into_par_iter()
-            .zip(d_y.items::<T>().par_chunks(size))
-            .enumerate()
-            .for_each(|(task, ((d_x, x), d_y))| {
-                let stats = RowStats::new(stats, task * rows);
-                cpu.isa.run(Backward::<T> { x, weight: &weight, stats, d_y, residual, d_x });
-            });
+        let inputs = x.items::<T>().chunks(size).zip(d_y.items::<T>().chunks(size));
+        let chunks = d_x.items_mut::<T>().chunks_mut(size).zip(inputs);
+        run_tasks(chunks.enumerate(), |(task, (d_x, (x, d_y)))| {
+            let stats = RowStats::new(stats, task * rows);
+            cpu.isa.run(Backward::<T> { x, weight: &weight, stats, d_y, residual, d_x });
+        });
     });
     d_x
 }

@@ -7,13 +7,12 @@
 //!
 //! The backward turns the other way. The result takes the place of the input where nobody else holds it.
 
-use rayon::prelude::*;
-
 use super::{
     super::ops::*,
     Cpu, GRAIN,
     elementwise::{load, store},
     isa::{ElementMut, LANES, Simd, SimdOp},
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -31,12 +30,11 @@ pub(super) fn rope(cpu: &Cpu, args: Rope<'_, Cpu>) -> Tensor<Cpu> {
     let (width, table) = (y.cols, rotary.table.f32s());
     with_element!(y.dtype, T => {
         let rows = (GRAIN / width).max(1);
-        y.items_mut::<T>().par_chunks_mut(rows * width).zip(positions.par_chunks(rows)).for_each(
-            |(x, positions)| {
-                let sign = if inverse { -1.0 } else { 1.0 };
-                cpu.isa.run(Turn::<T> { x, positions, table, width, head_dim, sign });
-            },
-        );
+        let tasks = y.items_mut::<T>().chunks_mut(rows * width).zip(positions.chunks(rows));
+        run_tasks(tasks, |(x, positions)| {
+            let sign = if inverse { -1.0 } else { 1.0 };
+            cpu.isa.run(Turn::<T> { x, positions, table, width, head_dim, sign });
+        });
     });
     y
 }

@@ -7,17 +7,15 @@
 
 use std::{iter, mem, ops::Range};
 
-use rayon::prelude::*;
-
 use super::{
     super::{Precision, ops::*},
     Cpu,
     buffer::Buffer,
     dot::Dots,
-    gemm::run_tasks,
     isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
     matrix::{Matrix, with_element},
+    threads::run_tasks,
 };
 use crate::tensor::Tensor;
 
@@ -43,8 +41,8 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
 fn transposed(cpu: &Cpu, a: &[f32], k: usize, rank: usize) -> Buffer {
     let mut out = cpu.scratch(a.len());
     let block = (k * rank).max(1);
-    let blocks = out.as_mut_slice::<f32>().par_chunks_mut(block).zip(a.par_chunks(block));
-    blocks.for_each(|(out, a)| {
+    let blocks = out.as_mut_slice::<f32>().chunks_mut(block).zip(a.chunks(block));
+    run_tasks(blocks, |(out, a)| {
         // Sixteen k at a time, so that what is read is in the L1 cache while each rank picks its own.
         for (i, a) in a.chunks(LANES * rank).enumerate() {
             for (j, out) in out.chunks_mut(k).enumerate() {
@@ -224,10 +222,9 @@ fn by_token<T: Copy + Send>(
         let zs = z.f32s_mut().chunks_mut(rank.max(1)).zip(&rows).enumerate();
         tasks.extend(zs.map(|(token, (z, &row))| (sibling, token, row, z)));
     }
-    let each = |(sibling, token, row, z): (T, usize, usize, &mut [f32])| {
+    run_tasks(tasks, |(sibling, token, row, z): (T, usize, usize, &mut [f32])| {
         write(sibling, x.part_rows(token..token + 1), row, z);
-    };
-    tasks.into_par_iter().for_each(each);
+    });
     zs
 }
 

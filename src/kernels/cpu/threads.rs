@@ -2,19 +2,21 @@
 //!
 //! rayon puts a thread to sleep some microseconds after its last work, and to wake it costs tens: as much as a small
 //! operation takes, hundreds of times a token. So while operations follow each other, the threads that have nothing to do look
-//! for work themselves for [`PATIENCE`], and offer their core to other threads and processes every few microseconds.
+//! for work themselves for [`PATIENCE`], and offer their core to other threads and processes every few microseconds. The one
+//! that has forked waits in the same way for those that are at their last task ([`run_tasks`]).
 
 use std::{
     cell::Cell,
+    collections::VecDeque,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
 };
 
-use rayon::{ThreadPool, ThreadPoolBuilder, Yield};
+use rayon::{Scope, ThreadPool, ThreadPoolBuilder, Yield};
 
 use crate::error::{Error, Result};
 
@@ -133,6 +135,90 @@ fn look_for_work() {
             }
         }
         thread::yield_now();
+    }
+}
+
+/// Runs each task once, on all threads. Each has a share of neighbours, which often read the same, and goes through it in
+/// order; who is done takes the last one of another's share. So large tasks belong in front, and none waits for long.
+pub(super) fn run_tasks<T: Send>(tasks: impl IntoIterator<Item = T>, run: impl Fn(T) + Sync) {
+    let mut tasks: VecDeque<T> = tasks.into_iter().collect();
+    let n = rayon::current_num_threads().min(tasks.len());
+    if n < 2 {
+        return tasks.into_iter().for_each(run);
+    }
+    let mut shares = Vec::with_capacity(n);
+    for i in (0..n).rev() {
+        shares.push(Mutex::new(tasks.split_off(tasks.len() * i / (i + 1))));
+    }
+    let fork = Fork { shares, run, busy: AtomicUsize::new(0) };
+    rayon::scope(|scope| fork.join(scope, 0));
+}
+
+/// [`run_tasks`].
+struct Fork<T, R> {
+    shares: Vec<Mutex<VecDeque<T>>>,
+    run: R,
+    /// Threads at work but for the one that has forked.
+    busy: AtomicUsize,
+}
+
+impl<T: Send, R: Fn(T) + Sync> Fork<T, R> {
+    /// What the thread number `i` to join does: it calls two more, works, and the first one waits for the others.
+    fn join<'s>(&'s self, scope: &Scope<'s>, i: usize) {
+        let n = self.shares.len();
+        for next in [2 * i + 1, 2 * i + 2].into_iter().filter(|&next| next < n) {
+            scope.spawn(move |scope| self.join(scope, next));
+        }
+        // The same share in each operation: what it reads is often what this thread has written.
+        let own = rayon::current_thread_index().unwrap_or(i) % n;
+        if i > 0 {
+            let _busy = Busy::enter(&self.busy);
+            self.work(own);
+            return;
+        }
+        self.work(own);
+        let start = Instant::now();
+        // rayon would sleep after a few microseconds. Whom nobody has called yet finds nothing left, and need not come.
+        while self.busy.load(Ordering::Acquire) > 0 && start.elapsed() < PATIENCE {
+            for _ in 0..LOOKS_AT_ONCE * PAUSES {
+                if self.busy.load(Ordering::Acquire) == 0 {
+                    return;
+                }
+                std::hint::spin_loop();
+            }
+            thread::yield_now();
+        }
+    }
+
+    fn work(&self, own: usize) {
+        let n = self.shares.len();
+        let share = |i: usize| self.shares[i % n].lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let mut task = share(own).pop_front();
+            for other in own + 1..own + n {
+                task = task.or_else(|| share(other).pop_back());
+            }
+            match task {
+                Some(task) => (self.run)(task),
+                None => return,
+            }
+        }
+    }
+}
+
+/// Counts a thread that works, to the end or to a panic.
+struct Busy<'a>(&'a AtomicUsize);
+
+impl<'a> Busy<'a> {
+    fn enter(busy: &'a AtomicUsize) -> Self {
+        busy.fetch_add(1, Ordering::Relaxed);
+        Self(busy)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 

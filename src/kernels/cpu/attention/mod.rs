@@ -31,7 +31,6 @@ mod tiles;
 use std::ops::Range;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use self::{backward::Backward, decode::Decode, forward::Forward};
 use super::{
@@ -40,6 +39,7 @@ use super::{
     elementwise::factors,
     isa::{Element, ElementMut, LANES, Simd},
     matrix::MatrixMut,
+    threads::run_tasks,
     with_element,
 };
 use crate::tensor::Tensor;
@@ -49,9 +49,7 @@ const BLOCK: usize = 96;
 /// The largest register tile of all instruction sets, to size buffers by.
 const MAX_MR: usize = 12;
 const MAX_WIDTH: usize = 2 * LANES;
-/// Products that are surely worth a task.
-const GRAIN: usize = 128 * 1024;
-/// The same of single queries, which wait for memory.
+/// Products of single queries, which wait for memory, that are surely worth a task.
 const DECODE_GRAIN: usize = 16 * 1024;
 
 pub(super) fn attention(cpu: &Cpu, args: &Attention<'_, Cpu>) -> Attended<Cpu> {
@@ -88,14 +86,10 @@ fn attend<'a, T: ElementMut>(
     run: impl Fn(Pair<'a, T>, MatrixMut<'a, T::Item>, MatrixMut<'a, f32>) + Sync,
 ) {
     let decodes = args.queries.lens.iter().all(|&len| len <= 1);
-    let (n_parts, min_len) = match decodes {
-        true => (parts_of_a_row(cpu, args), 1),
-        false => (args.n_kv_heads, tasks_in_a_grain(args)),
-    };
+    let n_parts = if decodes { parts_of_a_row(cpu, args) } else { args.n_kv_heads };
     let o = deal(o.items_mut::<T>(), args.q.cols, args.queries, n_parts);
     let lse = deal(lse.f32s_mut(), args.n_heads, args.queries, n_parts);
-    let tasks = o.into_par_iter().zip(lse).enumerate().with_max_len(1);
-    tasks.with_min_len(min_len).for_each(|(task, (o, lse))| {
+    run_tasks(o.into_iter().zip(lse).enumerate(), |(task, (o, lse))| {
         if o.rows() > 0 {
             run(Pair::new(args, task, n_parts), o, lse);
         }
@@ -161,8 +155,8 @@ fn differentiate<'a, T: ElementMut>(
     let d_q = deal(d_q.items_mut::<T>(), args.q.cols, args.queries, n_kv_heads);
     let d_k = deal(d_k.items_mut::<T>(), args.k.cols, args.keys, n_kv_heads);
     let d_v = deal(d_v.items_mut::<T>(), args.v.cols, args.keys, n_kv_heads);
-    let tasks = (d_q, d_k, d_v).into_par_iter().enumerate().with_max_len(1);
-    tasks.with_min_len(tasks_in_a_grain(args)).for_each(|(task, (d_q, d_k, d_v))| {
+    let tasks = d_q.into_iter().zip(d_k).zip(d_v).enumerate();
+    run_tasks(tasks, |(task, ((d_q, d_k), d_v))| {
         run(Pair::new(args, task, n_kv_heads), [d_q, d_k, d_v])
     });
 }
@@ -208,14 +202,6 @@ fn parts_of_a_row(cpu: &Cpu, args: &Attention<'_, Cpu>) -> usize {
     let wanted = n_tasks.div_ceil(args.queries.n().max(1));
     let mut parts = (1..=args.n_kv_heads).filter(|n| args.n_kv_heads.is_multiple_of(*n));
     parts.find(|&n| n >= wanted).unwrap_or(args.n_kv_heads)
-}
-
-/// How many tasks of average size are worth starting one.
-fn tasks_in_a_grain(args: &Attention<'_, Cpu>) -> usize {
-    let lens = args.queries.lens.iter().zip(&args.keys.lens);
-    let products = lens.map(|(q, k)| q * k).sum::<usize>() * args.n_heads * args.head_dim;
-    let n_tasks = args.queries.n() * args.n_kv_heads;
-    (GRAIN * n_tasks / products.max(1)).max(1)
 }
 
 /// Deals the rows of a matrix `width` wide out to the tasks: sequence by sequence, and within one `n_groups` groups of
