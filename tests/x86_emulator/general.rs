@@ -99,7 +99,7 @@ impl Machine<'_> {
         }
         let mut next = i.next_ip();
         match i.mnemonic() {
-            Nop | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta => {}
+            Nop | Endbr64 | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchnta | Sfence => {}
             Jmp if i.op0_kind() == OpKind::NearBranch64 => next = i.near_branch64(),
             _ if i.is_jcc_short_or_near() => {
                 if self.holds(i.condition_code()) {

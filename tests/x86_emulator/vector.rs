@@ -221,6 +221,7 @@ impl Machine<'_> {
             Vmovups | Vmovdqu | Vmovdqu32 | Vlddqu => self.lanes(i, 4, |[_, a, _]| a),
             Vmovupd | Vmovdqu64 => self.lanes(i, 8, |[_, a, _]| a),
             Vmovaps | Vmovdqa | Vmovdqa32 => self.aligned(i).lanes(i, 4, |[_, a, _]| a),
+            Vmovntps | Vmovntdq => self.aligned(i).lanes(i, 4, |[_, a, _]| a),
             Vmovapd | Vmovdqa64 => self.aligned(i).lanes(i, 8, |[_, a, _]| a),
 
             Vaddps => self.lanes(i, 4, f32s(|[_, a, b]| a + b)),
@@ -272,6 +273,14 @@ impl Machine<'_> {
                 let rounded = bf16::from_f32(flushed(f32::from_bits(a as u32)));
                 u64::from(rounded.to_bits())
             }),
+            // The first source's are the upper ones.
+            Vcvtne2ps2bf16 => {
+                let n = Self::width(i) / 4;
+                self.arrange(i, 2, |[_, upper, lower], at| {
+                    let x = if at < n { lower.get(4, at) } else { upper.get(4, at - n) };
+                    u64::from(bf16::from_f32(flushed(f32::from_bits(x as u32))).to_bits())
+                })
+            }
             Vcvtps2pd => self.convert(i, 4, 8, |a| f64::from(f32::from_bits(a as u32)).to_bits()),
             // From memory the destination alone does not say how many.
             Vcvtpd2ps if i.op1_kind() == OpKind::Register => {

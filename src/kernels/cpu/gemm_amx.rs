@@ -35,7 +35,7 @@ use super::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
     },
-    matrix::{Matrix, Rectangle, with_element},
+    matrix::{Matrix, Rectangle, cut, with_element},
     threads::run_tasks,
 };
 use crate::{
@@ -601,6 +601,15 @@ pub(super) struct Task<'a, T> {
     pub(super) more: Vec<Accumulator>,
     pub(super) rectangles: Vec<Rectangle<'a, T>>,
     pub(super) finish: Finish<'a>,
+    /// Whether outputs go [past the caches](past_caches).
+    pub(super) past: bool,
+}
+
+/// Whether an output is so large that it is written past the caches: it would not stay in them until it is read, and while
+/// lines that are written partly are on their way to L1, tiles get fewer of the 16 misses that a core has under way.
+pub(super) fn past_caches<T>(out: &[T]) -> bool {
+    const HALF_L2: usize = 1 << 20;
+    size_of_val(out) >= HALF_L2
 }
 
 /// Some steps of a part.
@@ -712,7 +721,7 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
     #[inline(always)]
     fn eval<S: Simd>(self, simd: S) {
         let Self { tiles, task, slots, right, sums, is_first, is_last } = self;
-        let Task { parts, ranks, more, rectangles, finish } = task;
+        let Task { parts, ranks, more, rectangles, finish, past } = task;
         let (all_rows, all_at_once) = (rectangles[0].rows.clone(), is_first && is_last);
         let ranks = if is_last { *ranks } else { &[] };
         let n_blocks = all_rows.len().div_ceil(BLOCK_ROWS);
@@ -747,7 +756,7 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
                                 square.add(lhs.block(rows.start, &slot.steps), right);
                             }
                             if let Some(done) = &mut done {
-                                done.write(simd, n_rows, finish, more, sums, rectangles);
+                                done.write(simd, n_rows, (finish, *past), more, sums, rectangles);
                             }
                         }
                         in_memory = halves.len() < ranks.len();
@@ -776,7 +785,7 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
                         }
                     }
                     if let Some(mut done) = done.take() {
-                        done.write(simd, BLOCK_ROWS, finish, more, sums, rectangles);
+                        done.write(simd, BLOCK_ROWS, (finish, *past), more, sums, rectangles);
                     }
                     if is_last {
                         let (rectangle, next) = (j, rows.start);
@@ -788,7 +797,10 @@ impl<T: ElementMut<Item = T>> SimdOp for Chunk<'_, '_, T> {
             }
         }
         if let Some(mut done) = done {
-            done.write(simd, BLOCK_ROWS, finish, more, sums, rectangles);
+            done.write(simd, BLOCK_ROWS, (finish, *past), more, sums, rectangles);
+        }
+        if *past {
+            simd.fence();
         }
     }
 }
@@ -838,7 +850,7 @@ impl Done {
         &mut self,
         simd: S,
         n: usize,
-        finish: &Finish<'_>,
+        (finish, past): (&Finish<'_>, bool),
         more: &[Accumulator],
         sums: &[Block],
         rectangles: &mut [Rectangle<'_, T>],
@@ -861,12 +873,13 @@ impl Done {
                 }
                 let out = &mut out.row_mut(out_row)[columns.clone()];
                 finish.apply(simd, (row, self.cols.clone()), &mut values, out);
-                let (values, (whole, rest)) = (values.as_chunks().0, out.as_chunks_mut());
-                for (value, out) in values.iter().zip(&mut *whole) {
-                    T::store_flushed(simd, simd.load(value), out);
+                let values = values.as_chunks().0;
+                if let Some(out) = out.first_chunk_mut() {
+                    T::store_pair(simd, [simd.load(&values[0]), simd.load(&values[1])], out, false);
+                    continue;
                 }
-                if let Some(value) = values.get(whole.len()) {
-                    T::store_part(simd, simd.load(value), rest);
+                for (value, out) in values.iter().zip(out.chunks_mut(LANES)) {
+                    T::store_part(simd, simd.load(value), out);
                 }
             }
             return;
@@ -874,43 +887,51 @@ impl Done {
         match finish.residual {
             Residual::None => {
                 for (line, out_row) in lines {
-                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
-                    for (value, out) in line.as_chunks().0.iter().zip(out) {
-                        T::store_flushed(simd, simd.load(value), out);
-                    }
+                    let out = out.row_mut(out_row)[columns.clone()].first_chunk_mut();
+                    let (line, out) = (line.as_chunks().0, out.expect("a pair"));
+                    T::store_pair(simd, [simd.load(&line[0]), simd.load(&line[1])], out, past);
                 }
             }
             Residual::Output => {
                 for (line, out_row) in lines {
-                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
-                    for (value, out) in line.as_chunks().0.iter().zip(out) {
-                        let sum = simd.add(simd.load(value), T::load(simd, out));
-                        T::store_flushed(simd, sum, out);
-                    }
+                    let out = out.row_mut(out_row)[columns.clone()].first_chunk_mut();
+                    let (line, out) = (line.as_chunks().0, out.expect("a pair"));
+                    let others = out.as_chunks().0;
+                    let sums = [
+                        simd.add(simd.load(&line[0]), T::load(simd, &others[0])),
+                        simd.add(simd.load(&line[1]), T::load(simd, &others[1])),
+                    ];
+                    T::store_pair(simd, sums, out, false);
                 }
             }
             Residual::Of(matrix) => with_element!(matrix.dtype, E => {
                 for (row, (line, out_row)) in rows.zip(lines) {
                     let others = matrix.row::<E>(row)[self.cols.clone()].as_chunks().0;
-                    let out = out.row_mut(out_row)[columns.clone()].as_chunks_mut().0;
-                    for ((value, other), out) in line.as_chunks().0.iter().zip(others).zip(out) {
-                        let sum = simd.add(simd.load(value), E::load(simd, other));
-                        T::store_flushed(simd, sum, out);
-                    }
+                    let out = out.row_mut(out_row)[columns.clone()].first_chunk_mut();
+                    let (line, out) = (line.as_chunks().0, out.expect("a pair"));
+                    let sums = [
+                        simd.add(simd.load(&line[0]), E::load(simd, &others[0])),
+                        simd.add(simd.load(&line[1]), E::load(simd, &others[1])),
+                    ];
+                    T::store_pair(simd, sums, out, past);
                 }
             }),
         }
     }
 }
 
-/// Computes and writes rectangles of `lhs·rhs`, all threads at it.
+/// Computes and writes `lhs·rhs`, `cols` columns, all threads at it; the rows of a task are all rows.
 pub(super) fn write<T: ElementMut<Item = T> + Send>(
     cpu: &Cpu,
     amx: Amx,
     part: &Part<'_>,
-    rectangles: Vec<Rectangle<'_, T>>,
+    out: &mut [T],
+    cols: usize,
 ) {
-    let tasks: Vec<_> = rectangles.into_iter().map(|rectangle| (0, rectangle)).collect();
+    let past = past_caches(out);
+    let n_rows = (out.len() / cols.max(1)).max(1);
+    let tasks = cut(out, cols, 0, (n_rows, BLOCK_COLS)).into_iter();
+    let tasks: Vec<_> = tasks.map(|rectangle| (0, rectangle)).collect();
     let tasks = if steps(part.lhs[0].k) > STEPS_L2 {
         let most = (tasks.len() / cpu.n_threads()).clamp(1, RECTANGLES);
         in_groups(tasks, most)
@@ -919,7 +940,7 @@ pub(super) fn write<T: ElementMut<Item = T> + Send>(
     };
     run_tasks(tasks, |(_, rectangles)| {
         let (parts, finish) = (std::slice::from_ref(part), Finish::default());
-        Task { parts, ranks: &[], more: Vec::new(), rectangles, finish }.run(cpu, amx);
+        Task { parts, ranks: &[], more: Vec::new(), rectangles, finish, past }.run(cpu, amx);
     });
 }
 

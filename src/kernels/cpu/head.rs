@@ -19,7 +19,7 @@ use super::{
         sampling::{self, Candidate},
     },
     Cpu, Slice, SliceMut,
-    gemm::{Accumulator, COLS, Finish, Packed, Product, Rhs, pack_tile, task_cols, tile_shape},
+    gemm::{Accumulator, Finish, Packed, Product, Rhs, pack_tile, task_cols, tile_shape},
     gemm_amx::{self, Lhs, Part},
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
@@ -86,7 +86,7 @@ fn logits(cpu: &Cpu, x: Matrix<'_>, weight: &Frozen) -> Packed {
     if let Some(amx) = gemm_amx::takes(cpu, [weight].into_iter()) {
         let lhs = &[Lhs::rows(cpu, amx, x, 0)];
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: true };
-        gemm_amx::write(cpu, amx, &part, cut(out, weight.rows(), 0, (x.rows, COLS)));
+        gemm_amx::write(cpu, amx, &part, out, weight.rows());
         return logits;
     }
     let lhs = Packed::rows(cpu, x, 0);
@@ -116,7 +116,7 @@ fn backward<T: ElementMut<Item = T> + Send>(
         let d_logits = Matrix::first_halves(values, n_rows, weight.rows());
         let lhs = &[Lhs::rows(cpu, amx, d_logits, 0)];
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: false };
-        return gemm_amx::write(cpu, amx, &part, cut(d_x, weight.cols(), 0, (n_rows.max(1), COLS)));
+        return gemm_amx::write(cpu, amx, &part, d_x, weight.cols());
     }
     let tasks = cut(d_x, weight.cols(), 0, (n_rows.max(1), task_cols(cpu.isa)));
     run_tasks(tasks, |rectangle| {

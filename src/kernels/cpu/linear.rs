@@ -141,6 +141,7 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
             Expand { rhs: ExpandRhs::Stacked(_), .. } => None,
         })
         .collect();
+    let past: Vec<_> = outs.iter().map(|out| gemm_amx::past_caches(out)).collect();
     let n = projections.iter().map(|p| p.weight.rows()).sum();
     let by = Cut::on_tiles(x.rows, x.cols, n, cpu.n_threads());
     for start in (0..x.rows).step_by(by.packed) {
@@ -171,6 +172,7 @@ fn write_tiles<'a, T: ElementMut<Item = T> + Send>(
                 more,
                 rectangles,
                 finish: finish(i),
+                past: past[i],
             };
             task.run(cpu, amx);
         });
@@ -480,6 +482,7 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
             (RankRhs::new(cpu, amx, a, d_z.cols(), true, segments), Matrix::tensor(d_z))
         })
         .collect();
+    let past = gemm_amx::past_caches(d_x);
     let k = terms.iter().map(|t| t.weight.rows()).sum();
     let by = Cut::on_tiles(n_rows, k, cols, cpu.n_threads());
     for start in (0..n_rows).step_by(by.packed) {
@@ -497,7 +500,8 @@ fn write_backward_tiles<T: ElementMut<Item = T> + Send>(
         let tasks = tasks.into_iter().map(|rectangle| (0, rectangle)).collect();
         run_tasks(gemm_amx::in_pairs(cpu, tasks), |(_, rectangles)| {
             let (parts, ranks) = (&parts, &ranks);
-            let task = gemm_amx::Task { parts, ranks, more: Vec::new(), rectangles, finish };
+            let more = Vec::new();
+            let task = gemm_amx::Task { parts, ranks, more, rectangles, finish, past };
             task.run(cpu, amx);
         });
     }

@@ -203,6 +203,36 @@ impl Simd for Avx512 {
         });
     }
     #[inline(always)]
+    fn store_pair_bf16(self, v: [Self::V; 2], to: &mut [bf16; 2 * LANES], past: bool) {
+        if !self.bf16 {
+            for (v, to) in v.into_iter().zip(to.as_chunks_mut().0) {
+                self.store_bf16(v, to);
+            }
+            return;
+        }
+        let past = past && to.as_ptr().addr().is_multiple_of(64);
+        intrinsics!({
+            let rounded: __m512i = mem::transmute(_mm512_cvtne2ps_pbh(v[1], v[0]));
+            if past {
+                _mm512_stream_si512(to.as_mut_ptr().cast(), rounded);
+            } else {
+                _mm512_storeu_si512(to.as_mut_ptr().cast(), rounded);
+            }
+        });
+    }
+    #[inline(always)]
+    fn store_past(self, v: Self::V, to: &mut [f32; LANES]) {
+        if to.as_ptr().addr().is_multiple_of(64) {
+            intrinsics!(_mm512_stream_ps(to.as_mut_ptr(), v));
+        } else {
+            self.store(v, to);
+        }
+    }
+    #[inline(always)]
+    fn fence(self) {
+        intrinsics!(_mm_sfence());
+    }
+    #[inline(always)]
     fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V {
         intrinsics!(_mm512_loadu_ps(x.as_ptr().cast()))
     }

@@ -64,6 +64,23 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn store_bf16_flushed(self, v: Self::V, to: &mut [bf16; LANES]) {
         self.store_bf16(v, to);
     }
+    /// [`Simd::store_bf16_flushed`] of two vectors; with `past`, past the caches if they are a line of memory and the
+    /// instruction set has a way. Then other threads see it after [`Simd::fence`].
+    #[inline(always)]
+    fn store_pair_bf16(self, v: [Self::V; 2], to: &mut [bf16; 2 * LANES], past: bool) {
+        let _ = past;
+        for (v, to) in v.into_iter().zip(to.as_chunks_mut().0) {
+            self.store_bf16_flushed(v, to);
+        }
+    }
+    /// [`Simd::store`], past the caches as [`Simd::store_pair_bf16`].
+    #[inline(always)]
+    fn store_past(self, v: Self::V, to: &mut [f32; LANES]) {
+        self.store(v, to);
+    }
+    /// What has gone past the caches is in memory before anything that is written later.
+    #[inline(always)]
+    fn fence(self) {}
     /// From 16 little-endian f32 at any alignment.
     fn load_f32_bytes(self, x: &[u8; 4 * LANES]) -> Self::V;
     /// From 16 little-endian bf16 at any alignment.
@@ -210,11 +227,8 @@ pub trait Element: 'static {
 pub trait ElementMut: Element {
     /// 16 of them, each rounded once.
     fn store<S: Simd>(simd: S, v: S::V, to: &mut [Self::Item; LANES]);
-    /// The same, where denormals may become zero if that is faster.
-    #[inline(always)]
-    fn store_flushed<S: Simd>(simd: S, v: S::V, to: &mut [Self::Item; LANES]) {
-        Self::store(simd, v, to);
-    }
+    /// The same of 32, where denormals may become zero if that is faster; with `past` as [`Simd::store_pair_bf16`].
+    fn store_pair<S: Simd>(simd: S, v: [S::V; 2], to: &mut [Self::Item; 2 * LANES], past: bool);
     /// One of them, rounded once.
     fn put(x: f32) -> Self::Item;
 
@@ -247,6 +261,16 @@ impl ElementMut for f32 {
         simd.store(v, to);
     }
     #[inline(always)]
+    fn store_pair<S: Simd>(simd: S, v: [S::V; 2], to: &mut [f32; 2 * LANES], past: bool) {
+        for (v, to) in v.into_iter().zip(to.as_chunks_mut().0) {
+            if past {
+                simd.store_past(v, to);
+            } else {
+                simd.store(v, to);
+            }
+        }
+    }
+    #[inline(always)]
     fn put(x: f32) -> f32 {
         x
     }
@@ -270,8 +294,8 @@ impl ElementMut for bf16 {
         simd.store_bf16(v, to);
     }
     #[inline(always)]
-    fn store_flushed<S: Simd>(simd: S, v: S::V, to: &mut [bf16; LANES]) {
-        simd.store_bf16_flushed(v, to);
+    fn store_pair<S: Simd>(simd: S, v: [S::V; 2], to: &mut [bf16; 2 * LANES], past: bool) {
+        simd.store_pair_bf16(v, to, past);
     }
     #[inline(always)]
     fn put(x: f32) -> bf16 {
