@@ -30,7 +30,7 @@ use half::bf16;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, ROWS_AHEAD, Residual},
+    gemm::{Accumulator, Finish, Residual},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
@@ -52,6 +52,8 @@ const STEPS_L2: usize = 128;
 /// Rectangles of a task at most, where k is too long to be packed at once: so often less is the left operand read, from
 /// memory, as a vocabulary wide it is in no cache.
 const RECTANGLES: usize = 8;
+/// Rows of a right operand that are on their way to L2 while others are packed: a column tile's.
+const ROWS_AHEAD: usize = TILE_COLS;
 /// Column tiles come in pairs, zeros past the last column.
 const TILES_AT_ONCE: usize = 2;
 /// Columns of a pair of column tiles.
@@ -206,11 +208,15 @@ fn pack_transposed<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut
     for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
         let first = (i * TILE_COLS).min(matrix.rows);
         let rows = matrix.part_rows(first..matrix.rows.min(first + TILE_COLS));
+        let later = matrix.rows.min(first + ROWS_AHEAD)..matrix.rows.min(first + 2 * ROWS_AHEAD);
         let n_whole = if rows.rows == TILE_COLS { rows.cols / TILE_K } else { 0 };
         let (bytes, stride) = rows.lines();
         for (step, tile) in tiles.iter_mut().enumerate() {
             if step < n_whole {
                 simd.transpose_rows(&bytes[step * LINE..], stride, bytemuck::cast_mut(tile));
+                for row in later.clone() {
+                    simd.prefetch_l2(&matrix.row::<Bf16Bytes>(row)[step * TILE_K..][..TILE_K]);
+                }
                 continue;
             }
             let mut part = Tile::zeroed();
@@ -230,8 +236,8 @@ fn pack_pairs<S: Simd>(simd: S, matrix: Matrix<'_>, steps: usize, out: &mut [Til
     for pair in 0..steps * TILE_ROWS {
         let (even, odd) = (row(2 * pair), row(2 * pair + 1));
         // A row's next one is in another page, where no prefetcher looks for it.
-        simd.prefetch(row(2 * pair + ROWS_AHEAD));
-        simd.prefetch(row(2 * pair + ROWS_AHEAD + 1));
+        simd.prefetch_l2(row(2 * pair + ROWS_AHEAD));
+        simd.prefetch_l2(row(2 * pair + ROWS_AHEAD + 1));
         for (i, tiles) in out.chunks_exact_mut(steps).enumerate() {
             let (even, odd) = (sixteen(even, i), sixteen(odd, i));
             let line: &mut [u32; TILE_COLS] =

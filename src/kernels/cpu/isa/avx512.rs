@@ -161,6 +161,13 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn prefetch_l2<T>(self, x: &[T]) {
+        let bytes = size_of_val(x);
+        for line in (0..bytes).step_by(64) {
+            intrinsics!(_mm_prefetch::<_MM_HINT_T1>(x.as_ptr().cast::<i8>().add(line)));
+        }
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         intrinsics!(_mm512_set1_ps(x))
     }
