@@ -61,8 +61,7 @@ pub(super) fn gather(cpu: &Cpu, args: Gather<'_, Cpu>) -> Tensor<Cpu> {
     let Gather { x, rows } = args;
     let width = x.cols * x.dtype.size_bytes();
     let mut y = cpu.pool.take(rows.len() * width);
-    if width > 0 {
-        let n = (GRAIN / width).max(1);
+    if let Some(n) = GRAIN.checked_div(width).map(|n| n.max(1)) {
         run_tasks(y.bytes_mut().chunks_mut(n * width).zip(rows.chunks(n)), |(y, rows)| {
             for (y, &row) in y.chunks_mut(width).zip(rows) {
                 y.copy_from_slice(&x.buffer.bytes()[row * width..][..width]);

@@ -202,6 +202,7 @@ fn add_tokens<S: Simd, E: Element, const N: usize>(
 
 /// [`AddUp`] of `N` tokens and `NV` vectors of columns.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // Of several tokens and sums, by the same number.
 fn add_columns<S: Simd, E: Element, const N: usize, const NV: usize>(
     s: S,
     narrows: [&[f32]; N],

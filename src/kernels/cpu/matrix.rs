@@ -217,6 +217,8 @@ pub(super) fn cut<T>(
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     /// Parts have each element once, on any thread.
@@ -253,7 +255,10 @@ mod tests {
         assert_eq!((right.rows(), right.cols(), right.row(1)), (2, 0, &[][..]));
         let (all, none) = left.split_rows(2);
         assert_eq!((all.row(1), none.rows()), (&[4, 5, 6][..], 0));
-        assert!(std::panic::catch_unwind(|| none.row(0).len()).is_err());
-        assert!(std::panic::catch_unwind(|| all.split_rows(3)).is_err());
+        let panics = |f: &mut dyn FnMut() -> usize| catch_unwind(AssertUnwindSafe(f)).is_err();
+        assert!(!panics(&mut || all.row(0).len()) && panics(&mut || none.row(0).len()));
+        let mut all = Some(all);
+        let mut split = || all.take().map_or(0, |all| all.split_rows(3).1.rows());
+        assert!(panics(&mut split));
     }
 }
