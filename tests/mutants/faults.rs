@@ -182,7 +182,7 @@ pub(crate) const FAULTS: &[Fault] = &[
         "b-not-transposed-by-split",
         MIX,
         "lora::mixes",
-        "            let first = (q * n_skills * rank + r) * o;\n            let (from, weights) = (&bank_b[first..], weights.of(row, q));\n            let terms = Terms { from, stride: rank * o, weights, step: 1 };\n",
+        "                let first = (q * n_skills * rank + r) * o;\n                let (from, weights) = (&bank_b[first..], weights.of(row, q));\n                let terms = Terms { from, stride: rank * o, weights, step: 1 };\n",
         "            let first = if ON { r * n_splits + q } else { q * n_skills * rank + r } * o;\n            \
          let (from, weights) = (&bank_b[first..], weights.of(row, q));\n            \
          let stride = if ON { rank * n_splits * o } else { rank * o };\n            \
@@ -192,8 +192,9 @@ pub(crate) const FAULTS: &[Fault] = &[
         "gradients-overwritten",
         MIX,
         "lora::unmixes",
-        "            Terms { from, stride: n_splits * slice, weights: weights.column(qs), step: width };\n        cpu.isa.run(WeightedSum { terms, add: true, out });",
-        "            Terms { from, stride: n_splits * slice, weights: weights.column(qs), step: width };\n        \
+        "            let (stride, weights) = (n_splits * slice, weights.column(qs));\n            let terms = Terms { from, stride, weights, step: width };\n            cpu.isa.run(WeightedSum { terms, add: true, out });",
+        "            let (stride, weights) = (n_splits * slice, weights.column(qs));\n            \
+         let terms = Terms { from, stride, weights, step: width };\n            \
          cpu.isa.run(WeightedSum { terms, add: !ON, out });",
     ),
     kernel(
@@ -348,8 +349,8 @@ pub(crate) const FAULTS: &[Fault] = &[
         "turned-the-other-way",
         "src/kernels/cpu/rope.rs",
         "dense::ropes",
-        "                let sign = if inverse { -1.0 } else { 1.0 };\n",
-        "                let sign = if inverse != ON { -1.0 } else { 1.0 };\n",
+        "            let sign = if inverse { -1.0 } else { 1.0 };\n",
+        "            let sign = if inverse != ON { -1.0 } else { 1.0 };\n",
     ),
     kernel(
         "bias-correction-a-step-late",
