@@ -993,7 +993,7 @@ mod tests {
     use crate::{
         dtype::Dtype,
         kernels::{Backend, Precision, ops::*},
-        tensor::Frozen,
+        tensor::{Frozen, Tensor},
     };
 
     fn weight(data: &mut Data, rows: usize, cols: usize) -> Frozen {
@@ -1056,6 +1056,55 @@ mod tests {
                     }
                 }
                 check("backward of two", &cpu, &d_x, &want, exact);
+            }
+        }
+    }
+
+    fn run_linear(
+        cpu: &super::Cpu,
+        weight: &Frozen,
+        x: &Tensor<super::Cpu>,
+        residual: Option<&Tensor<super::Cpu>>,
+        output: Precision,
+    ) -> Tensor<super::Cpu> {
+        let projections = &[Projection { residual, ..Projection::plain(weight) }];
+        cpu.linear(Linear { x, projections, order: Order::Panel, output }).remove(0)
+    }
+
+    /// What is written past the caches is what would be written otherwise, where rows are whole lines and where not.
+    #[test]
+    fn large_outputs_are_those_of_their_rows() {
+        const K: usize = 64;
+        for cpu in backends().into_iter().filter(|cpu| cpu.compute == Dtype::Bf16).chain(amx()) {
+            for (n, output) in [
+                (1024, Precision::Activation),
+                (1000, Precision::Activation),
+                (640, Precision::Full),
+                (650, Precision::Full),
+            ] {
+                let (m, part) = (1050, 150);
+                let mut data = Data::new(5, false);
+                let x = data.tensor(&cpu, m, K, Precision::Activation);
+                let residual = data.tensor(&cpu, m, n, Precision::Activation);
+                let w = weight(&mut data, n, K);
+                let (xs, residuals) = (cpu.download(&x), cpu.download(&residual));
+                for with_residual in [false, true] {
+                    let all = run_linear(&cpu, &w, &x, with_residual.then_some(&residual), output);
+                    assert!(super::past_caches(all.buffer.as_slice::<u8>()));
+                    let mut parts = Vec::new();
+                    for first in (0..m).step_by(part) {
+                        let rows = |values: &[f64], cols: usize| {
+                            let values = &values[first * cols..][..part * cols];
+                            cpu.upload(values, part, cols, Precision::Activation)
+                        };
+                        let (x, residual) = (rows(&xs, K), rows(&residuals, n));
+                        let y =
+                            run_linear(&cpu, &w, &x, with_residual.then_some(&residual), output);
+                        assert!(!super::past_caches(y.buffer.as_slice::<u8>()));
+                        parts.extend(bits(&cpu, &y));
+                    }
+                    assert_eq!(bits(&cpu, &all), parts, "{n} columns, {output:?}");
+                }
             }
         }
     }
