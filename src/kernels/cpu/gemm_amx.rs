@@ -614,8 +614,8 @@ pub(super) struct Task<'a, T> {
 /// Whether an output is so large that it is written past the caches: it would not stay in them until it is read, and while
 /// lines that are written partly are on their way to L1, tiles get fewer of the 16 misses that a core has under way.
 pub(super) fn past_caches<T>(out: &[T]) -> bool {
-    const HALF_L2: usize = 1 << 20;
-    size_of_val(out) >= HALF_L2
+    const QUARTER_L2: usize = 512 << 10;
+    size_of_val(out) > QUARTER_L2
 }
 
 /// Some steps of a part.
