@@ -20,7 +20,8 @@
 //!
 //! What limits it, as measured (benches/results, 2026-11-27-amx.md to 2026-11-28-amx-2-cores.md): L1 is too small for what 32 columns
 //! multiply with, so right tiles come from L2, and cores have 16 misses of L1 under way at most. Vectors of 64 bytes are computed where
-//! the tiles are: each instruction of finishing costs tiles their time, hence `vcvtneps2bf16`.
+//! the tiles are: each instruction of finishing costs tiles their time, hence `vcvtne2ps2bf16`. Lines of an output on their way to L1
+//! would take those misses from tiles, so large outputs go past the caches.
 
 use std::ops::Range;
 

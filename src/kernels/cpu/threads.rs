@@ -261,6 +261,49 @@ mod tests {
         }
     }
 
+    /// From one caller and from several, forked once more inside, few tasks and many: each task runs once.
+    #[test]
+    fn each_task_runs_once() {
+        let sum = |tasks: std::ops::Range<usize>| {
+            let sum = AtomicUsize::new(0);
+            run_tasks(tasks, |i| {
+                run_tasks([i, 1], |j| {
+                    sum.fetch_add(j, Ordering::Relaxed);
+                });
+            });
+            sum.into_inner()
+        };
+        for n in [1, 2, 3, 8] {
+            let threads = &Threads::start(n).expect("threads start");
+            thread::scope(|callers| {
+                for _ in 0..3 {
+                    callers.spawn(|| {
+                        for n_tasks in (0..200).chain([5000]) {
+                            let found = threads.scope(|| sum(0..n_tasks));
+                            assert_eq!(found, n_tasks * n_tasks.saturating_sub(1) / 2 + n_tasks);
+                        }
+                    });
+                }
+            });
+        }
+        assert_eq!(sum(0..4), 10); // rayon's own threads.
+    }
+
+    #[test]
+    fn a_task_that_panics_stops_the_caller() {
+        let threads = Threads::start(3).expect("threads start");
+        for bad in [0, 7, 99] {
+            let work = || threads.scope(|| run_tasks(0..100, |i| assert!(i != bad, "i is {bad}")));
+            assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err());
+            let done = AtomicUsize::new(0);
+            let count = |_| {
+                done.fetch_add(1, Ordering::Relaxed);
+            };
+            threads.scope(|| run_tasks(0..100, count));
+            assert_eq!(done.into_inner(), 100);
+        }
+    }
+
     #[test]
     fn a_panic_leaves_the_scope() {
         let threads = Threads::start(2).expect("threads start");
