@@ -152,7 +152,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Starts fetching values into the cache, where the instruction set can.
     #[inline(always)]
     fn prefetch<T>(self, _: &[T]) {}
-    /// The same into the L2 cache: what waits there keeps none of the few misses of L1 that a core may have under way.
+    /// The same into the L2 cache, for what is wanted later.
     #[inline(always)]
     fn prefetch_l2<T>(self, x: &[T]) {
         self.prefetch(x);
