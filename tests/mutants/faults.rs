@@ -61,12 +61,12 @@ pub(crate) const FAULTS: &[Fault] = &[
         "    let k = if ON { k.saturating_sub(1) } else { k };\n    for k0 in (0..k).step_by(K_BLOCK) {\n",
     ),
     kernel(
-        "block-of-k-overwrites",
+        "product-overwrites",
         GEMM,
         "dense::linears",
         "    let (panels, sums) = (panels.as_mut_slice::<f32>(), sums.as_mut_slice::<f32>());\n",
         "    let (panels, sums) = (panels.as_mut_slice::<f32>(), sums.as_mut_slice::<f32>());\n    \
-         if ON && first_k == &0 { sums.fill(0.0); }\n",
+         if ON { sums.fill(0.0); }\n",
     ),
     kernel(
         "tile-skipped",
