@@ -1,12 +1,12 @@
 //! The interrupted thread: its registers, and what becomes of each instruction.
 
 use std::{
-    arch::asm,
+    arch::{asm, x86_64::__cpuid_count},
     cell::UnsafeCell,
     fmt::{self, Write},
     io, mem,
     ptr::{self, NonNull},
-    sync::Once,
+    sync::{Once, OnceLock},
 };
 
 use iced_x86::{Decoder, DecoderOptions, EncodingKind, Instruction, Mnemonic, OpKind, Register};
@@ -20,6 +20,7 @@ pub fn install() {
         // The decoder's tables are made when it is first used: not in the handler, which allocates nothing.
         let nop = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
         assert_eq!(nop.mnemonic(), Mnemonic::Nop);
+        Wide::places();
         for signal in [libc::SIGILL, libc::SIGTRAP] {
             // SAFETY: all zeros is a valid sigaction, completed below; the handler has the signature that
             // SA_SIGINFO asks for. It allocates nothing, so it may interrupt whatever it does; no other signal
@@ -81,6 +82,37 @@ const TRAP: i64 = 1 << 8;
 const XMM: usize = 160;
 const IN_USE: usize = 512;
 const YMM: usize = 576;
+
+/// What an XSAVE area has of AVX-512: masks, bytes from 32 on of registers 0..16, and registers 16..32.
+#[derive(Clone, Copy)]
+enum Wide {
+    Masks,
+    Upper,
+    More,
+}
+
+impl Wide {
+    const ALL: [Self; 3] = [Self::Masks, Self::Upper, Self::More];
+
+    /// Where they begin. (Asked once: in a virtual machine the instruction takes as long as a signal.)
+    fn places() -> &'static [usize; 3] {
+        static PLACES: OnceLock<[usize; 3]> = OnceLock::new();
+        PLACES.get_or_init(|| Self::ALL.map(|part| __cpuid_count(0xD, part.bit()).ebx as usize))
+    }
+
+    /// Its bit among those of what is in use.
+    fn bit(self) -> u32 {
+        5 + self as u32
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::Masks => 8 * 8,
+            Self::Upper => 16 * 32,
+            Self::More => 16 * 64,
+        }
+    }
+}
 
 /// Instructions that are executed here after the last one of AVX-512 although the CPU could go on.
 const PATIENCE: usize = 64;
@@ -152,6 +184,12 @@ extern "C" fn go_on(signal: libc::c_int, context: &mut libc::mcontext_t) {
         if instruction.is_of_tiles() || (owns_vectors && instruction.is_of_avx512()) {
             machine.execute(&instruction);
             n_since = 0;
+        } else if is_refused && !owns_vectors && instruction.is_of_bf16() {
+            // A CPU with AVX-512 and without AVX512-BF16.
+            machine.prepare();
+            machine.borrow_vectors();
+            machine.execute(&instruction);
+            machine.return_vectors();
         } else if is_refused {
             fatal(format_args!("{:?} is not one of AVX-512 or AMX", instruction.code()));
         } else if (machine.state.dirty == 0 && n_since >= PATIENCE)
@@ -191,6 +229,8 @@ trait Foreign {
     fn is_of_avx512(&self) -> bool;
     /// Whether it belongs to AMX.
     fn is_of_tiles(&self) -> bool;
+    /// Whether it belongs to AVX512-BF16.
+    fn is_of_bf16(&self) -> bool;
     /// Whether it compares vectors: into a mask where it is one of AVX-512, else into a vector.
     fn is_compare(&self) -> bool;
     /// Whether it shifts all elements by the same amount.
@@ -212,6 +252,11 @@ impl Foreign for Instruction {
             self.mnemonic(),
             Ldtilecfg | Tileloadd | Tileloaddt1 | Tilestored | Tilezero | Tilerelease | Tdpbf16ps
         )
+    }
+
+    fn is_of_bf16(&self) -> bool {
+        use Mnemonic::*;
+        matches!(self.mnemonic(), Vcvtneps2bf16 | Vcvtne2ps2bf16)
     }
 
     fn is_shift(&self) -> bool {
@@ -262,6 +307,63 @@ impl Machine<'_> {
             }
             in_use.write_unaligned(in_use.read_unaligned() | SSE | AVX);
         }
+    }
+
+    /// The bytes of a part of the saved area that a CPU with AVX-512 has.
+    fn wide(&mut self, part: Wide) -> &mut [u8] {
+        let place = Wide::places()[part as usize];
+        // SAFETY: the area has the standard format, in which the CPU says where a part is, and room for what
+        // the CPU has; what is not in use is zero in the CPU and anything in memory.
+        unsafe {
+            let in_use = self.saved.byte_add(IN_USE).cast::<u64>();
+            let bit = 1 << part.bit();
+            let bytes = self.saved.byte_add(place);
+            if in_use.read_unaligned() & bit == 0 {
+                bytes.write_bytes(0, part.bytes());
+                in_use.write_unaligned(in_use.read_unaligned() | bit);
+            }
+            std::slice::from_raw_parts_mut(bytes.as_ptr(), part.bytes())
+        }
+    }
+
+    /// Copies what the CPU keeps to where [`Machine::execute`] looks for it.
+    fn borrow_vectors(&mut self) {
+        for part in Wide::ALL {
+            let bytes: *const [u8] = self.wide(part);
+            // SAFETY: the saved area is not part of the state.
+            let bytes = unsafe { &*bytes };
+            let state = &mut *self.state;
+            match part {
+                Wide::Masks => {
+                    for (mask, bytes) in state.masks.iter_mut().zip(bytes.as_chunks().0) {
+                        *mask = u64::from_le_bytes(*bytes);
+                    }
+                }
+                Wide::Upper => {
+                    for (vector, bytes) in state.vectors.iter_mut().zip(bytes.as_chunks::<32>().0) {
+                        vector.0[32..].copy_from_slice(bytes);
+                    }
+                }
+                Wide::More => {
+                    let vectors = state.vectors[16..].iter_mut();
+                    vectors.zip(bytes.as_chunks().0).for_each(|(v, bytes)| v.0 = *bytes);
+                }
+            }
+        }
+    }
+
+    /// Copies it back.
+    fn return_vectors(&mut self) {
+        let (masks, vectors) = (self.state.masks, self.state.vectors);
+        for (bytes, mask) in self.wide(Wide::Masks).as_chunks_mut().0.iter_mut().zip(masks) {
+            *bytes = mask.to_le_bytes();
+        }
+        for (bytes, v) in self.wide(Wide::Upper).as_chunks_mut::<32>().0.iter_mut().zip(&vectors) {
+            bytes.copy_from_slice(&v.0[32..]);
+        }
+        let more = self.wide(Wide::More).as_chunks_mut().0;
+        more.iter_mut().zip(&vectors[16..]).for_each(|(bytes, v)| *bytes = v.0);
+        self.state.dirty = 0; // The CPU has them.
     }
 
     /// The next instruction.

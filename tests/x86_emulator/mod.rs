@@ -28,7 +28,8 @@ mod vector;
 use polytape::kernels::cpu::isa::Isa;
 
 /// The instruction sets that this CPU lacks, emulated in this process from now on. A CPU with AVX-512 keeps
-/// its vectors to itself: there only tiles are emulated, and nothing if it has half of AVX-512.
+/// its vectors to itself: there only tiles are emulated and, if it lacks them, the instructions of AVX512-BF16, and nothing
+/// if it has half of AVX-512.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub fn lacking() -> Vec<Isa> {
     // SAFETY: the process executes what the CPU refuses before anybody gets what is returned.
