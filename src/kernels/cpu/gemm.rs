@@ -519,7 +519,8 @@ fn copy(to: &mut [f32], from: &[f32]) {
 /// Columns of a task that multiplies with this instruction set: four panels. (Models' widths are multiples
 /// of 96 more often than of 120: no thread waits for another's last task.)
 pub(super) fn task_cols(isa: Isa) -> usize {
-    COLS.min(4 * tile_shape(isa).1)
+    let width = tile_shape(isa).1;
+    COLS.min(4 * width) / width * width
 }
 
 /// How the rows of an operation are cut. By shape, and on AMX by the number of threads; the bits of a row do not depend on it.

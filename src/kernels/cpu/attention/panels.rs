@@ -6,7 +6,7 @@
 use super::{
     super::{
         elementwise::{load, store},
-        isa::{Element, ElementMut, LANES, Simd},
+        isa::{Element, ElementMut, LANES, Simd, step},
     },
     BLOCK,
 };
@@ -92,27 +92,6 @@ pub(super) fn pack_tile<'a, T: Element, const MR: usize>(
 /// The register tile: `MR` rows of `NV` vectors. Functions take and return it by value, and index it
 /// with constants only, so that it stays in registers.
 pub(super) type Tile<V, const MR: usize, const NV: usize> = [[V; NV]; MR];
-
-/// One step of the register tile: `acc + a ⊗ b`.
-#[inline(always)]
-pub(super) fn step<S: Simd, const MR: usize, const NV: usize>(
-    s: S,
-    a: &[f32; MR],
-    b: &PanelRow<NV>,
-    mut acc: Tile<S::V, MR, NV>,
-) -> Tile<S::V, MR, NV> {
-    let mut vectors = [s.splat(0.0); NV];
-    for j in 0..NV {
-        vectors[j] = s.load(&b[j]);
-    }
-    for m in 0..MR {
-        let a = s.splat(a[m]);
-        for j in 0..NV {
-            acc[m][j] = s.fma(a, vectors[j], acc[m][j]);
-        }
-    }
-    acc
-}
 
 /// `acc + lhsᵀ·rhs`, the left side packed by [`pack_tile`].
 #[inline(always)]

@@ -146,11 +146,11 @@ impl Simd for Avx512 {
     type V = __m512;
     const MR: usize = 12; // 24 accumulators, 2 right operands, broadcasts from memory: 32 registers.
     const NV: usize = 2;
-    const TILE: (usize, usize) = (12, 2 * LANES);
+    const TILE: (usize, usize) = (8, 3 * LANES);
 
     #[inline(always)]
-    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, _: &[f32]) {
-        super::add_tile::<Self, 12, 2>(self, lhs, rhs, sums, first);
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, next_lhs: &[f32]) {
+        super::add_tile::<Self, 8, 3>(self, lhs, rhs, sums, first, next_lhs);
     }
 
     #[inline(always)]

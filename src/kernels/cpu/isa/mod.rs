@@ -175,6 +175,27 @@ pub trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// A register tile with `lhs[m] rhs[n]` added to its sums.
+#[inline(always)]
+pub(super) fn step<S: Simd, const MR: usize, const NV: usize>(
+    simd: S,
+    lhs: &[f32; MR],
+    rhs: &[[f32; LANES]; NV],
+    mut tile: [[S::V; NV]; MR],
+) -> [[S::V; NV]; MR] {
+    let mut vectors = [simd.splat(0.0); NV];
+    for j in 0..NV {
+        vectors[j] = simd.load(&rhs[j]);
+    }
+    for m in 0..MR {
+        let l = simd.splat(lhs[m]);
+        for j in 0..NV {
+            tile[m][j] = simd.fma(l, vectors[j], tile[m][j]);
+        }
+    }
+    tile
+}
+
 /// [`Simd::add_tile`] of a tile of `MR` rows and `NV` vectors.
 #[inline(always)]
 fn add_tile<S: Simd, const MR: usize, const NV: usize>(
@@ -183,20 +204,24 @@ fn add_tile<S: Simd, const MR: usize, const NV: usize>(
     rhs: &[f32],
     sums: &mut [f32],
     first: bool,
+    next_lhs: &[f32],
 ) {
+    /// Steps of k between prefetches: of as many lines as a tile's rows at most.
+    const TOGETHER: usize = 4;
+    assert_eq!(lhs.len(), next_lhs.len(), "tiles of one block of k");
     let mut tile = [[simd.splat(0.0); NV]; MR];
+    let (lhs, rest) = lhs.as_chunks::<MR>().0.as_chunks::<TOGETHER>();
+    let next_lhs = next_lhs.as_chunks::<MR>().0.as_chunks::<TOGETHER>().0;
     let (rhs, _) = rhs.as_chunks::<LANES>().0.as_chunks::<NV>();
-    for (l, r) in lhs.as_chunks::<MR>().0.iter().zip(rhs) {
-        let mut r_lanes = [simd.splat(0.0); NV];
-        for (lanes, r) in r_lanes.iter_mut().zip(r) {
-            *lanes = simd.load(r);
+    let (rhs, rhs_rest) = rhs.as_chunks::<TOGETHER>();
+    for ((lhs, next), rhs) in lhs.iter().zip(next_lhs).zip(rhs) {
+        simd.prefetch(next);
+        for (l, r) in lhs.iter().zip(rhs) {
+            tile = step(simd, l, r, tile);
         }
-        for i in 0..MR {
-            let l = simd.splat(l[i]);
-            for j in 0..NV {
-                tile[i][j] = simd.fma(l, r_lanes[j], tile[i][j]);
-            }
-        }
+    }
+    for (l, r) in rest.iter().zip(rhs_rest) {
+        tile = step(simd, l, r, tile);
     }
     let (sums, _) = sums.as_chunks_mut::<LANES>().0.as_chunks_mut::<NV>();
     for (sums, tile) in sums.iter_mut().zip(tile) {

@@ -20,8 +20,8 @@ impl Simd for Scalar {
     const TILE: (usize, usize) = (4, LANES);
 
     #[inline(always)]
-    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, _: &[f32]) {
-        super::add_tile::<Self, 4, 1>(self, lhs, rhs, sums, first);
+    fn add_tile(self, lhs: &[f32], rhs: &[f32], sums: &mut [f32], first: bool, next_lhs: &[f32]) {
+        super::add_tile::<Self, 4, 1>(self, lhs, rhs, sums, first, next_lhs);
     }
 
     #[inline(always)]
