@@ -33,6 +33,10 @@ const LOGITS: usize = 8 << 20;
 /// Rows of them at least on AMX, where a weight takes as long to arrive and to be packed as products with 150 rows at the
 /// peak.
 const ROWS_ON_TILES: usize = 256;
+/// The smallest gradient of a logit that is kept, 2^-100 (tiles have no subnormal numbers anyway). Its products with weights
+/// are no subnormal numbers, with which a multiply-add takes a hundred times as long: where a base is sure of
+/// itself, or random, many gradients would be.
+const LEAST: f32 = 7.888_609e-31;
 /// Exponentials that are added in f32 before their sum is added to the others in f64.
 const SUM_BLOCK: usize = 64 * LANES;
 
@@ -176,7 +180,7 @@ impl SimdOp for Softmax<'_> {
             if rounded {
                 multiply_to_bf16(simd, row, factor)[label] = bf16::from_f32(at_label);
             } else {
-                multiply(simd, row, factor);
+                multiply_flushed(simd, row, factor);
                 row[label] = at_label;
             }
         }
@@ -194,6 +198,21 @@ fn multiply<S: Simd>(simd: S, row: &mut [f32], factor: f32) {
     }
     for v in rest {
         *v *= factor;
+    }
+}
+
+/// `row *= factor` of numbers that are not negative; what is smaller than [`LEAST`] becomes 0.
+#[inline(always)]
+fn multiply_flushed<S: Simd>(simd: S, row: &mut [f32], factor: f32) {
+    let least = LEAST / factor.abs();
+    let (whole, rest) = row.as_chunks_mut();
+    let (factors, leasts, zero) = (simd.splat(factor), simd.splat(least), simd.splat(0.0));
+    for v in whole {
+        let e = simd.load(v);
+        simd.store(simd.select_lt(e, leasts, zero, simd.mul(e, factors)), v);
+    }
+    for v in rest {
+        *v = if *v < least { 0.0 } else { *v * factor };
     }
 }
 
@@ -335,6 +354,30 @@ impl SimdOp for Weigh<'_> {
 mod tests {
     use super::{super::checks::*, *};
     use crate::kernels::Backend;
+
+    /// With a row of random logits, or of a base that is sure of itself, products would be of subnormal numbers.
+    #[test]
+    fn gradients_are_no_subnormal_numbers() {
+        let d_nll = 1.0 / 128.0;
+        for isa in Isa::testable() {
+            let logits: Vec<f32> = (0..37).map(|i| -2.5 * i as f32).collect();
+            let mut row = logits.clone();
+            let d_nll = Some(d_nll);
+            let softmax = Softmax { row: &mut row, label: 1, scale: 1.0, d_nll, rounded: false };
+            isa.run(softmax);
+            let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+            for (i, (got, &logit)) in row.into_iter().zip(&logits).enumerate() {
+                let hot = if i == 1 { 1.0 } else { 0.0 };
+                let want = (f64::from(logit).exp() / sum - hot) / 128.0;
+                if want.abs() < f64::from(LEAST) {
+                    assert_eq!(got, 0.0, "logit {i} on {}", isa.name());
+                } else {
+                    let error = (f64::from(got) - want).abs();
+                    assert!(error <= 1e-6 * want.abs(), "logit {i} on {}: {got}", isa.name());
+                }
+            }
+        }
+    }
 
     fn expected(cpu: &Cpu, args: &HeadLoss<'_, Cpu>) -> (Vec<(f64, f64)>, Vec<Sized>) {
         let (k, n) = (args.x.cols(), args.weight.rows());
