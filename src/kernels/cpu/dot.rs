@@ -171,78 +171,137 @@ impl SimdOp for Dots<'_> {
 #[inline(always)]
 fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
     let Dots { x, weight, y, stride } = args;
-    let (k, n, m) = (weight.cols, weight.rows, y.len() / stride);
-    assert_eq!(x.len(), m * k);
-    let x = |row: usize| &x[row * k..row * k + k];
-    // Four weight rows at a time stay in the L1 cache while the rows of x pass over them.
-    for n0 in (0..n).step_by(4) {
-        if n0 + 4 <= n {
-            let row_of = |j| weight.row::<E>(n0 + j);
-            let w = [row_of(0), row_of(1), row_of(2), row_of(3)];
-            let mut row = 0;
-            while row + 4 <= m {
-                let x = [x(row), x(row + 1), x(row + 2), x(row + 3)];
-                let mut put = |i: usize, j: usize, dot: f32| y[(row + i) * stride + n0 + j] = dot;
-                // AVX2 has registers for eight vectors of sums; four rows share a weight's
-                // conversion, and x comes from the L1 cache as an operand.
-                if S::NV == 1 {
-                    for (j, &w) in w.iter().enumerate() {
-                        let dots = tile::<S, E, 4, 1>(simd, x, [w]);
-                        dots.iter().enumerate().for_each(|(i, &[dot])| put(i, j, dot));
-                    }
-                } else {
-                    for (i, dots) in tile::<S, E, 4, 4>(simd, x, w).iter().enumerate() {
-                        dots.iter().enumerate().for_each(|(j, &dot)| put(i, j, dot));
-                    }
-                }
-                row += 4;
-            }
-            for row in row..m {
-                let [sums] = tile::<S, E, 1, 4>(simd, [x(row)], w);
-                y[row * stride + n0..][..4].copy_from_slice(&sums);
-            }
-        } else {
-            for n in n0..n {
-                for row in 0..m {
-                    y[row * stride + n] =
-                        tile::<S, E, 1, 1>(simd, [x(row)], [weight.row::<E>(n)])[0][0];
-                }
-            }
+    assert_eq!(x.len(), y.len() / stride * weight.cols);
+    let mut rest = Rest { x, weight, y, stride, first: 0 };
+    // As many weight rows at a time as there are registers for sums, with 8 rows of x or 4.
+    if S::NV > 1 && rest.m() >= 8 {
+        groups::<S, E, 3>(simd, &mut rest);
+        groups::<S, E, 2>(simd, &mut rest);
+    }
+    groups::<S, E, 4>(simd, &mut rest);
+    groups::<S, E, 1>(simd, &mut rest);
+}
+
+/// What is left of [`Dots`]: the weight rows from `first` on.
+struct Rest<'a> {
+    x: &'a [f32],
+    weight: Matrix<'a>,
+    y: &'a mut [f32],
+    stride: usize,
+    first: usize,
+}
+
+impl<'a> Rest<'a> {
+    /// The rows of x.
+    fn m(&self) -> usize {
+        self.y.len() / self.stride
+    }
+
+    /// Some rows of x.
+    fn x<const R: usize>(&self, first: usize) -> [&'a [f32]; R] {
+        let k = self.weight.cols;
+        let mut rows: [&[f32]; R] = [&[]; R];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = &self.x[(first + i) * k..(first + i + 1) * k];
+        }
+        rows
+    }
+
+    fn put<const R: usize, const C: usize>(&mut self, row: usize, dots: [[f32; C]; R]) {
+        for (i, dots) in dots.iter().enumerate() {
+            self.y[(row + i) * self.stride + self.first..][..C].copy_from_slice(dots);
         }
     }
 }
 
-/// The dot products of `R` rows of x with `C` weight rows, in the one order there is.
+/// Whole groups of `C` weight rows, which stay in the L1 cache while the rows of x pass over them.
+#[inline(always)]
+fn groups<S: Simd, E: Element, const C: usize>(simd: S, rest: &mut Rest<'_>) {
+    let (weight, m) = (rest.weight, rest.m());
+    let group = |first: usize| {
+        let mut rows: [&[E::Item]; C] = [&[]; C];
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = weight.row::<E>(first + i);
+        }
+        rows
+    };
+    while rest.first + C <= weight.rows {
+        let w = group(rest.first);
+        // No prefetcher looks across a page, which a row soon ends in.
+        let next = rest.first + C;
+        let ahead = group(if next + C <= weight.rows { next } else { rest.first });
+        let mut row = 0;
+        while S::NV > 1 && C < 4 && row + 8 <= m {
+            let dots = tile::<S, E, 8, C>(simd, rest.x(row), w, ahead);
+            rest.put(row, dots);
+            row += 8;
+        }
+        while row + 4 <= m {
+            // AVX2 has registers for eight vectors of sums; four rows share a weight's conversion, and
+            // x comes from the L1 cache as an operand.
+            if S::NV == 1 {
+                let mut dots = [[0.0; C]; 4];
+                for j in 0..C {
+                    let column = tile::<S, E, 4, 1>(simd, rest.x(row), [w[j]], [ahead[j]]);
+                    for (dots, [dot]) in dots.iter_mut().zip(column) {
+                        dots[j] = dot;
+                    }
+                }
+                rest.put(row, dots);
+            } else {
+                let dots = tile::<S, E, 4, C>(simd, rest.x(row), w, ahead);
+                rest.put(row, dots);
+            }
+            row += 4;
+        }
+        while row < m {
+            let dots = tile::<S, E, 1, C>(simd, rest.x(row), w, ahead);
+            rest.put(row, dots);
+            row += 1;
+        }
+        rest.first = next;
+    }
+}
+
+/// The dot products of `R` rows of x with `C` weight rows, in the one order there is. Meanwhile the weight rows `ahead`
+/// are fetched.
 #[inline(always)]
 fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
     simd: S,
     x: [&[f32]; R],
     w: [&[E::Item]; C],
+    ahead: [&[E::Item]; C],
 ) -> [[f32; C]; R] {
     let k = x[0].len();
     let (whole, rest) = (k / LANES, k / LANES * LANES);
     let mut sums = [[simd.splat(0.0); C]; R];
-    let (mut x_lanes, mut w_lanes) = ([simd.splat(0.0); R], [simd.splat(0.0); C]);
     // Of one length that the compiler sees, so that the loop has no bounds to check.
-    let x_chunks = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
-    let w_chunks = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
-    for i in 0..whole {
-        for (lanes, x) in x_lanes.iter_mut().zip(x_chunks) {
-            *lanes = simd.load(&x[i]);
+    let mut x_chunks: [&[[f32; LANES]]; R] = [&[]; R];
+    let (mut w_chunks, mut ahead_chunks): ([&[_]; C], [&[_]; C]) = ([&[]; C], [&[]; C]);
+    for i in 0..R {
+        x_chunks[i] = &x[i].as_chunks::<LANES>().0[..whole];
+    }
+    for j in 0..C {
+        w_chunks[j] = &w[j].as_chunks::<LANES>().0[..whole];
+        ahead_chunks[j] = &ahead[j].as_chunks::<LANES>().0[..whole];
+    }
+    let mut w_lanes = [simd.splat(0.0); C];
+    for k in 0..whole {
+        for j in 0..C {
+            simd.prefetch(&ahead_chunks[j][k]);
+            w_lanes[j] = E::load(simd, &w_chunks[j][k]);
         }
-        for (lanes, w) in w_lanes.iter_mut().zip(w_chunks) {
-            *lanes = E::load(simd, &w[i]);
+        for i in 0..R {
+            add(simd, &mut sums[i], simd.load(&x_chunks[i][k]), &w_lanes);
         }
-        step(simd, &mut sums, &x_lanes, &w_lanes);
     }
     if rest < k {
-        for (lanes, x) in x_lanes.iter_mut().zip(x) {
-            *lanes = simd.load_part(&x[rest..], 0.0);
+        for j in 0..C {
+            w_lanes[j] = E::load_part(simd, &w[j][rest..]);
         }
-        for (lanes, w) in w_lanes.iter_mut().zip(w) {
-            *lanes = E::load_part(simd, &w[rest..]);
+        for i in 0..R {
+            add(simd, &mut sums[i], simd.load_part(&x[i][rest..], 0.0), &w_lanes);
         }
-        step(simd, &mut sums, &x_lanes, &w_lanes);
     }
     let mut dots = [[0.0; C]; R];
     for (dots, sums) in dots.iter_mut().zip(sums) {
@@ -253,17 +312,11 @@ fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
     dots
 }
 
+/// `sums[j] += x w[j]`.
 #[inline(always)]
-fn step<S: Simd, const R: usize, const C: usize>(
-    simd: S,
-    sums: &mut [[S::V; C]; R],
-    x: &[S::V; R],
-    w: &[S::V; C],
-) {
-    for i in 0..R {
-        for j in 0..C {
-            sums[i][j] = simd.fma(x[i], w[j], sums[i][j]);
-        }
+fn add<S: Simd, const C: usize>(simd: S, sums: &mut [S::V; C], x: S::V, w: &[S::V; C]) {
+    for j in 0..C {
+        sums[j] = simd.fma(x, w[j], sums[j]);
     }
 }
 
