@@ -48,7 +48,7 @@ pub(super) fn head_loss(cpu: &Cpu, args: HeadLoss<'_, Cpu>) -> Loss<Cpu> {
     let mut nll = vec![0.0; x.rows()];
     let mut d_x = d_nll.map(|_| cpu.alloc(x.rows(), x.cols(), Precision::Activation));
     let amx = gemm_amx::takes(cpu, [weight].into_iter());
-    let n_rows = (LOGITS / vocabulary.max(1) / 12 * 12).clamp(12, 1152);
+    let n_rows = (LOGITS / vocabulary.max(1) / 8 * 8).clamp(8, 1152);
     let n_rows = match amx {
         Some(_) => n_rows.next_multiple_of(BLOCK_ROWS).max(ROWS_ON_TILES),
         None => n_rows,
