@@ -516,8 +516,8 @@ fn copy(to: &mut [f32], from: &[f32]) {
     }
 }
 
-/// Columns of a task that multiplies with this instruction set: four panels. (Models' widths are multiples
-/// of 96 more often than of 120: no thread waits for another's last task.)
+/// Columns of a task that multiplies with this instruction set: as many panels as [`COLS`] has room for, but
+/// no more than four. (Models' widths are multiples of 96 more often than of 120: no thread waits for another's last task.)
 pub(super) fn task_cols(isa: Isa) -> usize {
     let width = tile_shape(isa).1;
     COLS.min(4 * width) / width * width

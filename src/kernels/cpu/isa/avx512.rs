@@ -146,6 +146,7 @@ impl Simd for Avx512 {
     type V = __m512;
     const MR: usize = 12; // 24 accumulators, 2 right operands, broadcasts from memory: 32 registers.
     const NV: usize = 2;
+    /// As many accumulators, of wider rows: the fewest loads for each multiply-add.
     const TILE: (usize, usize) = (8, 3 * LANES);
 
     #[inline(always)]
