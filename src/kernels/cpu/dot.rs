@@ -9,6 +9,8 @@
 //! `x`, four times as fast as a thread's memory was, where dot products of eight rows take as long as the
 //! multiply-adds do. The sums are those of [`gemm_amx`].
 
+use std::ops::Range;
+
 use bytemuck::Zeroable;
 
 use super::{
@@ -25,8 +27,8 @@ use crate::tensor::Frozen;
 
 /// A few rows, prepared for products with weights.
 pub(super) enum FewRows {
-    /// f32, `[m, k]`.
-    Wide(Buffer),
+    /// [`PackedRows`].
+    Packed(Buffer),
     /// Right tiles, `[column tile][step]`, of `m` columns.
     Tiles { amx: Amx, tiles: Buffer, m: usize },
 }
@@ -39,7 +41,9 @@ impl FewRows {
         weights: impl Iterator<Item = &'a Frozen>,
     ) -> Self {
         let Some(amx) = gemm_amx::takes(cpu, weights) else {
-            return Self::Wide(widen(cpu, x));
+            let mut packed = cpu.scratch(PackedRows::len(x.rows, x.cols));
+            cpu.isa.run(PackRows { matrix: x, out: packed.as_mut_slice() });
+            return Self::Packed(packed);
         };
         let (m, steps) = (x.rows, gemm_amx::steps(x.cols));
         let mut tiles = cpu.tiles(m.div_ceil(TILE_COLS) * steps);
@@ -51,7 +55,7 @@ impl FewRows {
     /// `y[m, n] = Σ_k x[m, k] weight[n, k]`; `y` is `[m, stride]`.
     pub(super) fn dots(&self, cpu: &Cpu, weight: Matrix<'_>, y: &mut [f32], stride: usize) {
         let (amx, tiles, m) = match self {
-            Self::Wide(x) => return cpu.isa.run(Dots { x: x.as_slice(), weight, y, stride }),
+            Self::Packed(x) => return cpu.isa.run(Dots { x: x.as_slice(), weight, y, stride }),
             Self::Tiles { amx, tiles, m } => (amx, tiles.as_slice::<Tile>(), *m),
         };
         assert_eq!(y.len(), m * stride);
@@ -121,37 +125,74 @@ impl SimdOp for Put<'_> {
     }
 }
 
-/// The elements of a matrix as f32, `[rows, cols]`.
-pub(super) fn widen(cpu: &Cpu, matrix: Matrix<'_>) -> Buffer {
-    struct Widen<'a> {
-        matrix: Matrix<'a>,
-        out: &'a mut [f32],
+/// Rows of x as [`Dots`] reads them: one after the other in memory, whatever the number of rows at a time. Four rows are
+/// together, `[k / 16][row][16]`, and each of the last three is by itself; zeros fill the last step.
+pub(super) struct PackedRows<'a> {
+    values: &'a [f32],
+    /// Steps of 16 k.
+    steps: usize,
+}
+
+impl<'a> PackedRows<'a> {
+    /// Floats of `m` rows of `k`.
+    pub(super) fn len(m: usize, k: usize) -> usize {
+        m * k.next_multiple_of(LANES)
     }
-    impl SimdOp for Widen<'_> {
-        type Output = ();
-        #[inline(always)]
-        fn eval<S: Simd>(self, simd: S) {
-            let Self { matrix, out } = self;
-            with_element!(matrix.dtype, E => {
-                for (row, out) in out.chunks_mut(matrix.cols.max(1)).enumerate() {
-                    let (whole, rest) = matrix.row::<E>(row).as_chunks();
-                    let (out, out_rest) = out.as_chunks_mut();
-                    for (x, out) in whole.iter().zip(out) {
-                        simd.store(E::load(simd, x), out);
-                    }
-                    simd.store_part(E::load_part(simd, rest), out_rest);
+
+    /// Where the lanes of a step of a row of `m` rows of `k` go.
+    pub(super) fn place(m: usize, k: usize, row: usize, step: usize) -> Range<usize> {
+        let steps = k.div_ceil(LANES);
+        let vector = if row < m / TOGETHER * TOGETHER {
+            (row / TOGETHER * steps + step) * TOGETHER + row % TOGETHER
+        } else {
+            row * steps + step
+        };
+        vector * LANES..(vector + 1) * LANES
+    }
+
+    /// `TOGETHER` rows from a multiple of it on, or one of the last rows; a step's vectors by themselves.
+    fn rows<const R: usize>(&self, first: usize) -> &'a [[[f32; LANES]; R]] {
+        let start = first * self.steps;
+        self.values.as_chunks().0[start..start + R * self.steps].as_chunks().0
+    }
+}
+
+/// Rows of x that lie together.
+const TOGETHER: usize = 4;
+
+/// Rows as [`PackedRows`].
+pub(super) struct PackRows<'a> {
+    pub(super) matrix: Matrix<'a>,
+    pub(super) out: &'a mut [f32],
+}
+
+impl SimdOp for PackRows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn eval<S: Simd>(self, simd: S) {
+        let Self { matrix, out } = self;
+        let (m, k) = (matrix.rows, matrix.cols);
+        with_element!(matrix.dtype, E => {
+            for row in 0..m {
+                let (whole, rest) = matrix.row::<E>(row).as_chunks();
+                let mut put = |step, v| {
+                    let place = PackedRows::place(m, k, row, step);
+                    simd.store(v, out[place].first_chunk_mut().expect("16 lanes"));
+                };
+                for (step, x) in whole.iter().enumerate() {
+                    put(step, E::load(simd, x));
                 }
-            });
-        }
+                if !rest.is_empty() {
+                    put(whole.len(), E::load_part(simd, rest));
+                }
+            }
+        });
     }
-    let mut out = cpu.scratch(matrix.rows * matrix.cols);
-    cpu.isa.run(Widen { matrix, out: out.as_mut_slice() });
-    out
 }
 
 /// `y[m, n] = Σ_k x[m, k] weight[n, k]`.
 pub(super) struct Dots<'a> {
-    /// `[m, k]`.
+    /// [`PackedRows`], `[m, k]`.
     pub(super) x: &'a [f32],
     /// `[n, k]`.
     pub(super) weight: Matrix<'a>,
@@ -171,10 +212,12 @@ impl SimdOp for Dots<'_> {
 #[inline(always)]
 fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
     let Dots { x, weight, y, stride } = args;
-    assert_eq!(x.len(), y.len() / stride * weight.cols);
-    let mut rest = Rest { x, weight, y, stride, first: 0 };
+    let m = y.len() / stride;
+    assert_eq!(x.len(), PackedRows::len(m, weight.cols));
+    let x = PackedRows { values: x, steps: weight.cols.div_ceil(LANES) };
+    let mut rest = Rest { x, m, weight, y, stride, first: 0 };
     // As many weight rows at a time as there are registers for sums, with 8 rows of x or 4.
-    if S::NV > 1 && rest.m() >= 8 {
+    if S::NV > 1 && m >= 2 * TOGETHER {
         groups::<S, E, 3>(simd, &mut rest);
         groups::<S, E, 2>(simd, &mut rest);
     }
@@ -184,30 +227,17 @@ fn dots<S: Simd, E: Element>(simd: S, args: Dots<'_>) {
 
 /// What is left of [`Dots`]: the weight rows from `first` on.
 struct Rest<'a> {
-    x: &'a [f32],
+    x: PackedRows<'a>,
+    m: usize,
     weight: Matrix<'a>,
     y: &'a mut [f32],
     stride: usize,
     first: usize,
 }
 
-impl<'a> Rest<'a> {
-    /// The rows of x.
-    fn m(&self) -> usize {
-        self.y.len() / self.stride
-    }
-
-    /// Some rows of x.
-    fn x<const R: usize>(&self, first: usize) -> [&'a [f32]; R] {
-        let k = self.weight.cols;
-        let mut rows: [&[f32]; R] = [&[]; R];
-        for (i, row) in rows.iter_mut().enumerate() {
-            *row = &self.x[(first + i) * k..(first + i + 1) * k];
-        }
-        rows
-    }
-
-    fn put<const R: usize, const C: usize>(&mut self, row: usize, dots: [[f32; C]; R]) {
+impl Rest<'_> {
+    #[inline(always)]
+    fn put<const C: usize>(&mut self, row: usize, dots: &[[f32; C]]) {
         for (i, dots) in dots.iter().enumerate() {
             self.y[(row + i) * self.stride + self.first..][..C].copy_from_slice(dots);
         }
@@ -217,7 +247,7 @@ impl<'a> Rest<'a> {
 /// Whole groups of `C` weight rows, which stay in the L1 cache while the rows of x pass over them.
 #[inline(always)]
 fn groups<S: Simd, E: Element, const C: usize>(simd: S, rest: &mut Rest<'_>) {
-    let (weight, m) = (rest.weight, rest.m());
+    let (weight, m) = (rest.weight, rest.m);
     let group = |first: usize| {
         let mut rows: [&[E::Item]; C] = [&[]; C];
         for (i, row) in rows.iter_mut().enumerate() {
@@ -231,56 +261,54 @@ fn groups<S: Simd, E: Element, const C: usize>(simd: S, rest: &mut Rest<'_>) {
         let next = rest.first + C;
         let ahead = group(if next + C <= weight.rows { next } else { rest.first });
         let mut row = 0;
-        while S::NV > 1 && C < 4 && row + 8 <= m {
-            let dots = tile::<S, E, 8, C>(simd, rest.x(row), w, ahead);
-            rest.put(row, dots);
-            row += 8;
+        while S::NV > 1 && C < 4 && row + 2 * TOGETHER <= m {
+            let x = [rest.x.rows(row), rest.x.rows(row + TOGETHER)];
+            let dots = tile::<S, E, 2, TOGETHER, C>(simd, x, w, ahead);
+            rest.put(row, dots.as_flattened());
+            row += 2 * TOGETHER;
         }
-        while row + 4 <= m {
+        while row + TOGETHER <= m {
+            let x = [rest.x.rows(row)];
             // AVX2 has registers for eight vectors of sums; four rows share a weight's conversion, and
             // x comes from the L1 cache as an operand.
             if S::NV == 1 {
-                let mut dots = [[0.0; C]; 4];
+                let mut dots = [[0.0; C]; TOGETHER];
                 for j in 0..C {
-                    let column = tile::<S, E, 4, 1>(simd, rest.x(row), [w[j]], [ahead[j]]);
+                    let [column] = tile::<S, E, 1, TOGETHER, 1>(simd, x, [w[j]], [ahead[j]]);
                     for (dots, [dot]) in dots.iter_mut().zip(column) {
                         dots[j] = dot;
                     }
                 }
-                rest.put(row, dots);
+                rest.put(row, &dots);
             } else {
-                let dots = tile::<S, E, 4, C>(simd, rest.x(row), w, ahead);
-                rest.put(row, dots);
+                let dots = tile::<S, E, 1, TOGETHER, C>(simd, x, w, ahead);
+                rest.put(row, dots.as_flattened());
             }
-            row += 4;
+            row += TOGETHER;
         }
         while row < m {
-            let dots = tile::<S, E, 1, C>(simd, rest.x(row), w, ahead);
-            rest.put(row, dots);
+            let dots = tile::<S, E, 1, 1, C>(simd, [rest.x.rows(row)], w, ahead);
+            rest.put(row, dots.as_flattened());
             row += 1;
         }
         rest.first = next;
     }
 }
 
-/// The dot products of `R` rows of x with `C` weight rows, in the one order there is. Meanwhile the weight rows `ahead`
-/// are fetched.
+/// The dot products of `G` times `R` rows of x with `C` weight rows, in the one order there is. Meanwhile the weight rows
+/// `ahead` are fetched.
 #[inline(always)]
-fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
+fn tile<S: Simd, E: Element, const G: usize, const R: usize, const C: usize>(
     simd: S,
-    x: [&[f32]; R],
+    x: [&[[[f32; LANES]; R]]; G],
     w: [&[E::Item]; C],
     ahead: [&[E::Item]; C],
-) -> [[f32; C]; R] {
-    let k = x[0].len();
-    let (whole, rest) = (k / LANES, k / LANES * LANES);
-    let mut sums = [[simd.splat(0.0); C]; R];
+) -> [[[f32; C]; R]; G] {
+    let (steps, whole) = (w[0].len().div_ceil(LANES), w[0].len() / LANES);
+    let mut sums = [[[simd.splat(0.0); C]; R]; G];
     // Of one length that the compiler sees, so that the loop has no bounds to check.
-    let mut x_chunks: [&[[f32; LANES]]; R] = [&[]; R];
+    let x = x.map(|x| &x[..steps]);
     let (mut w_chunks, mut ahead_chunks): ([&[_]; C], [&[_]; C]) = ([&[]; C], [&[]; C]);
-    for i in 0..R {
-        x_chunks[i] = &x[i].as_chunks::<LANES>().0[..whole];
-    }
     for j in 0..C {
         w_chunks[j] = &w[j].as_chunks::<LANES>().0[..whole];
         ahead_chunks[j] = &ahead[j].as_chunks::<LANES>().0[..whole];
@@ -291,23 +319,31 @@ fn tile<S: Simd, E: Element, const R: usize, const C: usize>(
             simd.prefetch(&ahead_chunks[j][k]);
             w_lanes[j] = E::load(simd, &w_chunks[j][k]);
         }
-        for i in 0..R {
-            add(simd, &mut sums[i], simd.load(&x_chunks[i][k]), &w_lanes);
+        for g in 0..G {
+            for i in 0..R {
+                add(simd, &mut sums[g][i], simd.load(&x[g][k][i]), &w_lanes);
+            }
         }
     }
-    if rest < k {
+    if whole < steps {
         for j in 0..C {
-            w_lanes[j] = E::load_part(simd, &w[j][rest..]);
+            w_lanes[j] = E::load_part(simd, &w[j][whole * LANES..]);
         }
-        for i in 0..R {
-            add(simd, &mut sums[i], simd.load_part(&x[i][rest..], 0.0), &w_lanes);
+        for g in 0..G {
+            for i in 0..R {
+                add(simd, &mut sums[g][i], simd.load(&x[g][whole][i]), &w_lanes);
+            }
         }
     }
-    let mut dots = [[0.0; C]; R];
-    for (dots, sums) in dots.iter_mut().zip(sums) {
-        for (dot, sum) in dots.iter_mut().zip(sums) {
-            *dot = simd.sum(sum);
-        }
+    let mut dots = [[[0.0; C]; R]; G];
+    let (fours, rest) = dots.as_flattened_mut().as_flattened_mut().as_chunks_mut::<4>();
+    for (i, four) in fours.iter_mut().enumerate() {
+        let of = |j: usize| sums[(4 * i + j) / (R * C)][(4 * i + j) / C % R][(4 * i + j) % C];
+        *four = simd.sum_4([of(0), of(1), of(2), of(3)]);
+    }
+    for (i, dot) in rest.iter_mut().enumerate() {
+        let i = G * R * C / 4 * 4 + i;
+        *dot = simd.sum(sums[i / (R * C)][i / C % R][i % C]);
     }
     dots
 }

@@ -11,7 +11,7 @@ use super::{
     super::{Precision, ops::*},
     Cpu,
     buffer::Buffer,
-    dot::Dots,
+    dot::{Dots, PackRows, PackedRows},
     isa::{Element, LANES, Simd, SimdOp},
     linear::mixing_weights,
     matrix::{Matrix, with_element},
@@ -37,17 +37,21 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
     }
 }
 
-/// Each routing row's `[k, rank]` as `[rank, k]`.
-fn transposed(cpu: &Cpu, a: &[f32], k: usize, rank: usize) -> Buffer {
-    let mut out = cpu.scratch(a.len());
-    let block = (k * rank).max(1);
-    let blocks = out.as_mut_slice::<f32>().chunks_mut(block).zip(a.chunks(block));
-    run_tasks(blocks, |(out, a)| {
+/// Each routing row's right operand as [`PackedRows`], `[rank, k]`.
+fn packed(cpu: &Cpu, rhs: &[f32], layout: Layout, k: usize, rank: usize) -> Buffer {
+    let (block, packed_block) = ((k * rank).max(1), PackedRows::len(rank, k).max(1));
+    let mut out = cpu.scratch(rhs.len() / block * packed_block);
+    let blocks = out.as_mut_slice::<f32>().chunks_mut(packed_block).zip(rhs.chunks(block));
+    run_tasks(blocks, |(out, rhs)| match layout {
+        Layout::ByRank => cpu.isa.run(PackRows { matrix: Matrix::f32s(rhs, rank, k), out }),
         // Sixteen k at a time, so that what is read is in the L1 cache while each rank picks its own.
-        for (i, a) in a.chunks(LANES * rank).enumerate() {
-            for (j, out) in out.chunks_mut(k).enumerate() {
-                let out = &mut out[i * LANES..][..a.len() / rank];
-                out.iter_mut().zip(a[j..].iter().step_by(rank)).for_each(|(o, a)| *o = *a);
+        Layout::ByFeature => {
+            for (step, rhs) in rhs.chunks(LANES * rank).enumerate() {
+                for j in 0..rank {
+                    let out = &mut out[PackedRows::place(rank, k, j, step)];
+                    out.fill(0.0);
+                    out.iter_mut().zip(rhs[j..].iter().step_by(rank)).for_each(|(o, a)| *o = *a);
+                }
             }
         }
     });
@@ -98,54 +102,19 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
-    let operands = sides.iter().map(|side| Operand::new(cpu, side, layout, rank));
-    let operands: Vec<_> = operands.collect();
+    let pack = |side: &Side<'_>| packed(cpu, side.rhs.f32s(), layout, side.lhs.cols(), rank);
+    let operands: Vec<_> = sides.iter().map(pack).collect();
     run_tasks(tasks, |(run, row, outs)| {
-        for ((side, operand), out) in sides.iter().zip(&operands).zip(outs) {
-            operand.multiply(cpu, side, (run.clone(), row), scale, out);
+        for ((side, rhs), out) in sides.iter().zip(&operands).zip(outs) {
+            let len = PackedRows::len(rank, side.lhs.cols());
+            let rhs = &rhs.as_slice()[row * len..(row + 1) * len];
+            dots(cpu, side.lhs, run.clone(), rhs, scale, out);
         }
     });
     zs
 }
 
-/// The right operands of a side, ready to be multiplied with.
-enum Operand<'a> {
-    /// `[rank, k]` for each routing row, where it lies.
-    InPlace(&'a [f32]),
-    /// The same.
-    Transposed(Buffer),
-}
-
-impl<'a> Operand<'a> {
-    fn new(cpu: &Cpu, side: &Side<'a>, layout: Layout, rank: usize) -> Self {
-        let k = side.lhs.cols();
-        match layout {
-            Layout::ByRank => Self::InPlace(side.rhs.f32s()),
-            Layout::ByFeature => Self::Transposed(transposed(cpu, side.rhs.f32s(), k, rank)),
-        }
-    }
-
-    /// `out = scale * lhs·rhs[row]`, of tokens `run`.
-    fn multiply(
-        &self,
-        cpu: &Cpu,
-        side: &Side<'_>,
-        (run, row): (Range<usize>, usize),
-        scale: f32,
-        out: &mut [f32],
-    ) {
-        let rank = out.len() / run.len();
-        let of_row = row * rank * side.lhs.cols()..(row + 1) * rank * side.lhs.cols();
-        match self {
-            Self::InPlace(rhs) => dots(cpu, side.lhs, run, &rhs[of_row], scale, out),
-            Self::Transposed(rhs) => {
-                dots(cpu, side.lhs, run, &rhs.as_slice()[of_row], scale, out);
-            }
-        }
-    }
-}
-
-/// `out = scale * lhs·rhsᵀ`, of some tokens.
+/// `out = scale * lhs·rhsᵀ`, of some tokens; `rhs` is [`PackedRows`].
 fn dots(cpu: &Cpu, lhs: &Tensor<Cpu>, run: Range<usize>, rhs: &[f32], scale: f32, out: &mut [f32]) {
     let (n, rank) = (run.len(), out.len() / run.len());
     let mut by_rank = cpu.scratch(rank * n);

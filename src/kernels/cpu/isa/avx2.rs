@@ -364,6 +364,35 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn sum_4(self, v: [Self::V; 4]) -> [f32; 4] {
+        intrinsics!({
+            let mut eight = [_mm256_setzero_ps(); 4];
+            for i in 0..4 {
+                eight[i] = _mm256_add_ps(v[i][0], v[i][1]);
+            }
+            // The low halves of two vectors beside each other, and the high ones.
+            let ac = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(eight[0], eight[2]),
+                _mm256_permute2f128_ps::<0x31>(eight[0], eight[2]),
+            );
+            let bd = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(eight[1], eight[3]),
+                _mm256_permute2f128_ps::<0x31>(eight[1], eight[3]),
+            );
+            // Then the low pairs of all four and the high ones, the even lanes and the odd ones.
+            let two =
+                _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ac, bd), _mm256_shuffle_ps::<0xEE>(ac, bd));
+            let one = _mm256_add_ps(
+                _mm256_shuffle_ps::<0x88>(two, two),
+                _mm256_shuffle_ps::<0xDD>(two, two),
+            );
+            let (ab, cd) = (_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one));
+            let mut sums = [0.0; 4];
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm_movelh_ps(ab, cd));
+            sums
+        })
+    }
+    #[inline(always)]
     fn max_lane(self, v: Self::V) -> f32 {
         intrinsics!({
             let eight = _mm256_max_ps(v[0], v[1]);

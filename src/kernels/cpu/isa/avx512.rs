@@ -356,6 +356,31 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
+    fn sum_4(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        intrinsics!({
+            // The low halves of two vectors beside each other, and the high ones.
+            let ab = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(a, b),
+                _mm512_shuffle_f32x4::<0xEE>(a, b),
+            );
+            let cd = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(c, d),
+                _mm512_shuffle_f32x4::<0xEE>(c, d),
+            );
+            // Then the even quarters of all four and the odd ones, and so on within the quarters.
+            let four = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                _mm512_shuffle_f32x4::<0xDD>(ab, cd),
+            );
+            let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4E>(four));
+            let one = _mm512_add_ps(two, _mm512_permute_ps::<0xB1>(two));
+            let mut sums = [0.0; 4];
+            let first_of_quarters = _mm512_maskz_compress_ps(0x1111, one);
+            _mm_storeu_ps(sums.as_mut_ptr(), _mm512_castps512_ps128(first_of_quarters));
+            sums
+        })
+    }
+    #[inline(always)]
     fn max_lane(self, v: Self::V) -> f32 {
         intrinsics!({
             let eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));

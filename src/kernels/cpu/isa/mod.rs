@@ -140,6 +140,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// The lanes' sum, as a tree: `i + (i + 8)`, then `+ 4`, `+ 2`, `+ 1`.
     fn sum(self, v: Self::V) -> f32;
+    /// [`Simd::sum`] of four vectors.
+    #[inline(always)]
+    fn sum_4(self, v: [Self::V; 4]) -> [f32; 4] {
+        let mut sums = [0.0; 4];
+        for (sum, v) in sums.iter_mut().zip(v) {
+            *sum = self.sum(v);
+        }
+        sums
+    }
     /// The largest lane.
     fn max_lane(self, v: Self::V) -> f32;
 
