@@ -11,7 +11,7 @@
 use std::{
     collections::HashMap,
     mem,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use bytemuck::{Pod, Zeroable};
@@ -46,23 +46,28 @@ struct Waiting {
 }
 
 impl Shelves {
-    /// A waiting buffer of `n_lines`, if there is one; makes room for a new one if not.
+    /// A waiting buffer of `n_lines`, if there is one, handed out; makes room for a new one if not.
     fn take(&mut self, n_lines: usize) -> Option<Vec<Line>> {
         let bytes = n_lines * mem::size_of::<Line>();
+        if let Some(reused) = self.by_lines.get_mut(&n_lines).and_then(Vec::pop) {
+            self.waiting_bytes -= bytes;
+            self.hand_out(bytes);
+            return Some(reused.lines);
+        }
+        let used = self.used_bytes + bytes;
+        while used + self.waiting_bytes > used.max(self.peak_used_bytes) / 8 * 9 {
+            let oldest = self.by_lines.values_mut().filter(|waiting| !waiting.is_empty());
+            let Some(oldest) = oldest.min_by_key(|waiting| waiting[0].since) else { break };
+            self.waiting_bytes -= size_of_val(&oldest.remove(0).lines[..]);
+        }
+        None
+    }
+
+    /// Counts bytes that are in use from now on.
+    fn hand_out(&mut self, bytes: usize) {
         self.used_bytes += bytes;
         self.peak_used_bytes = self.peak_used_bytes.max(self.used_bytes);
-        let reused = self.by_lines.get_mut(&n_lines).and_then(Vec::pop);
-        if reused.is_some() {
-            self.waiting_bytes -= bytes;
-        } else {
-            while self.used_bytes + self.waiting_bytes > self.peak_used_bytes / 8 * 9 {
-                let oldest = self.by_lines.values_mut().filter(|waiting| !waiting.is_empty());
-                let Some(oldest) = oldest.min_by_key(|waiting| waiting[0].since) else { break };
-                self.waiting_bytes -= size_of_val(&oldest.remove(0).lines[..]);
-            }
-        }
         self.peak_bytes = self.peak_bytes.max(self.used_bytes + self.waiting_bytes);
-        reused.map(|waiting| waiting.lines)
     }
 
     /// Puts a buffer back.
@@ -95,11 +100,20 @@ impl Pool {
         Self { poison: true, ..Self::default() }
     }
 
+    fn shelves(&self) -> MutexGuard<'_, Shelves> {
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A buffer of `bytes` bytes with whatever was in it.
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Buffer {
         let n_lines = size_class(bytes.div_ceil(mem::size_of::<Line>()));
-        let reused = self.shelves.lock().unwrap_or_else(PoisonError::into_inner).take(n_lines);
-        let mut lines = reused.unwrap_or_else(|| bytemuck::allocation::zeroed_vec(n_lines));
+        let reused = self.shelves().take(n_lines);
+        let mut lines = reused.unwrap_or_else(|| {
+            let lines: Vec<Line> = bytemuck::allocation::zeroed_vec(n_lines);
+            // Not before it is there: a panic for want of memory leaves the shelves as they were.
+            self.shelves().hand_out(size_of_val(&lines[..]));
+            lines
+        });
         if self.poison {
             bytemuck::cast_slice_mut(&mut lines).fill(0xFF_u8); // NaN as f32 and as bf16.
         }
@@ -108,7 +122,7 @@ impl Pool {
 
     /// Bytes handed out or waiting, at their peak.
     pub(super) fn peak_bytes(&self) -> usize {
-        self.shelves.lock().unwrap_or_else(PoisonError::into_inner).peak_bytes
+        self.shelves().peak_bytes
     }
 }
 
