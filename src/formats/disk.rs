@@ -6,9 +6,13 @@
 
 use std::{
     cell::RefCell,
+    ffi::OsString,
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
+    process,
+    sync::atomic::{AtomicU64, Ordering},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 /// Something that is about to happen on disk.
@@ -143,6 +147,18 @@ impl Write for InBlocks {
         }
         self.file.flush()
     }
+}
+
+/// A hidden name beside `path` that nobody else has, for what will take its name: `.NAME.tmp-PROCESS-TIME-NUMBER`.
+/// A process id alone would do for neither two threads nor two containers, where it is 1 every time.
+pub fn hidden_beside(path: &Path) -> PathBuf {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    name.push(format!(".tmp-{}-{time:x}-{number}", process::id()));
+    path.with_file_name(name)
 }
 
 /// Makes a folder, and those that it lies in.

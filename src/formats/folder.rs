@@ -42,14 +42,10 @@ pub fn write_folder<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
         }
     }
     check_free(dir)?;
-    let Some(name) = dir.file_name() else {
+    if dir.file_name().is_none() {
         return Err(Error::Usage(format!("{} is not the name of a new folder", dir.display())));
-    };
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(format!(".tmp-{}", std::process::id()));
-    let temporary = Temporary(dir.with_file_name(hidden));
-    disk::remove_dir_all(&temporary.0).map_err(Error::io("remove", &temporary.0))?;
+    }
+    let temporary = Temporary(disk::hidden_beside(dir));
     disk::create_dir_all(&temporary.0).map_err(Error::io("create", dir))?;
     let done = fill(&temporary.0)?;
     if dir.exists() {

@@ -559,9 +559,9 @@ pub fn write_safetensors(path: &Path, tensors: &[(&str, &[usize], &[f32])]) -> R
 /// Gives `path` new content, or leaves it as it was: whatever happens, and whenever the machine
 /// stops, the name never shows half a file.
 ///
-/// The content goes to `.<name>.tmp-<pid>` in the same folder (a rename does not cross file systems),
-/// is synced, and takes the name by a rename, which is synced in turn. After an error the temporary
-/// file is removed.
+/// The content goes to a file of a name of its own in the same folder (a rename does not cross file
+/// systems), is synced, and takes the name by a rename, which is synced in turn. Of several writers at a
+/// time the last one's content stays. After an error the temporary file is removed.
 pub fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut InBlocks) -> io::Result<()>,
@@ -584,22 +584,15 @@ pub fn write_atomically(
         let mut file = InBlocks::new(file);
         return write(&mut file).and_then(|()| file.flush()).map_err(Error::io("write", path));
     }
-    let Some(name) = path.file_name() else {
+    if path.file_name().is_none() {
         return Err(Error::Usage(format!("{} is not the name of a file", path.display())));
-    };
+    }
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let mut temporary_name = std::ffi::OsString::from(".");
-    temporary_name.push(name);
-    temporary_name.push(format!(".tmp-{}", std::process::id()));
-    let temporary_path = folder.join(temporary_name);
+    let temporary_path = disk::hidden_beside(path);
     let temporary = Temporary(&temporary_path); // Borrowed, so that forgetting it leaks nothing.
-
-    // Process ids come back (in a container it is 1 every time), so what a killed run left goes
-    // first; then the name must be free, so that no link put there is written through.
-    let _ = disk::remove_file(temporary.0);
     let file = NewFile::create(temporary.0).map_err(Error::io("create", path))?;
     let mut file = InBlocks::new(file);
     write(&mut file).map_err(Error::io("write", path))?;
@@ -869,6 +862,23 @@ mod tests {
     }
 
     #[test]
+    fn of_two_writers_at_a_time_each_writes_a_whole_file() {
+        let folder = temporary("two");
+        let path = folder.join("f");
+        write_atomically(&path, |file| {
+            file.write_all(b"of the outer, ")?;
+            write_atomically(&path, |file| file.write_all(b"of the inner"))
+                .map_err(io::Error::other)?;
+            assert_eq!(fs::read(&path)?, b"of the inner");
+            file.write_all(b"which is longer")
+        })
+        .unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"of the outer, which is longer");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+        fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
     fn a_failed_write_leaves_the_old_file_and_nothing_else() {
         let folder = temporary("atomic");
         let path = folder.join("f");
@@ -883,8 +893,6 @@ mod tests {
             error.to_string().contains("cannot write") && error.to_string().ends_with("disk full")
         );
         assert_eq!(fs::read(&path).unwrap(), b"old");
-        // What a killed run with this process id left is no obstacle.
-        fs::write(folder.join(format!(".f.tmp-{}", std::process::id())), b"torn").unwrap();
         write_atomically(&path, |file| file.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);

@@ -172,17 +172,11 @@ pub fn rotate(output_dir: &Path, limit: usize) -> Result<()> {
 /// # Errors
 /// If it cannot be removed.
 pub fn remove(path: &Path) -> Result<()> {
-    let hidden = hidden_name(path);
+    let hidden = disk::hidden_beside(path);
     disk::rename(path, &hidden).map_err(Error::io("rename", path))?;
     // Or a loss of power could give the name back to what is left.
     sync_parent(path)?;
     disk::remove_dir_all(&hidden).map_err(Error::io("remove", hidden))
-}
-
-/// `.checkpoint-<step>.tmp-<pid>` beside `checkpoint-<step>`.
-fn hidden_name(path: &Path) -> PathBuf {
-    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    path.with_file_name(format!(".{name}.tmp-{}", std::process::id()))
 }
 
 /// Saves a run's state as `output_dir/checkpoint-<step>`, where there is none of that step yet.
@@ -199,7 +193,7 @@ pub fn save<B: Backend>(
     if path.exists() {
         return Ok(path); // The run was stopped at the step it was resumed at: the same bits.
     }
-    let hidden = Hidden(hidden_name(&path));
+    let hidden = Hidden(disk::hidden_beside(&path));
     fill(&hidden.0, trainer, state, arguments)?;
     disk::rename(&hidden.0, &path).map_err(Error::io("rename", &path))?;
     sync_parent(&path)?;
@@ -223,7 +217,6 @@ fn fill<B: Backend>(
     state: &TrainerState,
     arguments: &Map<String, Value>,
 ) -> Result<()> {
-    disk::remove_dir_all(hidden).map_err(Error::io("remove", hidden))?;
     disk::create_dir_all(hidden).map_err(Error::io("create", hidden))?;
     trainer.adapter().save_peft(trainer.model().backend(), hidden)?;
     trainer.save_optimizer(&hidden.join(OPTIMIZER_FILE))?;

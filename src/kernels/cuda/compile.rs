@@ -19,7 +19,10 @@ use std::{
 
 use cudarc::nvrtc::{result, sys};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    formats::disk,
+};
 
 macro_rules! sources {
     ($($name:literal),* $(,)?) => {
@@ -248,7 +251,7 @@ pub fn cubin(module: &str, arch: &str, bf16: bool) -> Result<Vec<u8>> {
 /// Written beside and renamed, so that no one reads half a file.
 fn keep(file: &Path, cubin: &[u8]) -> std::io::Result<()> {
     fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
-    let own = file.with_extension(format!("{}.tmp", std::process::id()));
+    let own = disk::hidden_beside(file);
     fs::write(&own, cubin)?;
     fs::rename(own, file)
 }
