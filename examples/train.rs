@@ -42,7 +42,7 @@ fn train(model: &str, data: &Path, output: &str) -> Result<()> {
 
     // Rows become examples; the tasks' names become ids in order of first appearance.
     let rows = read_rows(data, Targets::Required)?;
-    let tasks = TaskNames::from_rows(&rows, data)?;
+    let tasks = TaskNames::from_rows(rows.iter().map(|row| (data, row)))?;
     let encoding = Encoding {
         tokenizer: None,
         chat: None,

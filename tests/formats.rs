@@ -285,7 +285,7 @@ fn data_files() {
     let rows =
         read(&format!("{good}{{\"task\":\"b\",\"input\":\"x\",\"target\":\"y\"}}\n")).unwrap();
     let path = folder.0.join("d.jsonl");
-    let tasks = TaskNames::from_rows(&rows, &path).unwrap();
+    let tasks = TaskNames::from_rows(rows.iter().map(|row| (path.as_path(), row))).unwrap();
     assert_eq!(tasks.to_list(), Some(vec!["a".to_owned(), "b".to_owned()]));
     let others = TaskNames::from_list(&["a".to_owned()]).unwrap();
     refused(others.resolve(&rows[1], &path), &["d.jsonl:2: task \"b\" is not known"]);
@@ -358,6 +358,6 @@ fn the_shared_t5_is_read() {
     let rows = shared.join("data/superni-small/train.jsonl");
     let rows_read: Vec<Row> =
         RowReader::open(&rows, Targets::Required).unwrap().collect::<Result<_>>().unwrap();
-    let tasks = TaskNames::from_rows(&rows_read, &rows).unwrap();
+    let tasks = TaskNames::from_rows(rows_read.iter().map(|row| (rows.as_path(), row))).unwrap();
     assert_eq!((tasks.n_tasks(), tasks.to_list().map(|list| list.len())), (32, Some(32)));
 }

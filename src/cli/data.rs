@@ -1,6 +1,9 @@
 //! Data files and the flags about them, as `train`, `eval` and `generate` share them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, ValueEnum};
 use serde_json::Value;
@@ -45,6 +48,13 @@ pub(super) struct DataFlags {
 pub(super) struct DataFile {
     pub(super) path: PathBuf,
     pub(super) rows: Vec<Row>,
+}
+
+impl DataFile {
+    /// Its rows, with the file.
+    pub(super) fn located(&self) -> impl Iterator<Item = (&Path, &Row)> + Clone {
+        self.rows.iter().map(|row| (self.path.as_path(), row))
+    }
 }
 
 /// Length limits, and where texts' ids are kept.
@@ -172,14 +182,23 @@ impl DataFlags {
     /// The rows of all files.
     pub(super) fn read(&self, targets: Targets) -> Result<Vec<DataFile>> {
         let several = self.data.len() > 1;
+        let mut stems = HashSet::new();
         self.data
             .iter()
             .map(|path| {
                 let mut file = self.read_file(path, targets)?;
                 if let Some(stem) = path.file_stem().filter(|_| several) {
                     let unnamed = |row: &&mut Row| row.task.is_none() && row.task_id.is_none();
+                    let mut n_unnamed = 0;
                     for row in file.rows.iter_mut().filter(unnamed) {
                         row.task = Some(stem.to_string_lossy().into_owned());
+                        n_unnamed += 1;
+                    }
+                    if n_unnamed > 0 && !stems.insert(stem.to_owned()) {
+                        return Err(Error::file(
+                            path,
+                            "another data file has the same name, so the rows of both would be one task: give rows a field task, or rename the file",
+                        ));
                     }
                 }
                 Ok(file)

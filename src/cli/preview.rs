@@ -5,7 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{Common, data, print, print_json};
+use super::{
+    Common,
+    data::{self, DataFile},
+    print, print_json,
+};
 use crate::{
     error::Result,
     formats::{rows::Targets, tasks::TaskNames},
@@ -33,8 +37,8 @@ impl Preview {
         let model = self.common.open_model(&self.model)?;
         let tokenizer = data::open_tokenizer(&model)?;
         let mut files = self.data.read(Targets::Required)?;
-        let all = files.iter().flat_map(|file| &file.rows);
-        let (n_rows, found) = (all.clone().count(), TaskNames::from_rows(all, self.data.first())?);
+        let all = files.iter().flat_map(DataFile::located);
+        let (n_rows, found) = (all.clone().count(), TaskNames::from_rows(all)?);
         for file in &mut files {
             file.rows.truncate(self.n.max(1)); // Of each file, so that each can be judged.
         }

@@ -48,7 +48,8 @@ pub fn read_csv(path: &Path, targets: Targets, columns: &Columns) -> Result<Vec<
 
 fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Result<Vec<Row>> {
     let fail = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
-    let mut reader = ReaderBuilder::new().delimiter(delimiter(path).unwrap_or(b',')).build();
+    let delimiter = delimiter(path).unwrap_or(b',');
+    let mut reader = ReaderBuilder::new().delimiter(delimiter).build();
     let mut input = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let (mut text, mut ends) = (vec![0; 1 << 12], vec![0; 64]);
     let (mut header, mut rows): (Option<Vec<String>>, Vec<Row>) = (None, Vec::new());
@@ -80,7 +81,12 @@ fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Resu
                 }
             }
         }
-        let next_line = line + n_lines(&record[..record.len() - input.len()]);
+        let taken = &record[..record.len() - input.len()];
+        if let Some(at) = open_quote(taken, delimiter) {
+            let line = line + n_lines(&taken[..at]);
+            return Err(fail(line, "a quote is opened and never closed".to_owned()));
+        }
+        let next_line = line + n_lines(taken);
         let mut start = 0;
         let mut cells = Vec::with_capacity(n_ends);
         for &end in &ends[..n_ends] {
@@ -125,6 +131,33 @@ fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Resu
     }
 }
 
+/// Where a record has a quote that opens a cell and is not closed: the cell would have all that follows in the file.
+fn open_quote(record: &[u8], delimiter: u8) -> Option<usize> {
+    #[derive(Clone, Copy)]
+    enum Place {
+        Start,
+        Plain,
+        Quoted(usize),
+        /// Behind a quote in a quoted cell: its end, or the first of two.
+        Behind(usize),
+    }
+    let mut place = Place::Start;
+    for (i, &byte) in record.iter().enumerate() {
+        place = match place {
+            Place::Start if byte == b'"' => Place::Quoted(i),
+            Place::Quoted(start) if byte == b'"' => Place::Behind(start),
+            Place::Behind(start) if byte == b'"' => Place::Quoted(start),
+            Place::Quoted(start) => Place::Quoted(start),
+            _ if byte == delimiter => Place::Start,
+            _ => Place::Plain,
+        };
+    }
+    match place {
+        Place::Quoted(start) => Some(start),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +166,18 @@ mod tests {
     fn read(text: &str, columns: &Columns) -> Result<Vec<Row>, String> {
         let path = Path::new("rows.csv");
         parse(text.as_bytes(), path, Targets::Required, columns).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_quote_that_is_never_closed_hides_no_rows() {
+        let columns = Columns::default();
+        for text in ["x,a,\"b\nx,c,d\nx,e,f\n", "x,\"a\"\"\n,b\nx,c,d", "x,a,\""] {
+            let error = read(&format!("task,input,target\nx,5\" disk,3\"\n{text}"), &columns);
+            assert_eq!(error.unwrap_err(), "rows.csv:3: a quote is opened and never closed");
+        }
+        let rows = read("input,target\n\"a \"\"b\"\"\",\"\"\"\"\nx,3\"", &columns).unwrap();
+        assert_eq!(rows[0].target, Some(Sequence::Text("\"".into())));
+        assert_eq!(rows[1].target, Some(Sequence::Text("3\"".into())));
     }
 
     #[test]

@@ -18,6 +18,7 @@
 //! are required. Ids are u32, not yet checked against a vocabulary (that is the model's to know).
 
 use std::{
+    borrow::Cow,
     fs::File,
     io::{BufRead, BufReader, Read},
     ops::Range,
@@ -96,17 +97,22 @@ pub struct Columns {
 }
 
 impl Columns {
-    fn rename(&self, raw: &mut Map<String, Value>) -> Result<(), String> {
+    /// The fields under the names that they have here.
+    fn renamed<'a>(
+        &self,
+        raw: &'a Map<String, Value>,
+    ) -> Result<Cow<'a, Map<String, Value>>, String> {
+        let mut renamed = Cow::Borrowed(raw);
         for (name, column) in
             [("input", &self.input), ("target", &self.target), ("task", &self.task)]
         {
             let Some(column) = column else { continue };
-            let Some(value) = raw.get(column).cloned() else {
+            let Some(value) = raw.get(column) else {
                 return Err(format!("there is no field {}", excerpt(column)));
             };
-            raw.insert(name.to_owned(), value);
+            renamed.to_mut().insert(name.to_owned(), value.clone());
         }
-        Ok(())
+        Ok(renamed)
     }
 }
 
@@ -241,18 +247,18 @@ impl<R: BufRead> Iterator for RowReader<R> {
 
 /// A row from its fields; what is wrong with it otherwise.
 pub(crate) fn parse_row(
-    mut raw: Map<String, Value>,
+    raw: Map<String, Value>,
     line: usize,
     targets: Targets,
     columns: &Columns,
 ) -> Result<Row, String> {
-    columns.rename(&mut raw)?;
-    let (input, target) = match conversation(&raw)? {
+    let named = columns.renamed(&raw)?;
+    let (input, target) = match conversation(&named)? {
         Some(conversation) => conversation,
         None => {
-            let input = sequence(&raw, "input", "input_ids", unmasked(&raw)?)?
+            let input = sequence(&named, "input", "input_ids", unmasked(&named)?)?
                 .ok_or("the row has neither input nor input_ids nor messages")?;
-            (input, sequence(&raw, "target", "label_ids", labelled(&raw)?)?)
+            (input, sequence(&named, "target", "label_ids", labelled(&named)?)?)
         }
     };
     if input.is_empty() {
@@ -280,15 +286,15 @@ pub(crate) fn parse_row(
             Some(_) => {}
         }
     }
-    let task = text(&raw, "task")?;
+    let task = text(&named, "task")?;
     if task.as_ref().is_some_and(String::is_empty) {
         return Err("field task: the name is empty".to_owned());
     }
-    let task_id = match field(&raw, "task_id") {
+    let task_id = match field(&named, "task_id") {
         None => None,
         Some(value) => Some(id(value, || "field task_id".to_owned())?),
     };
-    let references = match field(&raw, "references") {
+    let references = match field(&named, "references") {
         None => None,
         Some(Value::Array(items)) => {
             let texts = items.iter().map(|item| match item {
@@ -446,6 +452,18 @@ mod tests {
 
     fn good(bytes: &[u8]) -> Vec<Row> {
         read(bytes, Targets::Required).into_iter().map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn columns_may_be_swapped_and_rows_stay_as_they_are() {
+        let named = |name: &str| Some(name.to_owned());
+        let columns = Columns { input: named("target"), target: named("input"), task: None };
+        let text = r#"{"input":"dog","target":"Hund"}"#;
+        let reader = RowReader::new(text.as_bytes(), "d.jsonl", Targets::Required);
+        let row = reader.with_columns(columns).next().unwrap().unwrap();
+        let text = |text: &str| Sequence::Text(text.to_owned());
+        assert_eq!((row.input, row.target), (text("Hund"), Some(text("dog"))));
+        assert_eq!((&row.raw["input"], &row.raw["target"]), (&"dog".into(), &"Hund".into()));
     }
 
     #[test]

@@ -12,7 +12,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::Write,
     path::Path,
 };
 
@@ -22,7 +21,6 @@ use crate::{
         json::{self, excerpt, list_names},
         poly_config::MAX_TASKS,
         rows::Row,
-        safetensors::write_atomically,
     },
 };
 
@@ -78,21 +76,24 @@ impl TaskNames {
     }
 
     /// The tasks of training rows: as the rows' ids say if any row has one, else numbered in order of
-    /// first appearance. `path` is for the messages.
+    /// first appearance. Each row comes with its file, for the messages.
     pub fn from_rows<'a>(
-        rows: impl IntoIterator<Item = &'a Row> + Clone,
-        path: &Path,
+        rows: impl IntoIterator<Item = (&'a Path, &'a Row)> + Clone,
     ) -> Result<Self> {
-        let fail = |row: &Row, detail| {
+        let fail = |(path, row): (&Path, &Row), detail| {
             Err(Error::Line { path: path.to_path_buf(), line: row.line, detail })
         };
         let mut tasks = Self::default();
-        let mut first_lines: HashMap<u32, usize> = HashMap::new(); // Of the names that have an id.
-        for row in rows.clone() {
+        let mut first: HashMap<u32, (&Path, usize)> = HashMap::new(); // Of the names that have an id.
+        let place = |path: &Path, (file, line): (&Path, usize)| match file == path {
+            true => format!("on line {line}"),
+            false => format!("on line {line} of {}", file.display()),
+        };
+        for at @ (path, row) in rows.clone() {
             let Some(id) = row.task_id else { continue };
             if id as usize >= MAX_TASKS {
                 return fail(
-                    row,
+                    at,
                     format!("task_id {id} is too large: at most {MAX_TASKS} tasks are supported"),
                 );
             }
@@ -102,37 +103,38 @@ impl TaskNames {
                 (None, None) => {
                     tasks.ids.insert(name.clone(), id);
                     tasks.names.insert(id, name.clone());
-                    first_lines.insert(id, row.line);
+                    first.insert(id, (path, row.line));
                 }
                 (Some(&known), _) if known == id => {}
                 (Some(known), _) => {
-                    let line = first_lines[known];
+                    let place = place(path, first[known]);
                     return fail(
-                        row,
+                        at,
                         format!(
-                            "task {} has task_id {id} here, but {known} on line {line}",
+                            "task {} has task_id {id} here, but {known} {place}",
                             excerpt(name)
                         ),
                     );
                 }
                 (None, Some(known)) => {
-                    let (name, known, line) = (excerpt(name), excerpt(known), first_lines[&id]);
+                    let (name, known) = (excerpt(name), excerpt(known));
+                    let place = place(path, first[&id]);
                     return fail(
-                        row,
-                        format!("task_id {id} is task {name} here, but {known} on line {line}"),
+                        at,
+                        format!("task_id {id} is task {name} here, but {known} {place}"),
                     );
                 }
             }
         }
         let has_ids = tasks.n_tasks > 0;
-        for row in rows {
+        for at @ (_, row) in rows {
             let Some(name) = &row.task else { continue };
             if tasks.ids.contains_key(name) {
                 continue;
             }
             if has_ids {
                 return fail(
-                    row,
+                    at,
                     format!(
                         "task {} has no task_id in any row, but other tasks have: give one to \
                         all or to none",
@@ -141,7 +143,7 @@ impl TaskNames {
                 );
             }
             if tasks.n_tasks == MAX_TASKS {
-                return fail(row, format!("more than {MAX_TASKS} tasks"));
+                return fail(at, format!("more than {MAX_TASKS} tasks"));
             }
             let id = tasks.n_tasks as u32;
             tasks.ids.insert(name.clone(), id);
@@ -219,11 +221,9 @@ impl TaskNames {
         (self.names.len() == self.n_tasks).then(|| self.names.values().cloned().collect())
     }
 
-    /// Writes `tasks.json`, if every id has a name.
-    pub fn save(&self, adapter_dir: impl AsRef<Path>) -> Result<()> {
-        let Some(list) = self.to_list() else { return Ok(()) };
-        let json = serde_json::json!({ "tasks": list });
-        write_atomically(&adapter_dir.as_ref().join(FILE_NAME), |file| write!(file, "{json:#}"))
+    /// The content of `tasks.json`, if every id has a name.
+    pub fn to_json(&self) -> Option<String> {
+        self.to_list().map(|list| format!("{:#}", serde_json::json!({ "tasks": list })))
     }
 }
 
@@ -249,7 +249,9 @@ mod tests {
     }
 
     fn learn(given: &[(&str, i64)]) -> Result<TaskNames, String> {
-        TaskNames::from_rows(&rows(given), Path::new("d.jsonl")).map_err(|error| error.to_string())
+        let rows = rows(given);
+        let rows = rows.iter().map(|row| (Path::new("d.jsonl"), row));
+        TaskNames::from_rows(rows).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -313,7 +315,7 @@ mod tests {
         std::fs::create_dir_all(&folder).unwrap();
         assert_eq!(TaskNames::open(&folder).unwrap(), None);
         let tasks = TaskNames::from_list(&["é".to_owned(), "b".to_owned()]).unwrap();
-        tasks.save(&folder).unwrap();
+        std::fs::write(folder.join(FILE_NAME), tasks.to_json().unwrap()).unwrap();
         assert_eq!(TaskNames::open(&folder).unwrap(), Some(tasks));
         for (json, reason) in [
             (r#"{"tasks":["a","b","a"]}"#, "tasks 0 and 2 have the same name \"a\""),
