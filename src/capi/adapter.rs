@@ -164,7 +164,8 @@ pub(super) fn give(
     memory::put(to, handles::give(object), "adapter")
 }
 
-/// Saves an adapter as PEFT does. A crash leaves the files of before or complete new ones.
+/// Saves an adapter as PEFT does. A crash leaves the adapter of before or the new one; where the folder
+/// has one of other names, routing or settings, perhaps none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn polytape_adapter_save(
     adapter: *const polytape_adapter,

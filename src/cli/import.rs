@@ -9,7 +9,7 @@ use super::{Common, print, print_json};
 use crate::{
     error::{Error, Result},
     formats::{
-        adapter::{open_authors, save_adapter},
+        adapter::{open_authors, save_with_routing},
         folder::{check_free, write_folder},
         lora::LoraFiles,
         poly_config::PolyConfig,
@@ -105,8 +105,7 @@ impl Import {
             ..Routing::default()
         };
         write_folder(&self.output_dir, |dir| {
-            save_adapter(dir, &config, &modules, names.as_ref())?;
-            routing.save(dir)?;
+            save_with_routing(dir, &config, &modules, names.as_ref(), routing.to_json())?;
             // What was written is read again: of this base, whole, and all of it finite.
             Adapter::open(&model, dir).map(|_| ())
         })?;

@@ -18,6 +18,8 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
+    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -41,6 +43,8 @@ const PICKLE: &str = "adapter_model.bin";
 pub(crate) const PICKLED: &str = "this is a pickle, which can run code and is not read; convert it \
     once, on a machine where that does not matter: python scripts/convert_pickled.py FILE, which \
     writes safetensors beside it";
+/// What PEFT has no word for in how an adapter routes (`model::Routing`).
+pub const ROUTING_FILE: &str = "routing.json";
 /// What stands in front of a module's path.
 pub(super) const PREFIX: &str = "base_model.model.";
 const LORA_A: &str = ".poly_lora_A";
@@ -331,7 +335,9 @@ pub(super) fn shape_error(
 /// Writes an adapter folder that PEFT reads, creating it if need be.
 ///
 /// Each file appears whole or not at all, `adapter_config.json` last: a folder that has it has all the
-/// others. Values that are not finite are not saved, so an adapter on disk stays a good one.
+/// others. Where the folder has an adapter whose other files than the tensors differ, its configuration goes first, so
+/// that a crash leaves no tensors beside another adapter's names; else there is always a whole one.
+/// Values that are not finite are not saved, so an adapter on disk stays a good one.
 ///
 /// # Panics
 /// If a module's shapes or the number of names do not fit the configuration.
@@ -341,7 +347,17 @@ pub fn save_adapter(
     modules: &BTreeMap<String, AdapterModule>,
     tasks: Option<&TaskNames>,
 ) -> Result<()> {
-    let dir = adapter_dir.as_ref();
+    save_with_routing(adapter_dir.as_ref(), config, modules, tasks, None)
+}
+
+/// [`save_adapter`] with the content of [`ROUTING_FILE`], where the routing is not as PEFT's.
+pub(crate) fn save_with_routing(
+    dir: &Path,
+    config: &PolyConfig,
+    modules: &BTreeMap<String, AdapterModule>,
+    tasks: Option<&TaskNames>,
+    routing: Option<String>,
+) -> Result<()> {
     config.validate()?;
     let &PolyConfig { r, n_tasks, n_skills, n_splits, .. } = config;
     let router_shape = [n_tasks, n_splits * n_skills];
@@ -366,29 +382,39 @@ pub fn save_adapter(
     let tensors: Vec<(&str, &[usize], &[f32])> =
         tensors.iter().map(|(name, shape, values)| (name.as_str(), *shape, *values)).collect();
 
+    let names = tasks.and_then(TaskNames::to_json);
+    if names.is_some() {
+        assert_eq!(tasks.map(TaskNames::n_tasks), Some(n_tasks), "one name a task");
+    }
+    let others = [
+        (tasks::FILE_NAME, names),
+        (ROUTING_FILE, routing),
+        (poly_config::FILE_NAME, Some(config.to_json())),
+    ];
+    let is_there = |(name, content): &(&str, Option<String>)| {
+        let found = fs::read(dir.join(name)).ok();
+        found.as_deref() == content.as_deref().map(str::as_bytes)
+    };
+
     disk::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let config_path = dir.join(poly_config::FILE_NAME);
+    if config_path.exists() && !others.iter().all(is_there) {
+        disk::remove_file(&config_path).map_err(Error::io("remove", &config_path))?;
+        disk::sync_dir(dir).map_err(Error::io("sync", dir))?;
+    }
     write_safetensors(&dir.join(FILE_NAME), &tensors)?;
-    match tasks.filter(|tasks| tasks.to_list().is_some()) {
-        Some(tasks) => {
-            assert_eq!(tasks.n_tasks(), n_tasks, "one name a task");
-            tasks.save(dir)?;
-        }
-        // Names that an earlier adapter left here are not this one's.
-        None => {
-            let old = dir.join(tasks::FILE_NAME);
-            disk::remove_file(&old).map_err(Error::io("remove", &old))?;
+    for (name, content) in others {
+        let path = dir.join(name);
+        match content {
+            Some(text) => write_atomically(&path, |file| file.write_all(text.as_bytes()))?,
+            None => disk::remove_file(&path).map_err(Error::io("remove", &path))?,
         }
     }
-    let json = config.to_json();
-    write_atomically(&dir.join(poly_config::FILE_NAME), |file| {
-        std::io::Write::write_all(file, json.as_bytes())
-    })
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::{
         Dtype,
@@ -445,6 +471,54 @@ mod tests {
         assert!(error.contains("poly_lora_B has the value NaN"), "{error}");
         assert_eq!(fs::read(dir.join(FILE_NAME)).unwrap(), bytes);
         fs::remove_dir_all(temporary("roundtrip")).unwrap_or_default();
+    }
+
+    /// Wherever a save ends early, the folder has the adapter of before, the new one, or none.
+    #[test]
+    fn a_save_that_ends_early_mixes_nothing() {
+        let dir = temporary("early");
+        let (config, old) = example();
+        let mut new = old.clone();
+        new.get_mut(PATH).unwrap().router_logits[0] = 77.0;
+        let names = |names: [&str; 3]| TaskNames::from_list(&names.map(str::to_owned)).unwrap();
+        let (old_names, new_names) = (names(["x", "y", "z"]), names(["z", "y", "x"]));
+        let fixed = Some("{}".to_owned());
+        for (tasks, routing) in [(&old_names, None), (&new_names, None), (&old_names, fixed)] {
+            let is_changed = (tasks, &routing) != (&old_names, &None);
+            let mut found = [0; 3];
+            for n in 0.. {
+                let _ = fs::remove_dir_all(&dir);
+                save_adapter(&dir, &config, &old, Some(&old_names)).unwrap();
+                let mut left = n;
+                let refuse = move |_: &disk::Operation| {
+                    left -= 1;
+                    if left < 0 { Err(std::io::Error::other("no more")) } else { Ok(()) }
+                };
+                let save = || save_with_routing(&dir, &config, &new, Some(tasks), routing.clone());
+                let done = disk::observed(refuse, save);
+                let found_routing = fs::read_to_string(dir.join(ROUTING_FILE)).ok();
+                match AdapterFiles::open(&dir) {
+                    Ok(now) if now.modules == old => {
+                        assert_eq!((now.tasks.as_ref(), found_routing), (Some(&old_names), None));
+                        found[0] += 1;
+                    }
+                    Ok(now) => {
+                        assert_eq!((&now.modules, now.tasks.as_ref()), (&new, Some(tasks)));
+                        assert_eq!(found_routing, routing);
+                        found[1] += 1;
+                    }
+                    Err(error) => {
+                        assert!(error.to_string().contains("adapter_config.json"), "{error}");
+                        found[2] += 1;
+                    }
+                }
+                if done.is_ok() {
+                    break;
+                }
+            }
+            assert!(found[0] > 0 && found[1] > 0 && (found[2] > 0) == is_changed, "{found:?}");
+        }
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

@@ -14,6 +14,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
     ops::Range,
     path::Path,
 };
@@ -26,7 +27,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     formats::{
-        adapter::{self, AdapterFiles, AdapterModule, save_adapter},
+        adapter::{self, AdapterFiles, AdapterModule, save_with_routing},
         poly_config::{self, PolyConfig, TargetModules},
         tasks::TaskNames,
     },
@@ -51,6 +52,15 @@ pub struct Adapter<B: Backend> {
     logits: Vec<usize>,
     params: Tensor<B>,
     tasks: Option<TaskNames>,
+}
+
+impl<B: Backend> fmt::Debug for Adapter<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Adapter")
+            .field("config", &self.config)
+            .field("linears", &self.targets.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl<B: Backend> Adapter<B> {
@@ -475,14 +485,13 @@ impl<B: Backend> Adapter<B> {
     }
 
     /// Saves it as PEFT does, with `tasks.json` beside where task names are known. A crash leaves the
-    /// files of before or complete new ones.
+    /// adapter of before or the new one; where the folder has one of other names, routing or settings, perhaps none.
     ///
     /// # Errors
     /// If a value is not finite, or the folder cannot be written.
     pub fn save_peft(&self, backend: &B, dir: impl AsRef<Path>) -> Result<()> {
-        let dir = dir.as_ref();
-        save_adapter(dir, &self.config, &self.modules(backend), self.tasks.as_ref())?;
-        self.routing.save(dir)
+        let (modules, tasks) = (self.modules(backend), self.tasks.as_ref());
+        save_with_routing(dir.as_ref(), &self.config, &modules, tasks, self.routing.to_json())
     }
 
     /// The parameters by module, as PEFT's files have them.

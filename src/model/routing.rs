@@ -13,17 +13,17 @@
 //! each of its linears, with the same numbers: PEFT computes the same with them (and would train them
 //! apart). What is shared or given stands in `routing.json`, which PEFT ignores.
 
-use std::{io::Write, path::Path};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::{Error, Result},
-    formats::{disk, json::read_json, safetensors::write_atomically},
+    error::Result,
+    formats::{adapter::ROUTING_FILE, json::read_json},
 };
 
 /// The name of the file in an adapter folder.
-pub const FILE_NAME: &str = "routing.json";
+pub const FILE_NAME: &str = ROUTING_FILE;
 /// σ(±200) is 1 or 0 in f32, here and in PyTorch: a skill that is fully on or off.
 pub const ON: f64 = 200.0;
 
@@ -87,17 +87,10 @@ impl Routing {
         if path.exists() { read_json(&path, 1 << 16) } else { Ok(Self::default()) }
     }
 
-    /// Writes `routing.json`, or removes one where this is PEFT's way.
-    ///
-    /// # Errors
-    /// If it cannot be written.
-    pub fn save(&self, adapter_dir: &Path) -> Result<()> {
-        let path = adapter_dir.join(FILE_NAME);
-        if *self == Self::default() {
-            return disk::remove_file(&path).map_err(Error::io("remove", path));
-        }
+    /// The content of `routing.json`; none where this is PEFT's way.
+    pub fn to_json(&self) -> Option<String> {
         let json = serde_json::to_value(self).unwrap_or_default();
-        write_atomically(&path, |file| writeln!(file, "{json:#}"))
+        (*self != Self::default()).then(|| format!("{json:#}\n"))
     }
 }
 
@@ -151,10 +144,10 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("polytape-routing-{}", std::process::id()));
         fs::create_dir_all(&dir).unwrap();
         let routing = Routing { granularity: Granularity::Block, fixed: true };
-        routing.save(&dir).unwrap();
+        fs::write(dir.join(FILE_NAME), routing.to_json().unwrap()).unwrap();
         assert_eq!(Routing::open(&dir).unwrap(), routing);
-        Routing::default().save(&dir).unwrap();
-        assert!(!dir.join(FILE_NAME).exists());
+        assert_eq!(Routing::default().to_json(), None);
+        fs::remove_file(dir.join(FILE_NAME)).unwrap();
         assert_eq!(Routing::open(&dir).unwrap(), Routing::default());
         fs::write(dir.join(FILE_NAME), r#"{"granularity": "head"}"#).unwrap();
         let error = Routing::open(&dir).unwrap_err().to_string();
