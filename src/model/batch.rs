@@ -29,7 +29,7 @@ pub struct Example {
     pub labels: Vec<u32>,
     /// The task, below the adapter's `n_tasks`; unused without an adapter.
     pub task: u32,
-    /// In inference, what is mixed instead of the task's own mixture; training passes over it.
+    /// In inference, what is mixed instead of the task's own mixture; in training there must be none.
     pub mixing: Option<Mixing>,
 }
 

@@ -28,6 +28,7 @@ pub mod token_cache;
 pub mod united;
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -51,7 +52,7 @@ use crate::{
         mmap::{Access, MappedFile},
         poly_config::PolyConfig,
     },
-    kernels::{Backend, cpu::Cpu},
+    kernels::{Backend, cpu::Cpu, cuda::catch_faults},
     tensor::Bytes,
 };
 
@@ -62,7 +63,7 @@ pub struct Options {
     pub dtype: Option<Dtype>,
     /// Threads; 0: one a core.
     pub n_threads: usize,
-    /// Whether the weights are mapped or read into memory.
+    /// Whether the weights are mapped or read into memory. Who truncates a mapped file ends this process by SIGBUS.
     pub access: Access,
 }
 
@@ -105,6 +106,12 @@ pub struct Model<B: Backend = Cpu> {
     files: Vec<Arc<MappedFile>>,
 }
 
+impl<B: Backend> fmt::Debug for Model<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Model({})", self.dir.display())
+    }
+}
+
 impl Model<Cpu> {
     /// Opens a Hugging Face model folder on the CPU. Nothing is read but headers; weights are mapped
     /// and touched when they are used.
@@ -137,18 +144,20 @@ impl<B: Backend> Model<B> {
     /// Opens a model folder on a given backend.
     ///
     /// # Errors
-    /// As [`Model::open`].
+    /// As [`Model::open`], and if a GPU fails or has too little memory.
     pub fn open_on(backend: B, dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        Self::build(backend, ModelConfig::open(dir)?, Checkpoint::open(dir)?)
+        let (config, checkpoint) = (ModelConfig::open(dir)?, Checkpoint::open(dir)?);
+        catch_faults(|| Self::build(backend, config, checkpoint))
     }
 
     /// The model of a folder whose weights are open, none of them used yet.
     ///
     /// # Errors
-    /// As [`Model::open`].
+    /// As [`Model::open_on`].
     pub fn from_checkpoint(backend: B, checkpoint: Checkpoint) -> Result<Self> {
-        Self::build(backend, ModelConfig::open(checkpoint.dir())?, checkpoint)
+        let config = ModelConfig::open(checkpoint.dir())?;
+        catch_faults(|| Self::build(backend, config, checkpoint))
     }
 
     fn build(backend: B, config: ModelConfig, mut checkpoint: Checkpoint) -> Result<Self> {

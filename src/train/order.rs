@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::kernels::philox::{Key, Purpose, unit};
+use crate::kernels::philox::{Key, Purpose};
 
 /// How often a task is seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -27,52 +27,65 @@ pub enum Sampling {
 /// Where tasks are drawn: their rows, and how they are drawn.
 #[derive(Clone, Debug)]
 struct Drawn {
-    /// By task: its rows, and the sum of the tasks' shares up to and with it.
+    /// By task: its rows and its share, above 0 and at most 1.
     tasks: Vec<(Vec<usize>, f64)>,
     /// Different tasks in a step at most.
     per_step: Option<usize>,
 }
 
 impl Drawn {
-    fn task(&self, draw: f64) -> usize {
-        let total = self.tasks.last().map_or(0.0, |task| task.1);
-        self.tasks.partition_point(|task| task.1 <= draw * total).min(self.tasks.len() - 1)
-    }
-
     /// The rows of a step: place `i` has the words of block `i` of the step's stream.
     fn step(&self, seed: u64, step: u64, n: usize) -> Vec<usize> {
         let key = Key::new(seed, Purpose::Shuffle, step);
-        let word = |i: usize, part: u32| f64::from(unit(key.block([i as u32, part, 0, 0])[0]));
-        let chosen: Vec<usize> = match self.per_step {
-            None => Vec::new(),
-            Some(k) => {
-                let mut chosen = Vec::new();
-                // Drawn until there are k different ones; a task without a share never comes.
-                let possible = k.min(self.tasks.len()).min(n);
-                for i in 0.. {
-                    let task = self.task(word(i, 2));
-                    if !chosen.contains(&task) {
-                        chosen.push(task);
-                    }
-                    if chosen.len() == possible {
-                        break;
-                    }
-                }
-                chosen
-            }
+        // Of 53 bits: the least likely of many tasks comes, too.
+        let draw = |i: usize, part: u32| {
+            let words = key.block([i as u32, part, 0, 0]);
+            let bits = u64::from(words[0]) << 21 | u64::from(words[1]) >> 11;
+            bits as f64 * f64::powi(2.0, -53)
         };
+        let shares: Vec<f64> = self.tasks.iter().map(|task| task.1).collect();
+        let of_all = sums(&shares);
+        // Without replacement: a task that was chosen has no share any more.
+        let mut left = shares;
+        let n_chosen = self.per_step.map_or(0, |k| k.min(left.len()).min(n));
+        let chosen: Vec<usize> = (0..n_chosen)
+            .map(|i| {
+                let task = drawn(&sums(&left), draw(i, 2));
+                left[task] = 0.0;
+                task
+            })
+            .collect();
         (0..n)
             .map(|i| {
-                let task = if chosen.is_empty() {
-                    self.task(word(i, 0))
-                } else {
-                    chosen[i % chosen.len()]
+                let task = match chosen.len() {
+                    0 => drawn(&of_all, draw(i, 0)),
+                    n => chosen[i % n],
                 };
                 let rows = &self.tasks[task].0;
-                rows[((word(i, 1) * rows.len() as f64) as usize).min(rows.len() - 1)]
+                rows[((draw(i, 1) * rows.len() as f64) as usize).min(rows.len() - 1)]
             })
             .collect()
     }
+}
+
+/// The sum of the shares up to and with each.
+fn sums(shares: &[f64]) -> Vec<f64> {
+    let mut sum = 0.0;
+    shares
+        .iter()
+        .map(|share| {
+            sum += share;
+            sum
+        })
+        .collect()
+}
+
+/// The one of a draw from `[0, 1)`, of the sums of their shares; never one without a share.
+fn drawn(sums: &[f64], draw: f64) -> usize {
+    let at = draw * sums.last().copied().unwrap_or(0.0);
+    // A product that was rounded up is the sum itself: the last one with a share.
+    let last = sums.partition_point(|&sum| sum < sums[sums.len() - 1]);
+    sums.partition_point(|&sum| sum <= at).min(last)
 }
 
 /// At most `cap` examples of each task, drawn by the seed; in their order.
@@ -143,18 +156,18 @@ impl Batches {
         }
         let mut rows: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         tasks.iter().enumerate().for_each(|(i, task)| rows.entry(*task).or_default().push(i));
+        let most = rows.values().map(Vec::len).max().unwrap_or(1) as f64;
         let share = |n: usize| match sampling {
-            Sampling::Proportional => n as f64,
+            Sampling::Proportional => n as f64 / most,
             Sampling::Uniform => 1.0,
             Sampling::Temperature(t) => {
                 assert!(t > 0.0, "a temperature is above 0");
-                (n as f64).powf(1.0 / t)
+                (n as f64 / most).powf(1.0 / t).max(f64::MIN_POSITIVE)
             }
         };
-        let mut sum = 0.0;
         let tasks = rows.into_values().map(|rows| {
-            sum += share(rows.len());
-            (rows, sum)
+            let share = share(rows.len());
+            (rows, share)
         });
         self.drawn = Some(Drawn { tasks: tasks.collect(), per_step: tasks_per_step });
         self
@@ -240,6 +253,22 @@ mod tests {
         assert!(three.iter().all(|share| (0.29..0.41).contains(share)), "{three:?}");
         let one = count(Sampling::Uniform, Some(1));
         assert!(one.iter().all(|share| (share - 1.0 / 3.0).abs() < 0.06), "{one:?}");
+    }
+
+    #[test]
+    fn a_step_has_its_number_of_tasks_however_rare_one_is() {
+        // Task 1 has a share of 1e-12, or of nothing that f64 could tell.
+        let tasks: Vec<u32> = (0..1001).map(|i| u32::from(i == 1000)).collect();
+        for t in [0.25, 0.001] {
+            let sampling = Sampling::Temperature(t);
+            let mut batches = Batches::new(1001, 4, true, 1).drawing(sampling, &tasks, Some(2));
+            for step in 1..100 {
+                let rows = batches.of_step(step);
+                assert_eq!(rows.iter().filter(|&&row| row == 1000).count(), 2, "{rows:?}");
+            }
+            let mut batches = Batches::new(1001, 4, true, 1).drawing(sampling, &tasks, None);
+            assert!((1..100).all(|step| !batches.of_step(step).contains(&1000)));
+        }
     }
 
     #[test]

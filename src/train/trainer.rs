@@ -1,6 +1,6 @@
 //! One optimiser step: route, forward, backward, clip, update.
 
-use std::path::Path;
+use std::{fmt, path::Path};
 
 use super::{
     adafactor::{self, Adafactor, Matrices, Moments},
@@ -13,6 +13,7 @@ use crate::{
     formats::safetensors::{SafetensorsFile, write_safetensors},
     kernels::{
         Backend, Precision,
+        cuda::catch_faults,
         ops::{AdamW, GradScale, Key, Noise, ParamGroup, RouteBackward, clip_scale},
         philox::Purpose,
     },
@@ -236,6 +237,17 @@ pub struct Trainer<'m, B: Backend> {
     noise: Option<Vec<f64>>,
 }
 
+impl<B: Backend> fmt::Debug for Trainer<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Trainer")
+            .field("model", self.model)
+            .field("adapter", &self.adapter)
+            .field("config", &self.config)
+            .field("step", &self.step)
+            .finish_non_exhaustive()
+    }
+}
+
 impl<'m, B: Backend> Trainer<'m, B> {
     /// Starts from an adapter, with fresh moments.
     ///
@@ -397,13 +409,14 @@ impl<'m, B: Backend> Trainer<'m, B> {
     ///
     /// # Errors
     /// If an example is mixed otherwise than by its task, the loss or a gradient is not finite, or the
-    /// base's files have changed: parameters and moments are as before the step.
+    /// base's files have changed: parameters and moments are as before the step. If a GPU fails; where it was out of
+    /// memory, a smaller step may follow.
     ///
     /// # Panics
     /// If an example's task is not below the adapter's `n_tasks`.
     pub fn step(&mut self, examples: &[&Example]) -> Result<StepReport> {
         let model = self.model;
-        model.backend().scope(|| self.step_inside(examples, None))
+        catch_faults(|| model.backend().scope(|| self.step_inside(examples, None)))
     }
 
     /// One optimiser step on T-Few's losses ([`choices`](super::choices)): `wrong` has the wrong
@@ -421,7 +434,7 @@ impl<'m, B: Backend> Trainer<'m, B> {
     ) -> Result<StepReport> {
         assert_eq!(examples.len(), wrong.len(), "the wrong choices of each example");
         let model = self.model;
-        model.backend().scope(|| self.step_inside(examples, Some(wrong)))
+        catch_faults(|| model.backend().scope(|| self.step_inside(examples, Some(wrong))))
     }
 
     fn step_inside(
@@ -443,6 +456,11 @@ impl<'m, B: Backend> Trainer<'m, B> {
         let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
         let n_inputs: usize = examples.iter().map(|e| e.input.len()).sum();
         let backend = self.model.backend();
+        // A step that a GPU's fault ended may have left none.
+        let n = self.adapter.n_params();
+        if self.grads.len() != n {
+            self.grads = backend.zeros(1, n, Precision::Full);
+        }
         backend.clear(&mut self.grads);
         let mut total = backend.number(0.0);
         let size = self.config.batch_size;
@@ -603,8 +621,13 @@ impl<'m, B: Backend> Trainer<'m, B> {
     fn sum_of_squares(&self, groups: &[ParamGroup]) -> B::Numbers {
         let backend = self.model.backend();
         match self.config.trainable {
-            // The gradient of a task that is not there is zero.
-            Trainable { bank: true, router: RouterRows::All | RouterRows::Present } => {
+            Trainable { bank: true, router: RouterRows::All } => {
+                backend.sum_of_squares(&self.grads)
+            }
+            // The gradient of a task that is not there is zero, but for the prior's.
+            Trainable { bank: true, router: RouterRows::Present }
+                if self.config.ibp_prior == 0.0 =>
+            {
                 backend.sum_of_squares(&self.grads)
             }
             _ => {
