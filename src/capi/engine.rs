@@ -294,6 +294,8 @@ impl Default for polytape_generate_options {
         let GenerateOptions {
             max_new_tokens,
             min_new_tokens,
+            max_length: _,
+            min_length: _,
             num_beams,
             num_return_sequences: _, // The callback sees the best one.
             length_penalty,
@@ -335,6 +337,8 @@ impl polytape_generate_options {
         let options = GenerateOptions {
             max_new_tokens: self.max_new_tokens,
             min_new_tokens: self.min_new_tokens,
+            max_length: usize::MAX,
+            min_length: 0,
             num_beams: self.num_beams,
             num_return_sequences: 1,
             length_penalty: self.length_penalty,

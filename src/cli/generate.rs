@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    formats::{rows::Targets, safetensors::write_atomically},
+    formats::{config::GENERATION_FILE, rows::Targets, safetensors::write_atomically},
     generate::{EarlyStopping, Engine, GenerateOptions, Generated},
     model::{Example, Model},
 };
@@ -94,8 +94,9 @@ impl Choice {
     fn options<B: Described>(&self, model: &Model<B>, seed: u64) -> Result<GenerateOptions> {
         let generation = model.generation();
         if let [key, ..] = &generation.unsupported[..] {
+            let own = model.dir().join(GENERATION_FILE);
             return Err(Error::file(
-                model.dir().join("generation_config.json"),
+                if own.exists() { own } else { model.dir().join("config.json") },
                 format!("field {key} would change the outputs and is not supported; remove it"),
             ));
         }
@@ -109,6 +110,8 @@ impl Choice {
         let options = GenerateOptions {
             max_new_tokens: size(self.max_new_tokens, own.max_new_tokens),
             min_new_tokens,
+            max_length: if self.max_new_tokens.is_some() { usize::MAX } else { own.max_length },
+            min_length: if self.min_new_tokens.is_some() { 0 } else { own.min_length },
             num_beams: size(self.num_beams, own.num_beams),
             num_return_sequences: size(self.num_return_sequences, own.num_return_sequences),
             length_penalty: self.length_penalty.unwrap_or(own.length_penalty),

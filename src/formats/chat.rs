@@ -25,7 +25,10 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     error::{Error, Result},
-    formats::json::{MAX_CONFIG_BYTES, UniqueObject, read_capped, read_json},
+    formats::{
+        json::{MAX_CONFIG_BYTES, UniqueObject, read_capped, read_json},
+        tokenizer::{SPECIAL, named_token},
+    },
 };
 
 const FILE_NAME: &str = "chat_template.jinja";
@@ -37,15 +40,14 @@ const FUEL: u64 = 4 << 20;
 /// The most bytes of a template.
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 
-/// Tokens of `tokenizer_config.json` that templates may name.
-const TOKENS: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
-
 /// A model folder's chat template.
 pub struct ChatTemplate {
     /// The file it is from.
     path: PathBuf,
     environment: Environment<'static>,
     source: String,
+    /// The one for rows with tools, where the folder has one of its own.
+    with_tools: Option<String>,
     tokens: Map<String, Value>,
 }
 
@@ -61,31 +63,38 @@ impl ChatTemplate {
             false => Map::new(),
         };
         let file = model_dir.join(FILE_NAME);
-        let (path, source) = if file.exists() {
+        let (path, source, with_tools) = if file.exists() {
             let bytes = read_capped(&file, MAX_TEMPLATE_BYTES)?;
             let source = String::from_utf8(bytes).map_err(|_| Error::file(&file, "not UTF-8"))?;
-            (file, source)
+            (file, source, None)
         } else {
-            match of_config(&config) {
-                Ok(Some(source)) => (config_path, source),
+            match of_config(&config, "default") {
+                Ok(Some(source)) => {
+                    // Without it, or where there is one template for all, the default is for tools, too.
+                    let with_tools = of_config(&config, "tool_use").unwrap_or_default();
+                    (config_path, source, with_tools)
+                }
                 Ok(None) => return Ok(None),
                 Err(detail) => return Err(Error::file(&config_path, detail)),
             }
         };
         let mut tokens = Map::new();
-        for name in TOKENS {
-            // A string, or an object with how it is matched in text.
-            let token = config.get(name).map(|token| token.get("content").unwrap_or(token));
-            if let Some(Value::String(token)) = token {
-                tokens.insert(name.to_owned(), Value::from(token.as_str()));
+        let extra = config.get("extra_special_tokens").and_then(Value::as_object);
+        let extra = extra.into_iter().flat_map(|of| of.keys().map(move |name| (of, name.as_str())));
+        for (of, name) in SPECIAL.iter().map(|&name| (&config, name)).chain(extra) {
+            if let Some(token) = named_token(of, name) {
+                tokens.insert(name.to_owned(), Value::from(token));
             }
         }
         let source = without_generation_marks(&source);
+        let with_tools = with_tools.as_deref().map(without_generation_marks);
         let environment = environment();
-        if let Err(error) = environment.template_from_str(&source) {
-            return Err(Error::file(path, format!("chat template: {}", described(&error))));
+        for source in [Some(&source), with_tools.as_ref()].into_iter().flatten() {
+            if let Err(error) = environment.template_from_str(source) {
+                return Err(Error::file(path, format!("chat template: {}", described(&error))));
+            }
         }
-        Ok(Some(Self { path, environment, source, tokens }))
+        Ok(Some(Self { path, environment, source, with_tools, tokens }))
     }
 
     /// A conversation as text; with `prompt` also what an answer begins with. `tools` is what the row
@@ -105,25 +114,29 @@ impl ChatTemplate {
             ("tools".to_owned(), tools.clone()),
             ("add_generation_prompt".to_owned(), json!(prompt)),
         ]);
-        let template = self.environment.template_from_str(&self.source);
+        let source = match (&self.with_tools, tools) {
+            (None, _) | (_, Value::Null) => &self.source,
+            (Some(source), _) => source,
+        };
+        let template = self.environment.template_from_str(source);
         template
             .and_then(|template| template.render(Serde(context)))
             .map_err(|error| format!("{}: {}", self.path.display(), described(&error)))
     }
 }
 
-/// The template in `tokenizer_config.json`: one, or a list with names.
-fn of_config(config: &Map<String, Value>) -> Result<Option<String>, String> {
+/// The template in `tokenizer_config.json`: one, or that of a name in a list.
+fn of_config(config: &Map<String, Value>, name: &str) -> Result<Option<String>, String> {
     match config.get("chat_template") {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(source)) => Ok(Some(source.clone())),
         Some(Value::Array(named)) => {
-            let is_default = |item: &&Value| item.get("name") == Some(&json!("default"));
+            let is_named = |item: &&Value| item.get("name") == Some(&json!(name));
             let source =
-                named.iter().find(is_default).and_then(|item| item.get("template")?.as_str());
-            source
-                .map(|source| Some(source.to_owned()))
-                .ok_or_else(|| "field chat_template: none of its templates is named default".into())
+                named.iter().find(is_named).and_then(|item| item.get("template")?.as_str());
+            source.map(|source| Some(source.to_owned())).ok_or_else(|| {
+                format!("field chat_template: none of its templates is named {name}")
+            })
         }
         Some(_) => Err("field chat_template: expected a string or a list".to_owned()),
     }

@@ -243,6 +243,32 @@ impl Checkpoint {
         }
     }
 
+    /// Says that the model needs no tensor but `original`, of which this is a copy; without it nothing happens.
+    ///
+    /// # Errors
+    /// If its numbers are others.
+    pub fn ignore_copy(&mut self, name: &str, original: &str, reason: &'static str) -> Result<()> {
+        let tensor = |name: &str| match self.tensors.get(name) {
+            Some(tensor) => self.files[tensor.file].tensor(name),
+            None => Ok(None),
+        };
+        let Some((copy, shape)) = tensor(name)? else { return Ok(()) };
+        let is_same = tensor(original)?.is_some_and(|(original, shape_of_original)| {
+            (copy.dtype(), shape) == (original.dtype(), shape_of_original)
+                && copy.bytes() == original.bytes()
+        });
+        if !is_same {
+            return Err(Error::Tensors {
+                path: self.dir.clone(),
+                detail: format!(
+                    "{name} is not the same as {original}: embeddings of its own for a stack are not supported"
+                ),
+            });
+        }
+        self.ignore(name, reason);
+        Ok(())
+    }
+
     /// The account of all tensors, by name. Fails if one was neither used nor ignored.
     pub fn finish(self) -> Result<Vec<TensorUse>> {
         let Self { dir, files, tensors } = self;

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     error::{Error, Result},
@@ -30,6 +30,9 @@ pub const MAX_FILE_BYTES: u64 = 64 << 20;
 
 const FILE_NAME: &str = "tokenizer.json";
 const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
+/// Tokens that `tokenizer_config.json` names.
+pub(crate) const SPECIAL: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// What a folder without it may have: the SentencePiece models that the slow tokenizers read.
 const SLOW_FILES: [&str; 2] = ["spiece.model", "tokenizer.model"];
 
@@ -57,7 +60,37 @@ impl Tokenizer {
                 ),
             ));
         }
-        Self::parse(&read_capped(&path, MAX_FILE_BYTES)?, &path, vocab_rows)
+        let mut tokenizer = Self::parse(&read_capped(&path, MAX_FILE_BYTES)?, &path, vocab_rows)?;
+        tokenizer.make_special(&tokenizer.config()?)?;
+        Ok(tokenizer)
+    }
+
+    /// What `tokenizer_config.json` beside the file says; nothing where there is none.
+    fn config(&self) -> Result<Map<String, Value>> {
+        let path = self.path.with_file_name(CONFIG_FILE_NAME);
+        Ok(match path.exists() {
+            true => read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0,
+            false => Map::new(),
+        })
+    }
+
+    /// As in transformers, tokens that the configuration names are special, whatever the file says of them.
+    fn make_special(&mut self, config: &Map<String, Value>) -> Result<()> {
+        for token in SPECIAL.iter().filter_map(|name| named_token(config, name)) {
+            if self.inner.token_to_id(token).is_none() {
+                tracing::warn!(
+                    "{}: token {} of {CONFIG_FILE_NAME} is not there, so it is text like any other; in Python: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+                    self.path.display(),
+                    excerpt(token)
+                );
+            } else if !self.inner.get_added_vocabulary().is_special_token(token) {
+                let special = tokenizers::AddedToken::from(token, true);
+                contained(|| self.inner.add_special_tokens([special]))
+                    .map_err(|error| self.error(error))?;
+                self.fingerprint.add(token.as_bytes());
+            }
+        }
+        Ok(())
     }
 
     /// Reads the bytes of the `tokenizer.json` at `path`.
@@ -116,21 +149,16 @@ impl Tokenizer {
     /// The end token that `tokenizer_config.json` names, if there is one: what Hugging Face's trainers
     /// put after a text.
     pub fn end_token(&self) -> Result<Option<u32>> {
-        let path = self.path.with_file_name(CONFIG_FILE_NAME);
-        if !path.exists() {
+        let config = self.config()?;
+        if config.get("eos_token").is_none_or(Value::is_null) {
             return Ok(None);
         }
-        let config = read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0;
-        // A string, or an object with how it is matched in text.
-        let token = match config.get("eos_token") {
-            None | Some(Value::Null) => return Ok(None),
-            Some(Value::String(token)) => Some(token.as_str()),
-            Some(token) => token.get("content").and_then(Value::as_str),
-        };
-        let id = token.and_then(|token| self.inner.token_to_id(token));
-        match id {
+        match named_token(&config, "eos_token").and_then(|token| self.inner.token_to_id(token)) {
             Some(id) => Ok(Some(id)),
-            None => Err(Error::file(&path, "field eos_token: not a token of tokenizer.json")),
+            None => {
+                let path = self.path.with_file_name(CONFIG_FILE_NAME);
+                Err(Error::file(&path, "field eos_token: not a token of tokenizer.json"))
+            }
         }
     }
 
@@ -142,6 +170,12 @@ impl Tokenizer {
     fn error(&self, detail: String) -> Error {
         Error::file(&self.path, detail)
     }
+}
+
+/// A token of `tokenizer_config.json`: a string, or an object with how it is matched in text.
+pub(crate) fn named_token<'a>(config: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+    let token = config.get(name)?;
+    token.get("content").unwrap_or(token).as_str()
 }
 
 /// What the crate makes of a file that somebody made to hurt may be a panic (merges whose prefix is longer
@@ -196,6 +230,27 @@ mod tests {
             error.contains("\"<extra_id_0>\" has id 8191, but the model's embedding has 8191 rows"),
             "{error}"
         );
+    }
+
+    /// Whatever `tokenizer.json` says of them: as in transformers.
+    #[test]
+    fn tokens_that_the_configuration_names_are_special() {
+        let folder = std::env::temp_dir().join(format!("polytape-special-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let file = r#"{"version":"1.0","pre_tokenizer":{"type":"WhitespaceSplit"},
+            "model":{"type":"WordLevel","vocab":{"a":0,"</s>":1,"u":2},"unk_token":"u"},"added_tokens":[]}"#;
+        std::fs::write(folder.join(FILE_NAME), file).unwrap();
+        let plain = Tokenizer::open(&folder, 8).unwrap();
+        assert_eq!(plain.decode(&[0, 1], true).unwrap(), "a </s>");
+        let config = r#"{"eos_token":{"content":"</s>"},"pad_token":"<none>","bos_token":null}"#;
+        std::fs::write(folder.join(CONFIG_FILE_NAME), config).unwrap();
+        let named = Tokenizer::open(&folder, 8).unwrap();
+        assert_eq!(named.decode(&[0, 1], true).unwrap(), "a");
+        assert_eq!(named.decode(&[0, 1], false).unwrap(), "a </s>");
+        assert_eq!(named.encode("a</s> a", false).unwrap(), [0, 1, 0]);
+        assert_eq!(named.end_token().unwrap(), Some(1));
+        assert_ne!(named.fingerprint(), plain.fingerprint());
+        std::fs::remove_dir_all(folder).unwrap();
     }
 
     #[test]

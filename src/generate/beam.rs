@@ -164,8 +164,8 @@ impl Search {
         slots: Range<usize>,
         copies: &mut Vec<(usize, usize)>,
     ) {
-        let GenerateOptions { num_beams, length_penalty, early_stopping, max_new_tokens, .. } =
-            *scoring.options;
+        let GenerateOptions { num_beams, length_penalty, early_stopping, .. } = *scoring.options;
+        let most_new = scoring.options.most_new(self.prompt_len);
         let n_new = self.running[0].history.len() - self.prompt_len;
         let is_full = self.running.iter().any(|beam| stepper.is_full(beam.slot));
         let rows: Vec<(&Beam, &mut [f64])> = self.running.iter().zip(scores).collect();
@@ -184,7 +184,7 @@ impl Search {
         });
         candidates.truncate(n_candidates(scoring));
         let n_new = n_new + 1;
-        let is_last = n_new == max_new_tokens || is_full;
+        let is_last = n_new == most_new || is_full;
         let ends = |c: &Candidate| is_last || scoring.model.eos_token_ids.contains(&c.id);
         let of_length = |score: f64, len: usize| score / (len as f64).powf(length_penalty);
 
@@ -203,7 +203,7 @@ impl Search {
             (None, _) => false,
             (Some(best), Some((_, worst))) if is_complete => {
                 let len = match early_stopping {
-                    EarlyStopping::Never if length_penalty > 0.0 => max_new_tokens,
+                    EarlyStopping::Never if length_penalty > 0.0 => most_new,
                     _ => n_new,
                 };
                 of_length(best.score, len) > *worst

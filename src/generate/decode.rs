@@ -172,7 +172,7 @@ impl<B: Backend> Decoder<'_, '_, B> {
     fn can_follow(&self, flight: &Flight<B>) -> bool {
         let goes_on = |r: &Running| {
             flight.slots.contains(&r.slot)
-                && r.n_new() + 1 < self.scoring.options.max_new_tokens
+                && r.n_new() + 1 < self.scoring.options.most_new(r.prompt_len)
                 && !self.stepper.is_full(r.slot)
         };
         self.engine.model.backend().is_queued()
@@ -198,7 +198,7 @@ impl<B: Backend> Decoder<'_, '_, B> {
         }
         let Self { scoring, stepper, seats, .. } = self;
         self.running.retain(|r| {
-            let ends = r.n_new() == scoring.options.max_new_tokens
+            let ends = r.n_new() == scoring.options.most_new(r.prompt_len)
                 || r.n_new() > 0
                     // A token at the last position is said, but there is no room to go on from it.
                     && (!is_followed && stepper.is_full(r.slot)
@@ -215,9 +215,15 @@ impl<B: Backend> Decoder<'_, '_, B> {
         self.in_slot(slot).map_or(0, Running::n_new) + n_unknown
     }
 
+    /// Ids that may not come next in a slot, as [`Self::n_new`].
+    fn forbidden(&self, slot: usize, n_unknown: usize) -> &[u32] {
+        let prompt_len = self.in_slot(slot).map_or(0, |r| r.prompt_len);
+        self.scoring.forbidden(prompt_len, self.n_new(slot, n_unknown))
+    }
+
     /// Whether the backend chooses the tokens of these slots after `n_unknown` more.
     fn is_chosen_there(&self, slots: &[usize], n_unknown: usize) -> bool {
-        let forbidden = |slot: &usize| self.scoring.forbidden(self.n_new(*slot, n_unknown));
+        let forbidden = |slot: &usize| self.forbidden(*slot, n_unknown);
         let are_equal = || slots.windows(2).all(|pair| forbidden(&pair[0]) == forbidden(&pair[1]));
         // The most probable token is the same wherever it is looked for; a draw's weights are not, so all draws of
         // a call are made in one place.
@@ -231,7 +237,7 @@ impl<B: Backend> Decoder<'_, '_, B> {
         }
         let (backend, options) = (self.engine.model.backend(), self.scoring.options);
         let n_new = |slot: &usize| self.n_new(*slot, n_unknown);
-        let forbidden = slots.iter().map(|slot| self.scoring.forbidden(n_new(slot)));
+        let forbidden = slots.iter().map(|slot| self.forbidden(*slot, n_unknown));
         let forbids: Vec<bool> = forbidden.clone().map(|ids| !ids.is_empty()).collect();
         let forbidden = forbidden.max_by_key(|ids| ids.len()).unwrap_or_default();
         if !options.do_sample {

@@ -11,7 +11,10 @@ mod sample;
 mod scores;
 mod stepper;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    fmt,
+};
 
 pub use options::{EarlyStopping, GenerateOptions};
 
@@ -35,6 +38,13 @@ fn mode<B: Backend>(adapter: &Adapter<B>) -> Mode {
 }
 
 /// A base, maybe with an adapter, ready to compute.
+///
+/// Its functions have no errors. On a GPU a fault unwinds through them: [`catch_faults`](crate::kernels::cuda::catch_faults)
+/// makes it an error.
+///
+/// # Panics
+/// Those that compute, if an example fails [`Model::check_example`], or is mixed otherwise than those that the engine was
+/// made for.
 pub struct Engine<'m, B: Backend> {
     model: &'m Model<B>,
     adapter: Option<Attached<'m, B>>,
@@ -56,6 +66,25 @@ struct Attached<'m, B: Backend> {
     mixture: Mixture<B>,
     mode: Mode,
     row_of: HashMap<Mixing, usize>,
+}
+
+impl<B: Backend> fmt::Debug for Engine<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("model", self.model)
+            .field("adapter", &self.adapter.as_ref().map(|attached| attached.adapter))
+            .field("capacity", &self.capacity)
+            .finish()
+    }
+}
+
+impl<B: Backend> Attached<'_, B> {
+    /// The routing row of an example.
+    fn row(&self, example: &Example) -> usize {
+        let mixing = example.mixing();
+        let row = self.row_of.get(&mixing);
+        *row.unwrap_or_else(|| panic!("the engine was not made for examples of {mixing:?}"))
+    }
 }
 
 impl<'m, B: Backend> Engine<'m, B> {
@@ -226,7 +255,7 @@ impl<'m, B: Backend> Engine<'m, B> {
             Some(attached) => RoutingRows {
                 tasks: Vec::new(),
                 n_rows: attached.row_of.len(),
-                of_example: examples.iter().map(|e| attached.row_of[&e.mixing()]).collect(),
+                of_example: examples.iter().map(|example| attached.row(example)).collect(),
             },
             None => RoutingRows { tasks: Vec::new(), n_rows: 1, of_example: vec![0; batch.n()] },
         };

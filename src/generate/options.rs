@@ -10,6 +10,9 @@ pub use crate::formats::config::EarlyStopping;
 /// New tokens of an output where neither a flag nor the model's folder says how many.
 const MAX_NEW_TOKENS: usize = 128;
 
+/// Beams or sequences of a row at most: past that there is no memory for their keys and values.
+const MOST_SEQUENCES: usize = 4096;
+
 /// How tokens are generated. The default is greedy.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
@@ -17,6 +20,10 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// No end token before this many.
     pub min_new_tokens: usize,
+    /// At most this many tokens of a causal model's row, the prompt included, but one new token at least.
+    pub max_length: usize,
+    /// No end token before this many tokens of a causal model's row, the prompt included.
+    pub min_length: usize,
     /// Sequences that a beam search follows; 1: no beam search.
     pub num_beams: usize,
     /// Sequences that are given for each row; more than one needs beams or sampling.
@@ -49,6 +56,8 @@ impl Default for GenerateOptions {
         Self {
             max_new_tokens: MAX_NEW_TOKENS,
             min_new_tokens: 0,
+            max_length: usize::MAX,
+            min_length: 0,
             num_beams: 1,
             num_return_sequences: 1,
             length_penalty: 1.0,
@@ -71,14 +80,26 @@ impl GenerateOptions {
         let own = Self::default();
         let file = &config.defaults;
         Self {
-            max_new_tokens: file.max_new_tokens.unwrap_or(own.max_new_tokens),
+            // A whole length alone lets a row go on for as long as that.
+            max_new_tokens: (file.max_new_tokens.or(file.max_length)).unwrap_or(own.max_new_tokens),
             min_new_tokens: file.min_new_tokens.unwrap_or(own.min_new_tokens),
+            max_length: match file.max_new_tokens {
+                Some(_) => own.max_length,
+                None => file.max_length.unwrap_or(own.max_length),
+            },
+            min_length: match file.min_new_tokens {
+                Some(_) => own.min_length,
+                None => file.min_length.unwrap_or(own.min_length),
+            },
             num_beams: file.num_beams.unwrap_or(own.num_beams),
             num_return_sequences: file.num_return_sequences.unwrap_or(own.num_return_sequences),
             length_penalty: file.length_penalty.unwrap_or(own.length_penalty),
             early_stopping: file.early_stopping.unwrap_or(own.early_stopping),
             do_sample: file.do_sample.unwrap_or(own.do_sample),
-            temperature: file.temperature.unwrap_or(own.temperature),
+            // Files that do not sample have 0, which is none.
+            temperature: (file.temperature)
+                .filter(|&t| t != 0.0 || file.do_sample == Some(true))
+                .unwrap_or(own.temperature),
             top_k: file.top_k.unwrap_or(own.top_k),
             top_p: file.top_p.unwrap_or(own.top_p),
             min_p: file.min_p.unwrap_or(own.min_p),
@@ -86,6 +107,16 @@ impl GenerateOptions {
             no_repeat_ngram_size: file.no_repeat_ngram_size.unwrap_or(own.no_repeat_ngram_size),
             seed: own.seed,
         }
+    }
+
+    /// New tokens at most, of a row whose decoder begins with `prompt_len` tokens.
+    pub(super) fn most_new(&self, prompt_len: usize) -> usize {
+        self.max_new_tokens.min(self.max_length.saturating_sub(prompt_len).max(1))
+    }
+
+    /// New tokens before the end at least, as [`GenerateOptions::most_new`].
+    pub(super) fn least_new(&self, prompt_len: usize) -> usize {
+        self.min_new_tokens.max(self.min_length.saturating_sub(prompt_len))
     }
 
     /// Checks ranges and combinations.
@@ -122,6 +153,13 @@ impl GenerateOptions {
         if self.num_beams == 0 || self.num_return_sequences == 0 {
             return usage("--num-beams and --num-return-sequences must be at least 1".into());
         }
+        for (name, n) in
+            [("beams", self.num_beams), ("return-sequences", self.num_return_sequences)]
+        {
+            if n > MOST_SEQUENCES {
+                return usage(format!("--num-{name} must be at most {MOST_SEQUENCES}, not {n}"));
+            }
+        }
         if self.num_beams > 1 && self.do_sample {
             return usage("--do-sample and --num-beams exclude each other: leave one out".into());
         }
@@ -133,5 +171,37 @@ impl GenerateOptions {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::config::GenerationDefaults;
+
+    fn of(defaults: GenerationDefaults) -> GenerateOptions {
+        GenerateOptions::of_model(&GenerationConfig { defaults, ..GenerationConfig::default() })
+    }
+
+    #[test]
+    fn whole_lengths_count_the_prompt() {
+        let (max_length, min_length) = (Some(25), Some(20));
+        let file = GenerationDefaults { max_length, min_length, ..Default::default() };
+        let options = of(file.clone());
+        assert_eq!((options.most_new(10), options.least_new(10)), (15, 10));
+        assert_eq!((options.most_new(40), options.least_new(40)), (1, 0));
+        // As in transformers, new tokens win over whole lengths.
+        let new = Some(3);
+        let options = of(GenerationDefaults { max_new_tokens: new, min_new_tokens: new, ..file });
+        assert_eq!((options.most_new(10), options.least_new(10)), (3, 3));
+    }
+
+    #[test]
+    fn a_temperature_of_0_is_none_where_nothing_is_drawn() {
+        let file = GenerationDefaults { temperature: Some(0.0), ..Default::default() };
+        assert!(of(file.clone()).check().is_ok());
+        assert!(of(GenerationDefaults { do_sample: Some(true), ..file }).check().is_err());
+        let many = GenerateOptions { num_beams: 1 << 40, ..Default::default() };
+        assert!(many.check().unwrap_err().to_string().contains("--num-beams must be at most"));
     }
 }

@@ -31,9 +31,9 @@ impl Scoring<'_> {
             && self.model.forced_eos_token_id.is_none()
     }
 
-    /// Ids that may not come next.
-    pub(super) fn forbidden(&self, n_new: usize) -> &[u32] {
-        if n_new < self.options.min_new_tokens { &self.model.eos_token_ids } else { &[] }
+    /// Ids that may not come next, after a prompt and some new tokens.
+    pub(super) fn forbidden(&self, prompt_len: usize, n_new: usize) -> &[u32] {
+        if n_new < self.options.least_new(prompt_len) { &self.model.eos_token_ids } else { &[] }
     }
 
     /// Applies penalties and bans to logits or log-probabilities, `[vocabulary]`.
@@ -57,12 +57,13 @@ impl Scoring<'_> {
                 }
             }
         }
-        for &id in self.forbidden(n_new) {
+        let prompt_len = history.len() - n_new;
+        for &id in self.forbidden(prompt_len, n_new) {
             scores[id as usize] = f64::NEG_INFINITY;
         }
-        // The decoder of an encoder-decoder begins with its start id alone.
+        // As transformers: where there is one token, an encoder-decoder's start id or a prompt of one.
         let first = (history.len() == 1).then_some(self.model.forced_bos_token_id).flatten();
-        let last = (n_new + 1 == self.options.max_new_tokens)
+        let last = (n_new + 1 == self.options.most_new(prompt_len))
             .then_some(self.model.forced_eos_token_id)
             .flatten();
         if let Some(forced) = last.or(first) {

@@ -107,7 +107,8 @@ impl<B: Backend> Bart<B> {
         }
         for stack in ["encoder", "decoder"] {
             let copy = format!("{prefix}{stack}.embed_tokens.weight");
-            checkpoint.ignore(&copy, "the shared embedding again");
+            let shared = format!("{prefix}shared.weight");
+            checkpoint.ignore_copy(&copy, &shared, "the shared embedding again")?;
         }
         let mut loader = Loader { backend, config: &config, checkpoint, prefix, next: 0 };
         let shared = loader.weight("shared.weight", &shape)?;

@@ -360,7 +360,8 @@ impl<B: Backend> Loader<'_, B> {
         let shape = [self.config.vocab_size, self.config.d_model];
         // Old files repeat the embedding under the stacks' own names.
         for copy in ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"] {
-            self.checkpoint.ignore(copy, "the shared embedding again");
+            let reason = "the shared embedding again";
+            self.checkpoint.ignore_copy(copy, "shared.weight", reason)?;
         }
         self.weight("shared.weight", &shape)
     }

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
 use super::{fails, fixture, lines, ok, scratch, str};
@@ -81,6 +82,63 @@ fn generate_searches_as_told() {
     base_that_asks_for(&model, &json!({"guidance_scale": 1.5}));
     let command = [&["generate", "--model", str(&model)], &adapter[..]].concat();
     fails(&command, 3, "generation_config.json: field guidance_scale");
+}
+
+/// Of a causal model a whole length counts the prompt.
+#[test]
+fn whole_lengths_end_rows_by_their_prompts() {
+    let dir = scratch("generate-lengths");
+    let model = dir.join("model");
+    fs::create_dir(&model).unwrap();
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/parity/llama/base");
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(base.join(file), model.join(file)).unwrap();
+    }
+    let data = dir.join("rows.jsonl");
+    let row = |n: usize| format!("{}\n", json!({"input_ids": vec![7; n]}));
+    fs::write(&data, row(3) + &row(6) + &row(12)).unwrap();
+    let lens = |wish: Value, flags: &[&str]| -> Vec<usize> {
+        fs::write(model.join("generation_config.json"), wish.to_string()).unwrap();
+        let output = dir.join("out.jsonl");
+        let common = ["--model", str(&model), "--data", str(&data), "--output", str(&output)];
+        ok(&[&["generate"], &common[..], flags].concat());
+        lines(&output).iter().map(|row| row["output_ids"].as_array().unwrap().len()).collect()
+    };
+    let wish = || json!({"eos_token_id": null, "max_length": 10});
+    assert_eq!(lens(wish(), &[]), [7, 4, 1]);
+    assert_eq!(lens(wish(), &["--num-beams", "2"]), [7, 4, 1]);
+    assert_eq!(lens(wish(), &["--max-new-tokens", "5"]), [5, 5, 5]);
+}
+
+/// Embeddings of its own for a stack would be lost.
+#[test]
+fn a_stacks_own_embeddings_are_refused() {
+    let dir = scratch("own-embeddings");
+    let (base, model) = (fixture("base"), dir.join("model"));
+    fs::create_dir(&model).unwrap();
+    fs::copy(base.join("config.json"), model.join("config.json")).unwrap();
+    let bytes = fs::read(base.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let shared = file.tensor("shared.weight").unwrap();
+    let data = dir.join("rows.jsonl");
+    fs::write(&data, "{\"input_ids\": [7], \"label_ids\": [8, 1], \"task_id\": 0}\n").unwrap();
+    let mut copy = shared.data().to_vec();
+    for is_same in [true, false] {
+        if !is_same {
+            copy[5] ^= 1;
+        }
+        let own = TensorView::new(shared.dtype(), shared.shape().to_vec(), &copy).unwrap();
+        let tensors = file.iter().chain([("encoder.embed_tokens.weight", own)]);
+        let bytes = safetensors::serialize(tensors, None).unwrap();
+        fs::write(model.join("model.safetensors"), bytes).unwrap();
+        let flags = ["eval", "--model", str(&model), "--data", str(&data)];
+        match is_same {
+            true => _ = ok(&flags),
+            false => {
+                fails(&flags, 3, "encoder.embed_tokens.weight is not the same as shared.weight")
+            }
+        }
+    }
 }
 
 #[test]

@@ -444,6 +444,8 @@ impl RopeConfig {
     fn from_fields(fields: &mut Fields, max_positions: usize) -> Result<Self> {
         let theta = fields.number("rope_theta")?;
         let partial = fields.number("partial_rotary_factor")?;
+        // Where a set of settings wants it, transformers asks here first.
+        let original = fields.take_value("original_max_position_embeddings");
         let scaling = fields.take_value("rope_scaling");
         let parameters = fields.take_value("rope_parameters");
         // As transformers 5: the old name wins where it says something.
@@ -456,6 +458,13 @@ impl RopeConfig {
                 return Err(fields.wrong_type("rope_parameters", "an object", &other));
             }
         };
+        let mut value = value;
+        let is_llama3 = |key| value.get(key).and_then(Value::as_str) == Some("llama3");
+        if let Some(original) = original
+            && (is_llama3("rope_type") || is_llama3("type"))
+        {
+            value.insert("original_max_position_embeddings".to_owned(), original);
+        }
         let mut rope = Fields::within(value, fields.path(), key);
         let own_partial = rope.number("partial_rotary_factor")?;
         if let Some(partial) = own_partial.or(partial).filter(|&share| share != 1.0) {
@@ -589,6 +598,12 @@ mod tests {
         let rope = RopeConfig { theta: 500_000.0, scaling: RopeScaling::Llama3(scaling) };
         assert_eq!((config.rope, config.dtype), (rope, Some(Dtype::Bf16)));
         assert_eq!((config.n_kv_heads, config.tie_word_embeddings), (8, true));
+
+        // At the top it wins, as in transformers.
+        let mut top = four.clone();
+        top["original_max_position_embeddings"] = json!(4096);
+        let scaling = Llama3Scaling { original_max_positions: 4096, ..scaling };
+        assert_eq!(parse(&top).unwrap().rope.scaling, RopeScaling::Llama3(scaling));
 
         let mut five = four.clone();
         let fields = five.as_object_mut().unwrap();

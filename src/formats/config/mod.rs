@@ -316,7 +316,7 @@ pub struct GenerationConfig {
     pub pad_token_id: Option<u32>,
     /// The id that the decoder begins with; none: a causal model, which begins with its input.
     pub decoder_start_token_id: Option<u32>,
-    /// The first new token of an encoder-decoder, whatever the scores say.
+    /// The second token of a decoder that begins with one, whatever the scores say.
     pub forced_bos_token_id: Option<u32>,
     /// The last token where an output reaches its greatest length.
     pub forced_eos_token_id: Option<u32>,
@@ -332,6 +332,8 @@ pub struct GenerationConfig {
 pub struct GenerationDefaults {
     pub max_new_tokens: Option<usize>,
     pub min_new_tokens: Option<usize>,
+    pub max_length: Option<usize>,
+    pub min_length: Option<usize>,
     pub num_beams: Option<usize>,
     pub num_return_sequences: Option<usize>,
     pub length_penalty: Option<f64>,
@@ -374,11 +376,10 @@ impl GenerationDefaults {
             }
         };
         // Lengths with the prompt; only the start id of an encoder-decoder is a known prompt.
-        let whole = |length: Option<usize>| {
+        let (max_length, min_length) = (count(fields, "max_length")?, count(fields, "min_length")?);
+        let new = |length: Option<usize>| {
             length.filter(|_| !is_causal).and_then(|length| length.checked_sub(1))
         };
-        let (max_length, min_length) =
-            (whole(count(fields, "max_length")?), whole(count(fields, "min_length")?));
         let early_stopping = match fields.take_value("early_stopping") {
             None => None,
             Some(Value::Bool(true)) => Some(EarlyStopping::Yes),
@@ -393,8 +394,11 @@ impl GenerationDefaults {
             }
         };
         Ok(Self {
-            max_new_tokens: count(fields, "max_new_tokens")?.or(max_length).filter(|&n| n > 0),
-            min_new_tokens: count(fields, "min_new_tokens")?.or(min_length),
+            max_new_tokens: (count(fields, "max_new_tokens")?.or(new(max_length)))
+                .filter(|&n| n > 0),
+            min_new_tokens: count(fields, "min_new_tokens")?.or(new(min_length)),
+            max_length: max_length.filter(|&n| is_causal && n > 0),
+            min_length: min_length.filter(|_| is_causal),
             num_beams: count(fields, "num_beams")?.filter(|&n| n > 0),
             num_return_sequences: count(fields, "num_return_sequences")?.filter(|&n| n > 0),
             length_penalty: fields.number("length_penalty")?,
@@ -410,8 +414,9 @@ impl GenerationDefaults {
     }
 }
 
-/// Keys that change outputs and have no counterpart here, with the values that change nothing.
-const UNSUPPORTED_GENERATION: [(&str, &[f64]); 14] = [
+/// Keys that change outputs and have no counterpart here, with the numbers that change nothing; no value, `false`
+/// and an empty list never do.
+const UNSUPPORTED_GENERATION: [(&str, &[f64]); 19] = [
     ("bad_words_ids", &[]),
     ("begin_suppress_tokens", &[]),
     ("suppress_tokens", &[]),
@@ -426,33 +431,59 @@ const UNSUPPORTED_GENERATION: [(&str, &[f64]); 14] = [
     ("eta_cutoff", &[0.0]),
     ("penalty_alpha", &[0.0]),
     ("num_beam_groups", &[1.0]),
+    ("renormalize_logits", &[]),
+    ("top_h", &[]),
+    ("watermarking_config", &[]),
+    ("stop_strings", &[]),
+    ("forced_decoder_ids", &[]),
 ];
 
+/// Where a model folder says how tokens are generated.
+pub const GENERATION_FILE: &str = "generation_config.json";
+
 impl GenerationConfig {
-    /// Reads `generation_config.json` of a model folder, if there is one.
+    /// Reads `generation_config.json` of a model folder; where there is none, what `config.json` says of it, as
+    /// transformers does.
     pub fn open(model_dir: impl AsRef<Path>, model: &ModelConfig) -> Result<Self> {
-        let path = model_dir.as_ref().join("generation_config.json");
-        let fields = if path.exists() {
-            json::read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0
-        } else {
-            Map::new()
+        let own = model_dir.as_ref().join(GENERATION_FILE);
+        let is_own = own.exists();
+        let path = if is_own { own } else { model_dir.as_ref().join("config.json") };
+        let mut fields = match path.exists() {
+            true => json::read_json::<UniqueObject>(&path, MAX_CONFIG_BYTES)?.0,
+            false => Map::new(),
         };
+        if !is_own {
+            // Of these the model's configuration was asked.
+            for key in ["eos_token_id", "pad_token_id", "decoder_start_token_id"] {
+                fields.remove(key);
+            }
+        }
         let mut fields = Fields::new(fields, &path);
         let (model_eos, model_pad) = model.special_ids();
         let eos = fields.token_ids("eos_token_id", model.vocab_size())?;
         let pad = fields.token_id("pad_token_id", model.vocab_size())?;
         let start = fields.token_id("decoder_start_token_id", model.vocab_size())?;
-        let mut forced = |key| fields.token_id(key, model.vocab_size()).map(Option::flatten);
+        let mut forced = |key: &str| -> Result<Option<u32>> {
+            // transformers takes a list of one, too.
+            let ids = fields.token_ids(key, model.vocab_size())?.unwrap_or_default();
+            match ids[..] {
+                [] => Ok(None),
+                [id] => Ok(Some(id)),
+                _ => Err(fields.error(key, "expected one token id, found several")),
+            }
+        };
         let (bos, forced_eos) = (forced("forced_bos_token_id")?, forced("forced_eos_token_id")?);
         let is_causal = model.decoder_start().is_none();
         let defaults = GenerationDefaults::take(&mut fields, is_causal)?;
         let unsupported = UNSUPPORTED_GENERATION.iter().filter(|(key, harmless)| {
-            fields.take_value(key).is_some_and(|value| {
-                !value.as_f64().is_some_and(|number| harmless.contains(&number))
+            fields.take_value(key).is_some_and(|value| match value {
+                Value::Null | Value::Bool(false) => false,
+                Value::Array(items) => !items.is_empty(),
+                value => !value.as_f64().is_some_and(|number| harmless.contains(&number)),
             })
         });
         Ok(Self {
-            forced_bos_token_id: bos.filter(|_| !is_causal),
+            forced_bos_token_id: bos,
             forced_eos_token_id: forced_eos,
             defaults,
             unsupported: unsupported.map(|(key, _)| (*key).to_owned()).collect(),
@@ -702,10 +733,33 @@ mod tests {
         let start = read_back.decoder_start_token_id;
         assert_eq!((read_back.eos_token_ids, start), (vec![1, 2], Some(3)));
         assert_eq!(read_back.pad_token_id, Some(0));
+        std::fs::write(
+            &path,
+            r#"{"forced_eos_token_id":[1],"suppress_tokens":[],"renormalize_logits":false,"top_h":0.5,"stop_strings":["a"]}"#,
+        )
+        .unwrap();
+        let read_back = read().unwrap();
+        assert_eq!(read_back.forced_eos_token_id, Some(1));
+        assert_eq!(read_back.unsupported, ["top_h", "stop_strings"]);
         std::fs::write(&path, r#"{"eos_token_id":99999}"#).unwrap();
         assert!(
             read().unwrap_err().to_string().contains("generation_config.json: field eos_token_id")
         );
+        // Without it the model's own configuration is asked, as by transformers.
+        std::fs::remove_file(&path).unwrap();
+        let config = json!({
+            "model_type": "t5", "eos_token_id": 5, "num_beams": 3, "max_length": 20,
+            "forced_eos_token_id": 1, "bad_words_ids": [[3]], "min_length": 0,
+        });
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        let of_model = read().unwrap();
+        assert_eq!((of_model.eos_token_ids, of_model.forced_eos_token_id), (vec![5], Some(1)));
+        let found = &of_model.defaults;
+        assert_eq!(
+            (found.num_beams, found.max_new_tokens, found.max_length),
+            (Some(3), Some(19), None)
+        );
+        assert_eq!(of_model.unsupported, ["bad_words_ids"]);
         std::fs::remove_dir_all(folder).unwrap();
     }
 }
