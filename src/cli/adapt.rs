@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Command, ValueEnum};
 use serde_json::{Value, json};
 
 use super::{
-    Common, Described,
+    Common, Described, check_apart,
     data::{self, DataFile},
-    print, print_json, run_on_device,
+    print, print_json, run_on_device, shown,
     train::{
         flags::{Evaluating, Learning, LossFlag, Saving},
         folder::OutputFolder,
@@ -65,6 +65,29 @@ pub(super) struct Adapt {
     saving: Saving,
 }
 
+/// What the flags that training has, too, are here where they are not given.
+pub(super) fn with_own_defaults(command: Command) -> Command {
+    let help = |command: Command, flag: &'static str, help: &'static str| {
+        command.mut_arg(flag, |flag| flag.help(help))
+    };
+    let command = help(command, "num_train_epochs", "Passes over the data [default: 1000 steps]");
+    let command = help(
+        command,
+        "warmup_steps",
+        "Steps in which the learning rate rises from 0; below 1 a share of all [default: 0.06]",
+    );
+    let command = help(
+        command,
+        "eval_steps",
+        "Evaluate every so many steps [default: a twentieth of all, and before the first]",
+    );
+    help(
+        command,
+        "load_best_model_at_end",
+        "Of no effect: with rows to evaluate on, the best adapter is what is left",
+    )
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum TuneFlag {
     Router,
@@ -82,15 +105,14 @@ impl Adapt {
     }
 
     pub(super) fn run(&self) -> Result<()> {
-        for source in [&self.model, &self.adapter] {
-            if let (Ok(source), Ok(out)) = (source.canonicalize(), self.output_dir.canonicalize())
-                && source == out
-            {
-                return Err(Error::Usage(
-                    "--output-dir is the folder of the base or of the adapter: name another".into(),
-                ));
-            }
+        if let (Ok(model), Ok(out)) = (self.model.canonicalize(), self.output_dir.canonicalize())
+            && model == out
+        {
+            return Err(Error::Usage(
+                "--output-dir is the folder of the base: name another".into(),
+            ));
         }
+        check_apart("--adapter", &self.adapter, &self.output_dir)?;
         run_on_device!(self, &self.model)
     }
 
@@ -194,9 +216,9 @@ impl Adapt {
         let run = Run::start(plan, resumed.as_ref())?;
         let mut known = settings::settings(&model, &self.evaluating, &self.saving, &self.learning);
         known.extend([
-            ("model".to_owned(), json!(self.model)),
-            ("adapter".to_owned(), json!(self.adapter)),
-            ("data".to_owned(), json!(self.data.paths())),
+            ("model".to_owned(), shown(&self.model)),
+            ("adapter".to_owned(), shown(&self.adapter)),
+            ("data".to_owned(), self.data.paths().iter().map(|path| shown(path)).collect()),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
         settings::write(&self.output_dir, known, arguments)?;
@@ -213,7 +235,7 @@ impl Adapt {
         let first = files[0].path.clone();
         let mut others: BTreeSet<String> = BTreeSet::new();
         let mut n_left_out = 0;
-        for DataFile { rows, .. } in &mut files {
+        for DataFile { path, rows } in &mut files {
             let n = rows.len();
             rows.retain(|row| match &row.task {
                 Some(name) if *name != self.task => {
@@ -223,6 +245,21 @@ impl Adapt {
                 _ => true,
             });
             n_left_out += n - rows.len();
+            let unnamed: BTreeSet<u32> = rows
+                .iter()
+                .filter(|row| row.task.is_none())
+                .filter_map(|row| row.task_id)
+                .collect();
+            if unnamed.len() > 1 {
+                return Err(Error::file(
+                    &*path,
+                    format!(
+                        "the rows without a field task have {} different task_ids, so not all are of task {:?}: leave the others out",
+                        unnamed.len(),
+                        self.task
+                    ),
+                ));
+            }
             for row in rows {
                 // The ids of a file count its own tasks, not the adapter's.
                 row.task_id = tasks.id(&self.task);
@@ -288,7 +325,7 @@ impl Adapt {
         if self.common.json {
             return print_json(&json!({
                 "task": self.task, "task_id": task, "tune": tune, "steps": steps,
-                "best_metric": metric, "output_dir": self.output_dir,
+                "best_metric": metric, "output_dir": shown(&self.output_dir),
                 "bank": bank, "other_rows": rows,
             }));
         }

@@ -11,7 +11,7 @@
 
 use std::{ffi::OsString, path::Path};
 
-use clap::{Arg, ArgAction, Command};
+use clap::{Arg, ArgAction, Command, error::ErrorKind};
 use toml::de::{DeTable, DeValue};
 
 use crate::error::{Error, Result};
@@ -32,8 +32,15 @@ pub(super) fn expand(arguments: Vec<OsString>, cli: &Command) -> Result<Vec<OsSt
         }
     });
     let Some(path) = path.filter(|_| find(verb, "config").is_some()) else { return Ok(arguments) };
+    let is_given = |flag: &Arg| {
+        let given =
+            arguments[2..].iter().filter_map(|argument| argument.to_str()?.strip_prefix("--"));
+        let mut given = given.map(|argument| argument.split('=').next().unwrap_or_default());
+        given.any(|name| names(flag).any(|known| known == name))
+    };
     let mut expanded = arguments[..2].to_vec();
-    expanded.extend(read(Path::new(&path), verb)?.into_iter().map(OsString::from));
+    let from_file = read(Path::new(&path), cli, verb, is_given)?;
+    expanded.extend(from_file.into_iter().map(OsString::from));
     expanded.extend_from_slice(&arguments[2..]);
     Ok(expanded)
 }
@@ -48,7 +55,12 @@ fn names(argument: &Arg) -> impl Iterator<Item = &str> {
     argument.get_long().into_iter().chain(argument.get_all_aliases().unwrap_or_default())
 }
 
-fn read(path: &Path, verb: &Command) -> Result<Vec<String>> {
+fn read(
+    path: &Path,
+    cli: &Command,
+    verb: &Command,
+    is_given: impl Fn(&Arg) -> bool,
+) -> Result<Vec<String>> {
     let bytes = crate::formats::json::read_capped(path, MAX_BYTES)?;
     let text = String::from_utf8(bytes)
         .map_err(|error| Error::file(path, format!("not UTF-8: {error}")))?;
@@ -64,7 +76,10 @@ fn read(path: &Path, verb: &Command) -> Result<Vec<String>> {
     let mut arguments = Vec::new();
     for (key, value) in table.get_ref() {
         let (name, at) = (key.get_ref().replace('_', "-"), key.span().start);
-        let Some(flag) = find(verb, &name).filter(|_| name != "config") else {
+        if name == "config" {
+            return Err(fail(at, "a file of settings cannot name another".to_owned()));
+        }
+        let Some(flag) = find(verb, &name) else {
             let near = nearest(&name, verb.get_arguments().flat_map(names));
             let near = near.map_or_else(String::new, |near| {
                 format!("; the nearest is {}", near.replace('-', "_"))
@@ -73,12 +88,13 @@ fn read(path: &Path, verb: &Command) -> Result<Vec<String>> {
         };
         let long = flag.get_long().unwrap_or_default();
         let wrong = |found: &str| fail(at, format!("key {}: found {found}", key.get_ref()));
-        match value.get_ref() {
-            DeValue::Boolean(value) if matches!(flag.get_action(), ArgAction::SetTrue) => {
-                if *value {
-                    arguments.push(format!("--{long}"));
-                }
-            }
+        // A flag that may stand alone, and has no word for off.
+        let is_switch = matches!(flag.get_action(), ArgAction::SetTrue)
+            || (flag.get_num_args().is_some_and(|n| n.min_values() == 0)
+                && flag.get_possible_values().is_empty());
+        let new = match value.get_ref() {
+            DeValue::Boolean(true) if is_switch => vec![format!("--{long}")],
+            DeValue::Boolean(false) if is_switch => vec![],
             DeValue::Array(items) => {
                 let items: Vec<String> = items
                     .iter()
@@ -88,18 +104,40 @@ fn read(path: &Path, verb: &Command) -> Result<Vec<String>> {
                     .collect::<Result<_>>()?;
                 match flag.get_action() {
                     ArgAction::Append => {
-                        arguments.extend(items.iter().map(|item| format!("--{long}={item}")));
+                        items.iter().map(|item| format!("--{long}={item}")).collect()
                     }
-                    _ => arguments.push(format!("--{long}={}", items.join(","))),
+                    _ => vec![format!("--{long}={}", items.join(","))],
                 }
             }
             value => {
                 let value = scalar(value).ok_or_else(|| wrong("a table or a date"))?;
-                arguments.push(format!("--{long}={value}"));
+                vec![format!("--{long}={value}")]
             }
+        };
+        if let Some(detail) = refusal(cli, verb, &new) {
+            return Err(fail(at, format!("key {}: {detail}", key.get_ref())));
+        }
+        // Of lists the command line's replaces the file's; of all else the last word counts.
+        if !(matches!(flag.get_action(), ArgAction::Append) && is_given(flag)) {
+            arguments.extend(new);
         }
     }
     Ok(arguments)
+}
+
+/// Why a flag does not take its value, if it does not.
+fn refusal(cli: &Command, verb: &Command, arguments: &[String]) -> Option<String> {
+    let line =
+        ["polytape", verb.get_name()].into_iter().chain(arguments.iter().map(String::as_str));
+    let error = cli.clone().try_get_matches_from(line).err()?;
+    // What else the verb needs may still come.
+    let is_of_value = matches!(
+        error.kind(),
+        ErrorKind::InvalidValue | ErrorKind::ValueValidation | ErrorKind::TooManyValues
+    );
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    is_of_value.then(|| first.strip_prefix("error: ").unwrap_or(first).to_owned())
 }
 
 /// A value as the command line has it.

@@ -1,6 +1,9 @@
 //! `eval`: loss, exact match and Rouge-L.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 
@@ -9,7 +12,7 @@ use super::{
     run_on_device,
 };
 use crate::{
-    error::Result,
+    error::{Error, Result},
     formats::{rows::Targets, safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
     model::Model,
@@ -49,8 +52,26 @@ pub(super) struct Eval {
 
 impl Eval {
     pub(super) fn run(&self) -> Result<()> {
-        for path in self.per_example.iter().chain(&self.markdown) {
+        let outputs: Vec<&PathBuf> = self.per_example.iter().chain(&self.markdown).collect();
+        for (i, path) in outputs.iter().enumerate() {
             check_writable(path)?;
+            // Another name of the same file may be given.
+            let same = |other: &Path| match (other.canonicalize(), path.canonicalize()) {
+                (Ok(other), Ok(path)) => other == path,
+                _ => other == path.as_path(),
+            };
+            let inputs = self.data.paths().iter();
+            if let Some(other) = inputs.chain(outputs[..i].iter().copied()).find(|p| same(p)) {
+                return Err(Error::Usage(format!(
+                    "{} is given twice: as an output and as {}",
+                    path.display(),
+                    if i > 0 && outputs[..i].contains(&other) {
+                        "another output"
+                    } else {
+                        "--data"
+                    }
+                )));
+            }
         }
         run_on_device!(self, &self.model)
     }
@@ -88,6 +109,17 @@ impl Eval {
             },
         )?;
         model.verify_unchanged()?;
+        let loss = evaluation.overall.loss;
+        if !loss.is_finite() {
+            let names: Vec<&str> = (evaluation.tasks.iter())
+                .filter(|(_, task)| !task.loss.is_finite())
+                .map(|(name, _)| name.as_str())
+                .collect();
+            return Err(Error::NotFinite(format!(
+                "the loss is {loss} (tasks {}): the base or the adapter has values that are not finite, or too large ones",
+                names.join(", ")
+            )));
+        }
         if let Some(path) = &self.per_example {
             write_atomically(path, |file| {
                 evaluation.rows.iter().try_for_each(|(nll, n_tokens)| {

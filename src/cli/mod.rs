@@ -24,7 +24,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
@@ -301,6 +301,27 @@ fn check_writable(path: &Path) -> Result<()> {
     std::fs::remove_file(&probe).map_err(Error::io("remove", probe))
 }
 
+/// Refuses an adapter to begin with that lies where the run will write: the earlier adapter and `best/` there are replaced.
+fn check_apart(flag: &str, source: &Path, output_dir: &Path) -> Result<()> {
+    match (source.canonicalize(), output_dir.canonicalize()) {
+        (Ok(from), Ok(out)) if from.starts_with(&out) => Err(Error::Usage(format!(
+            "{flag} {} lies in --output-dir, whose adapters this run replaces: name another --output-dir",
+            source.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// A path as JSON has it; what is not UTF-8 is replaced.
+fn shown(path: &Path) -> serde_json::Value {
+    path.display().to_string().into()
+}
+
+/// A line on stderr, where it can be written.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Prints a line on stdout. A reader that went away is no error.
 fn print(line: &str) -> Result<()> {
     match writeln!(std::io::stdout(), "{line}") {
@@ -351,11 +372,19 @@ pub fn run(kernels: &[verify::Kernel]) -> ExitCode {
     let arguments = match config::expand(arguments.collect(), &Cli::command()) {
         Ok(arguments) => arguments,
         Err(error) => {
-            eprintln!("ERROR {error}"); // The log is not there yet: its level is a flag, too.
+            tell(&format!("ERROR {error}")); // The log is not there yet: its level is a flag, too.
             return ExitCode::from(error.exit_code());
         }
     };
-    let cli = Cli::parse_from(arguments);
+    // So that --max-steps -1 is out of range, not an unknown flag.
+    let negative = |flag: clap::Arg| match flag.get_action().takes_values() {
+        true => flag.allow_negative_numbers(true),
+        false => flag,
+    };
+    let command = Cli::command().mut_subcommands(|verb| verb.mut_args(negative));
+    let command = command.mut_subcommand("adapt", adapt::with_own_defaults);
+    let cli =
+        Cli::from_arg_matches(&command.get_matches_from(arguments)).unwrap_or_else(|e| e.exit());
     let common = cli.verb.common();
     let default = match (common.quiet, common.verbose) {
         (true, _) => "error",
@@ -367,6 +396,7 @@ pub fn run(kernels: &[verify::Kernel]) -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .log_internal_errors(false) // A log that nobody reads any more ends no run.
         .with_target(false)
         .without_time()
         .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())

@@ -60,7 +60,9 @@ impl Report {
         let output = self.output.clone().unwrap_or_else(|| dir.join("report.html"));
         write_atomically(&output, |file| file.write_all(html.as_bytes()))?;
         if self.common.json {
-            return print_json(&serde_json::json!({"output": output, "n_bytes": html.len()}));
+            return print_json(
+                &serde_json::json!({"output": super::shown(&output), "n_bytes": html.len()}),
+            );
         }
         print(&format!("{}", output.display()))
     }

@@ -189,5 +189,31 @@ fn what_cannot_be_adapted_is_refused() {
     fails(&twice, 2, "the adapter has a task \"new\" already, with id 3");
     let mut onto = adapt(&rows, &out, &[]);
     onto[4] = &adapter;
-    fails(&onto, 2, "--output-dir is the folder of the base or of the adapter");
+    fails(&onto, 2, "lies in --output-dir");
+}
+
+/// A run replaces the adapters in its folder, so none of them can be what it begins with.
+#[test]
+fn what_a_run_begins_with_is_not_in_its_folder() {
+    let dir = scratch("adapt-inside");
+    let rows = data(&dir, 12);
+    let (out, best) = (dir.join("out"), dir.join("out/best"));
+    fs::create_dir_all(&best).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(fixture("adapter").join(file), best.join(file)).unwrap();
+    }
+    let base = fixture("base");
+    let mut flags = vec!["adapt", "--model", str(&base), "--adapter", str(&best)];
+    flags.extend(["--data", str(&rows), "--task", "new", "--output-dir", str(&out)]);
+    fails(&flags, 2, "lies in --output-dir");
+    let inside = ["--adapter-init", str(&best), "--max-steps", "2"];
+    fails(&crate::train(&rows, &out, &inside), 2, "lies in --output-dir");
+    assert!(best.join("adapter_config.json").exists());
+
+    // Rows without names, of more than one id.
+    let few = dir.join("ids.jsonl");
+    let row =
+        |id: usize| format!("{}\n", json!({"task_id": id, "input_ids": [5], "label_ids": [6, 1]}));
+    fs::write(&few, row(0) + &row(1)).unwrap();
+    fails(&adapt(&few, &dir.join("none"), &[]), 3, "have 2 different task_ids");
 }

@@ -568,3 +568,70 @@ fn init_writes_a_base_that_opens() {
         "already holds a model",
     );
 }
+
+/// Flags that would do nothing, and values out of range.
+#[test]
+fn flags_that_would_be_ignored_are_refused() {
+    let dir = scratch("ignored-flags");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    for (flags, message) in [
+        ("--early-stopping-patience 1", "--early-stopping-patience needs rows to evaluate on"),
+        ("--load-best-model-at-end", "--load-best-model-at-end needs rows"),
+        ("--eval-steps 2", "--eval-steps needs rows"),
+        ("--warmup-steps nan", "--warmup-steps must be at least 0, not NaN"),
+        ("--warmup-steps -5", "--warmup-steps must be at least 0, not -5"),
+        ("--max-steps -1", "'-1' for '--max-steps"),
+        ("--validation-split 0.5 --early-stopping-threshold nan", "must be a number"),
+    ] {
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        fails(&train(&rows, &out, &flags), 2, message);
+    }
+    let (eval, base) = (["eval", "--data", str(&rows)], fixture("base"));
+    let twice = ["--model", str(&base), "--per-example", str(&rows)];
+    fails(&[&eval[..], &twice].concat(), 2, "is given twice: as an output and as --data");
+
+    // Two files of one name would be one task; a contradiction names the file that it is in.
+    let (one, two) = (dir.join("a"), dir.join("b"));
+    let row = |task: Value| {
+        format!("{}\n", json!({"task_id": task, "input_ids": [5], "label_ids": [6, 1]}))
+    };
+    for folder in [&one, &two] {
+        fs::create_dir(folder).unwrap();
+        fs::write(folder.join("train.jsonl"), row(Value::Null)).unwrap();
+    }
+    let (one, two) = (one.join("train.jsonl"), two.join("train.jsonl"));
+    fails(&train(&one, &out, &["--data", str(&two)]), 3, "another data file has the same name");
+    fs::write(&one, "{\"task\":\"x\",\"task_id\":0,\"input_ids\":[5],\"label_ids\":[6]}\n")
+        .unwrap();
+    fs::write(&two, "\n{\"task\":\"x\",\"task_id\":2,\"input_ids\":[5],\"label_ids\":[6]}\n")
+        .unwrap();
+    let message =
+        format!("{}:2: task \"x\" has task_id 2 here, but 0 on line 1 of {}", str(&two), str(&one));
+    fails(&["preview", "--model", str(&base), "--data", str(&one), str(&two)], 3, &message);
+}
+
+#[test]
+fn a_file_of_settings_yields_to_the_command_line() {
+    let dir = scratch("config-wins");
+    let (rows, out, file) = (data(&dir, 9), dir.join("out"), dir.join("run.toml"));
+    let other = dir.join("other.jsonl");
+    fs::write(&other, text(&rows)).unwrap();
+    let settings = |settings: &str| fs::write(&file, settings).unwrap();
+    settings(&format!(
+        "data = [{:?}]\nresume_from_checkpoint = false\nmax_steps = 2\n",
+        str(&other)
+    ));
+    ok(&train(&rows, &out, &["--config", str(&file)]));
+    let config: Value = serde_json::from_str(&text(&out.join("config.json"))).unwrap();
+    assert_eq!(config["data"], json!([str(&rows)]));
+    settings("resume = true\nmax_steps = 2\n"); // Nothing to go on from yet.
+    ok(&train(&rows, &dir.join("new"), &["--config", str(&file)]));
+    for (settings_of_file, message) in [
+        ("seed = 1\nmax_steps = \"two\"", "run.toml:2: key max_steps: invalid value 'two'"),
+        ("no_mmap = \"yes\"", "run.toml:1: key no_mmap"),
+        ("config = \"x\"", "run.toml:1: a file of settings cannot name another"),
+    ] {
+        settings(settings_of_file);
+        fails(&train(&rows, &dir.join("none"), &["--config", str(&file)]), 3, message);
+    }
+}

@@ -357,3 +357,58 @@ fn what_cannot_be_resumed_is_refused() {
     ok(&run(&["--overwrite-output-dir"]));
     assert_eq!(steps(&out), [2, 4]);
 }
+
+/// Nothing of an earlier run is lost to a mistake, and nothing of it is taken for the new one's.
+#[test]
+fn an_earlier_run_stays_until_a_new_one_begins() {
+    let dir = scratch("earlier");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    let saving = ["--max-steps", "2", "--save-steps", "1", "--eval-data", str(&rows)];
+    ok(&train(&rows, &out, &saving));
+    let typo = dir.join("typo.jsonl");
+    let overwrite = ["--max-steps", "2", "--overwrite-output-dir"];
+    fails(&train(&typo, &out, &overwrite), 3, "typo.jsonl");
+    assert!(out.join("checkpoint-2").exists() && out.join("best/adapter_config.json").exists());
+
+    // Killed in its middle, the new run leaves no adapter of the old one.
+    let endless = ["--max-steps", "100000", "--overwrite-output-dir"];
+    let mut run = Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(train(&rows, &out, &endless))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while text_or_empty(&out.join("log.jsonl")).lines().count() < 10 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    run.kill().unwrap();
+    run.wait().unwrap();
+    for gone in ["checkpoint-2", "best", "adapter_config.json"] {
+        assert!(!out.join(gone).exists(), "{gone}");
+    }
+
+    let done = dir.join("done");
+    ok(&train(&rows, &done, &["--max-steps", "2"]));
+    fails(
+        &train(&rows, &done, &["--max-steps", "4", "--resume"]),
+        2,
+        "no checkpoint to go on from",
+    );
+}
+
+/// Somebody who stops reading a log, as `head` does, does not end the run.
+#[cfg(unix)]
+#[test]
+fn a_closed_log_ends_no_run() {
+    let dir = scratch("closed-log");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    let flags = ["--max-steps", "4", "--eval-data", str(&rows), "--eval-steps", "1"];
+    let mut run = Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(train(&rows, &out, &flags))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(run.stderr.take());
+    assert!(run.wait().unwrap().success());
+    assert!(out.join("adapter_config.json").exists());
+}

@@ -348,6 +348,6 @@ fn a_config_file_is_flags() {
         fails(&train(&rows, &out, &["--config", str(&file)]), 3, message);
     }
     fs::write(&file, "max_steps = \"many\"\n").unwrap();
-    fails(&train(&rows, &out, &["--config", str(&file)]), 2, "many");
+    fails(&train(&rows, &out, &["--config", str(&file)]), 3, "many");
     fails(&train(&rows, &out, &["--config", "/nowhere.toml"]), 3, "/nowhere.toml");
 }

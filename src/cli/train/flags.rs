@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::super::{OnOff, data::DataFile};
 use crate::{
     error::{Error, Result},
-    formats::rows::Row,
+    formats::{disk, poly_config, rows::Row},
     model::dataset::Dataset,
     train::{
         Optimizer, RouterSampling, Schedule, TrainConfig,
@@ -270,6 +270,9 @@ impl Learning {
     ) -> Result<TrainConfig> {
         let defaults = recipe.train.clone();
         let warmup = self.warmup_steps.unwrap_or(recipe.warmup_steps);
+        if !(warmup >= 0.0 && warmup.is_finite()) {
+            return Err(Error::Usage(format!("--warmup-steps must be at least 0, not {warmup}")));
+        }
         // As transformers: below 1 it is a share, rounded up.
         let warmup = if warmup < 1.0 { (warmup * max_steps as f64).ceil() } else { warmup };
         Ok(TrainConfig {
@@ -343,6 +346,24 @@ impl Evaluating {
         files: Vec<DataFile>,
         seed: u64,
     ) -> Result<(Vec<DataFile>, Option<Vec<DataFile>>)> {
+        if self.eval_data.is_none() && self.validation_split.is_none() {
+            let asked = [
+                ("--eval-steps", self.eval_steps.is_some()),
+                ("--early-stopping-patience", self.early_stopping_patience.is_some()),
+                ("--load-best-model-at-end", self.load_best_model_at_end.is_on()),
+            ];
+            if let Some((flag, _)) = asked.into_iter().find(|(_, is_given)| *is_given) {
+                return Err(Error::Usage(format!(
+                    "{flag} needs rows to evaluate on: --eval-data FILE or --validation-split SHARE"
+                )));
+            }
+        }
+        if !self.early_stopping_threshold.is_finite() {
+            let found = self.early_stopping_threshold;
+            return Err(Error::Usage(format!(
+                "--early-stopping-threshold must be a number, not {found}"
+            )));
+        }
         let Some(share) = self.validation_split else { return Ok((files, None)) };
         if !(share > 0.0 && share < 1.0) {
             return Err(Error::Usage(format!("--validation-split must be in 0..1, not {share}")));
@@ -428,7 +449,7 @@ pub(in crate::cli) struct Saving {
     /// Also write TensorBoard event files, to runs/ in --output-dir.
     #[arg(long, default_value = "none")]
     pub(in crate::cli) report_to: ReportTo,
-    /// Remove the checkpoints of an earlier run in --output-dir.
+    /// Replace an earlier run in --output-dir that has checkpoints: they go when this one begins.
     #[arg(long)]
     overwrite_output_dir: bool,
 }
@@ -448,16 +469,13 @@ pub(in crate::cli) struct Resumed {
 }
 
 impl Saving {
-    /// The checkpoint to go on from, if that was asked for and there is one. Otherwise none is left
-    /// in the folder that a later --resume could take for this run's.
+    /// The checkpoint to go on from, if that was asked for and there is one.
     pub(in crate::cli) fn resumed(&self, output_dir: &Path) -> Result<Option<Resumed>> {
         checkpoint::remove_leftovers(output_dir)?;
         let found = checkpoint::list(output_dir)?;
         let dir = match &self.resume_from_checkpoint {
             None => {
-                if self.overwrite_output_dir {
-                    found.iter().try_for_each(|old| checkpoint::remove(&old.path))?;
-                } else if let Some(last) = found.last() {
+                if let Some(last) = found.last().filter(|_| !self.overwrite_output_dir) {
                     return Err(Error::Usage(format!(
                         "{} is of an earlier run: go on from there with --resume, replace that run with --overwrite-output-dir, or name another --output-dir",
                         last.path.display()
@@ -473,6 +491,12 @@ impl Saving {
                 Some(dir) => dir.clone(),
                 None => match found.last() {
                     Some(last) => last.path.clone(),
+                    None if output_dir.join(poly_config::FILE_NAME).exists() => {
+                        return Err(Error::Usage(format!(
+                            "{} has an adapter, but no checkpoint to go on from: leave --resume out to replace it, or name another --output-dir",
+                            output_dir.display()
+                        )));
+                    }
                     None => {
                         tracing::info!("no checkpoint in {}: starting anew", output_dir.display());
                         return Ok(None);
@@ -492,5 +516,21 @@ impl Saving {
             )));
         }
         Ok(Some(Resumed { dir, state }))
+    }
+
+    /// Removes what an earlier run left in the folder and somebody could take for this run's: checkpoints, the best
+    /// adapter, and what makes the folder an adapter, whose tensors stay until there are new ones.
+    pub(in crate::cli) fn remove_earlier(&self, output_dir: &Path) -> Result<()> {
+        checkpoint::list(output_dir)?.iter().try_for_each(|old| checkpoint::remove(&old.path))?;
+        let best = output_dir.join("best");
+        if best.join(poly_config::FILE_NAME).exists() {
+            disk::remove_dir_all(&best).map_err(Error::io("remove", best))?;
+        }
+        let config = output_dir.join(poly_config::FILE_NAME);
+        if config.exists() {
+            tracing::warn!("the adapter of an earlier run in {} is replaced", output_dir.display());
+            disk::remove_file(&config).map_err(Error::io("remove", config))?;
+        }
+        Ok(())
     }
 }

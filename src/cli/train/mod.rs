@@ -18,7 +18,7 @@ pub(super) mod settings;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use self::{
     adapter::AdapterFlags,
@@ -26,7 +26,11 @@ use self::{
     folder::OutputFolder,
     run::{Evaluator, Outcome, Plan, Run},
 };
-use super::{Common, Described, data, print, print_json, run_on_device};
+use super::{
+    Common, Described, check_apart,
+    data::{self, DataFile},
+    print, print_json, run_on_device, shown,
+};
 use crate::{
     error::{Error, Result},
     formats::{rows::Targets, tasks::TaskNames},
@@ -88,6 +92,9 @@ impl Train {
                 "--output-dir is the model's own folder: its config.json would be replaced".into(),
             ));
         }
+        if let Some(source) = &self.adapter.adapter_init {
+            check_apart("--adapter-init", source, &self.output_dir)?;
+        }
         run_on_device!(self, &self.model)
     }
 
@@ -100,8 +107,7 @@ impl Train {
             Some(name) => Recipe::named(name).unwrap_or_default(), // clap knows the names.
             None => Recipe::default(),
         };
-        let found =
-            || TaskNames::from_rows(files.iter().flat_map(|file| &file.rows), self.data.first());
+        let found = || TaskNames::from_rows(files.iter().flat_map(DataFile::located));
         let source = adapter::Data {
             path: self.data.first(),
             model_dir: &self.model,
@@ -198,9 +204,12 @@ impl Train {
         let run = Run::start(plan, resumed.as_ref())?;
         let mut known = settings::settings(&model, &self.evaluating, &self.saving, &self.learning);
         known.extend([
-            ("model".to_owned(), json!(self.model)),
-            ("data".to_owned(), json!(self.data.paths())),
-            ("adapter_init".to_owned(), json!(self.adapter.adapter_init)),
+            ("model".to_owned(), shown(&self.model)),
+            ("data".to_owned(), self.data.paths().iter().map(|path| shown(path)).collect()),
+            (
+                "adapter_init".to_owned(),
+                self.adapter.adapter_init.as_deref().map_or(Value::Null, shown),
+            ),
             ("preset".to_owned(), json!(self.preset)),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
@@ -218,7 +227,7 @@ impl Train {
         if self.common.json {
             return print_json(&json!({
                 "steps": steps, "final_loss": final_loss, "eval_loss": eval_loss,
-                "best_step": state.best_global_step, "output_dir": out,
+                "best_step": state.best_global_step, "output_dir": shown(out),
                 "n_truncated": data.n_truncated, "n_skipped": data.n_skipped,
             }));
         }

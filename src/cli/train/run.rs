@@ -10,10 +10,11 @@ use std::{
     time::Instant,
 };
 
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
 use super::{
-    super::{Common, Described, eval::task_name, print},
+    super::{Common, Described, eval::task_name, print, tell},
     flags::{Evaluating, Metric, ReportTo, Resumed, Saving},
     log::Log,
 };
@@ -114,7 +115,7 @@ pub(in crate::cli) fn interruption() -> Arc<AtomicBool> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("interrupted: saving after this step (again: exit at once)");
+        tell("interrupted: saving after this step (again: exit at once)");
     });
     interrupted
 }
@@ -128,8 +129,9 @@ impl<'a, B: Described> Run<'a, B> {
             ReportTo::None => None,
         };
         let Some(Resumed { dir, state }) = resumed else {
+            // Nothing of an earlier run goes before all that this one reads is known to be good.
+            plan.saving.remove_earlier(out)?;
             let log = Log::open(out, None)?;
-            remove_best(out)?;
             return Ok(Self { log, events, state: TrainerState::default(), plan });
         };
         checkpoint::check_arguments(dir, &plan.arguments)?;
@@ -164,23 +166,47 @@ impl<'a, B: Described> Run<'a, B> {
         let memory = self.plan_memory()?;
         let bar = self.plan.common.progress(self.plan.n_steps);
         bar.set_position(self.plan.trainer.steps_done());
+        let done = self.learn(&bar, interrupted);
+        bar.finish_and_clear();
+        let (last, evaluation) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                // As it was after the last whole step; if that cannot be saved, the first error is
+                // still the one to report.
+                if let Err(second) = catch_faults(|| self.save_adapter()) {
+                    tracing::error!("{second}");
+                }
+                return Err(error);
+            }
+        };
+        let taken = self.plan.trainer.model().backend().peak_bytes() as u64;
+        tracing::info!("memory: {} MiB taken at the peak, {} planned", mib(taken), mib(memory));
+        match &self.state.best_model_checkpoint {
+            Some(best) if self.plan.keep_best && !interrupted.load(Ordering::Relaxed) => {
+                Adapter::open(self.plan.trainer.model(), best)?
+                    .save_peft(self.plan.trainer.model().backend(), self.plan.output_dir)?;
+            }
+            _ => self.save_adapter()?,
+        }
+        self.plan.trainer.model().verify_unchanged()?;
+        if interrupted.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        Ok(Outcome { trainer: self.plan.trainer, last, evaluation, state: self.state })
+    }
+
+    /// The steps that are left; the last one and the last evaluation.
+    fn learn(
+        &mut self,
+        bar: &ProgressBar,
+        interrupted: &AtomicBool,
+    ) -> Result<(Option<StepReport>, Option<Evaluation>)> {
         let (mut last, mut evaluation) = (None, None);
         if self.plan.evaluate_first && self.plan.trainer.steps_done() == 0 {
             evaluation = self.evaluate()?;
         }
         while self.plan.trainer.steps_done() < self.plan.n_steps && !self.out_of_patience() {
-            let (report, seconds) = match self.step() {
-                Ok(done) => done,
-                Err(error) => {
-                    bar.finish_and_clear();
-                    // As it was before the step; if that cannot be saved, the first error is still
-                    // the one to report.
-                    if let Err(second) = catch_faults(|| self.save_adapter()) {
-                        tracing::error!("{second}");
-                    }
-                    return Err(error);
-                }
-            };
+            let (report, seconds) = self.step()?;
             last = Some(report);
             self.log_step(&report, seconds)?;
             let speed = report.n_tokens as f64 / seconds;
@@ -199,21 +225,7 @@ impl<'a, B: Described> Run<'a, B> {
                 break;
             }
         }
-        bar.finish_and_clear();
-        let taken = self.plan.trainer.model().backend().peak_bytes() as u64;
-        tracing::info!("memory: {} MiB taken at the peak, {} planned", mib(taken), mib(memory));
-        match &self.state.best_model_checkpoint {
-            Some(best) if self.plan.keep_best && !interrupted.load(Ordering::Relaxed) => {
-                Adapter::open(self.plan.trainer.model(), best)?
-                    .save_peft(self.plan.trainer.model().backend(), self.plan.output_dir)?;
-            }
-            _ => self.save_adapter()?,
-        }
-        self.plan.trainer.model().verify_unchanged()?;
-        if interrupted.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        Ok(Outcome { trainer: self.plan.trainer, last, evaluation, state: self.state })
+        Ok((last, evaluation))
     }
 
     /// What the step of the longest rows will take, in bytes.
@@ -404,15 +416,6 @@ fn evaluator_metric<B: Backend>(
 
 fn due(every: Option<u64>, step: u64) -> bool {
     every.is_some_and(|n| step.is_multiple_of(n))
-}
-
-/// The best adapter of an earlier run in this folder is not this run's.
-fn remove_best(output_dir: &Path) -> Result<()> {
-    let best = output_dir.join("best");
-    if best.join("adapter_config.json").exists() {
-        fs::remove_dir_all(&best).map_err(Error::io("remove", best))?;
-    }
-    Ok(())
 }
 
 fn copy_files(from: &Path, to: &Path) -> Result<()> {

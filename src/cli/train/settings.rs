@@ -5,7 +5,7 @@ use std::{io::Write, path::Path};
 use serde_json::{Map, Value, json};
 
 use super::{
-    super::Described,
+    super::{Described, shown},
     flags::{Evaluating, Learning, Saving},
 };
 use crate::{
@@ -74,7 +74,7 @@ pub(in crate::cli) fn settings(
     object(json!({
         "polytape_version": env!("CARGO_PKG_VERSION"),
         "threads": model.backend().host_threads(),
-        "eval_data": evaluating.eval_data,
+        "eval_data": evaluating.eval_data.as_deref().map(shown),
         "validation_split": evaluating.validation_split,
         "eval_steps": evaluating.eval_steps,
         "metric_for_best": evaluating.metric_for_best.name(),
