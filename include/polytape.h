@@ -405,8 +405,10 @@ int32_t polytape_adapter_open(const struct polytape_model *model,
                               const char *dir,
                               struct polytape_adapter **adapter);
 
-// Saves an adapter as PEFT does. A crash leaves the files of before or complete new ones.
-int32_t polytape_adapter_save(const struct polytape_adapter *adapter, const char *dir);
+// Saves an adapter as PEFT does. A crash leaves the adapter of before or the new one; where the folder
+// has one of other names, routing or settings, perhaps none.
+int32_t polytape_adapter_save(const struct polytape_adapter *adapter,
+                              const char *dir);
 
 // What an adapter is.
 int32_t polytape_adapter_get_info(const struct polytape_adapter *adapter,
@@ -524,7 +526,8 @@ int32_t polytape_model_get_info(const struct polytape_model *model,
                                 struct polytape_model_info *info);
 
 // Fails with POLYTAPE_BAD_INPUT if a mapped file of the base was written to or truncated since it
-// was opened: what was computed since may be wrong.
+// was opened: what was computed since may be wrong. To read a page that was cut off raises SIGBUS, which ends the
+// process: open with `in_memory` where somebody may truncate the files.
 int32_t polytape_model_verify(const struct polytape_model *model);
 
 // Frees a base; null is fine. What was made from it goes on.
@@ -555,171 +558,6 @@ int32_t polytape_trainer_get_adapter(const struct polytape_trainer *trainer,
 
 // Frees a trainer; null is fine.
 int32_t polytape_trainer_free(struct polytape_trainer *trainer);
-
-// What went wrong in the last call of this thread that did not return POLYTAPE_OK, in UTF-8; empty
-// where none has. Valid until the next call of this thread.
-const char *polytape_last_error(void);
-
-// Opens a Hugging Face model folder on the CPU. Weights are mapped, and read when they are used.
-// `options` may be null.
-int32_t polytape_model_open(const char *dir,
-                            const struct polytape_model_options *options,
-                            struct polytape_model **model);
-
-// What a base is.
-int32_t polytape_model_get_info(const struct polytape_model *model,
-                                struct polytape_model_info *info);
-
-// Fails with POLYTAPE_BAD_INPUT if a mapped file of the base was written to or truncated since it
-// was opened: what was computed since may be wrong.
-int32_t polytape_model_verify(const struct polytape_model *model);
-
-// Frees a base; null is fine. What was made from it goes on.
-int32_t polytape_model_free(struct polytape_model *model);
-
-// PEFT's defaults. `size` is sizeof(polytape_adapter_config).
-int32_t polytape_adapter_config_init(struct polytape_adapter_config *config, size_t size);
-
-// A fresh adapter on a base, initialised as PEFT does.
-int32_t polytape_adapter_new(const struct polytape_model *model,
-                             const struct polytape_adapter_config *config,
-                             uint64_t seed,
-                             struct polytape_adapter **adapter);
-
-// Loads a PEFT adapter folder onto a base.
-int32_t polytape_adapter_open(const struct polytape_model *model,
-                              const char *dir,
-                              struct polytape_adapter **adapter);
-
-// Saves an adapter as PEFT does. A crash leaves the files of before or complete new ones.
-int32_t polytape_adapter_save(const struct polytape_adapter *adapter, const char *dir);
-
-// What an adapter is.
-int32_t polytape_adapter_get_info(const struct polytape_adapter *adapter,
-                                  struct polytape_adapter_info *info);
-
-// The id of a task by its name, of an adapter whose folder has `tasks.json`.
-int32_t polytape_adapter_find_task(const struct polytape_adapter *adapter,
-                                   const char *name,
-                                   uint32_t *task);
-
-// Frees an adapter; null is fine. What was made from it goes on.
-int32_t polytape_adapter_free(struct polytape_adapter *adapter);
-
-// An engine for examples of these tasks, that decodes up to `capacity` of them at a time. The tasks
-// (all of the adapter's where `tasks` is null) and the capacity fix how it computes: a row's bits do
-// not depend on the rows beside it. `adapter` may be null: the base alone.
-int32_t polytape_engine_new(const struct polytape_model *model,
-                            const struct polytape_adapter *adapter,
-                            const uint32_t *tasks,
-                            size_t n_tasks,
-                            size_t capacity,
-                            struct polytape_engine **engine);
-
-// An engine that routes by given mixing weights instead of the adapter's router: `weights` is
-// [n_rows, n_splits, n_skills], the same for every linear, and `n_weights` their number. An example's
-// task is its row.
-int32_t polytape_engine_new_with_weights(const struct polytape_model *model,
-                                         const struct polytape_adapter *adapter,
-                                         const float *weights,
-                                         size_t n_weights,
-                                         size_t n_rows,
-                                         size_t capacity,
-                                         struct polytape_engine **engine);
-
-// The nll of every label token of every example, in nats: `nll` is [labels of all examples], one
-// example after the other, and `n_nll` their number.
-int32_t polytape_engine_nll(const struct polytape_engine *engine,
-                            const struct polytape_example *examples,
-                            size_t n_examples,
-                            double *nll,
-                            size_t n_nll);
-
-// The logits of every label token of every example: `logits` is [labels of all examples,
-// vocabulary], and `n_logits` their number.
-int32_t polytape_engine_logits(const struct polytape_engine *engine,
-                               const struct polytape_example *examples,
-                               size_t n_examples,
-                               float *logits,
-                               size_t n_logits);
-
-// The defaults. `size` is sizeof(polytape_generate_options).
-int32_t polytape_generate_options_init(struct polytape_generate_options *options, size_t size);
-
-// A continuation of each example, by default the most probable one, token by token: `on_token` sees new
-// tokens only, with the end token where one comes; those of a beam search at its end. Rows of
-// different tasks step together. `options` may be null. Returns POLYTAPE_STOPPED where the callback
-// said so, and POLYTAPE_BAD_INPUT where the base's files changed meanwhile: the tokens may be wrong.
-int32_t polytape_engine_generate(const struct polytape_engine *engine,
-                                 const struct polytape_example *examples,
-                                 size_t n_examples,
-                                 const struct polytape_generate_options *options,
-                                 polytape_on_token on_token,
-                                 void *user);
-
-// Frees an engine; null is fine.
-int32_t polytape_engine_free(struct polytape_engine *engine);
-
-// The defaults. `size` is sizeof(polytape_train_config).
-int32_t polytape_train_config_init(struct polytape_train_config *config, size_t size);
-
-// Trains a copy of an adapter, which itself stays as it is.
-int32_t polytape_trainer_new(const struct polytape_adapter *adapter,
-                             const struct polytape_train_config *config,
-                             struct polytape_trainer **trainer);
-
-// One optimiser step over these examples, in micro-batches of the configured size. Where it fails
-// with POLYTAPE_FAILED (the loss is not finite), everything is as before it. `report` may be null.
-int32_t polytape_trainer_step(struct polytape_trainer *trainer,
-                              const struct polytape_example *examples,
-                              size_t n_examples,
-                              struct polytape_step_report *report);
-
-// The adapter as it is now: a copy, which further steps do not change.
-int32_t polytape_trainer_get_adapter(const struct polytape_trainer *trainer,
-                                     struct polytape_adapter **adapter);
-
-// Frees a trainer; null is fine.
-int32_t polytape_trainer_free(struct polytape_trainer *trainer);
-
-// Kernels on this CPU. `options` may be null.
-int32_t polytape_kernels_new(const struct polytape_kernels_options *options,
-                             struct polytape_kernels **kernels);
-
-// Frees kernels; null is fine.
-int32_t polytape_kernels_free(struct polytape_kernels *kernels);
-
-// Mixing weights of every routing row in every linear: `weights` and `samples` are
-// [n_linears * n_rows, n_splits * n_skills], `samples` what the backward wants beside.
-int32_t polytape_route(const struct polytape_kernels *kernels,
-                       const struct polytape_router *router,
-                       float *weights,
-                       float *samples);
-
-// Adds the gradient of the router logits to `grads`, [n_params] as the parameters. `d_weights` is the
-// gradient of the mixing weights; all three are [n_linears * n_rows, n_splits * n_skills].
-int32_t polytape_route_backward(const struct polytape_kernels *kernels,
-                                const struct polytape_router *router,
-                                const float *weights,
-                                const float *samples,
-                                const float *d_weights,
-                                float *grads);
-
-// The forward. `y` is [n_tokens, d_out]; with `add` not 0 the result is added to what is in it. `z`
-// [n_tokens, rank] is what the backward wants; null: it is not wanted.
-int32_t polytape_routed_linear_forward(const struct polytape_kernels *kernels,
-                                       const struct polytape_routed_linear *linear,
-                                       int32_t add,
-                                       void *y,
-                                       float *z);
-
-// The backward. `linear` is as it was in the forward, `z` [n_tokens, rank] what the forward gave,
-// `d_y` [n_tokens, d_out] the gradient of y.
-int32_t polytape_routed_linear_backward(const struct polytape_kernels *kernels,
-                                        const struct polytape_routed_linear *linear,
-                                        const float *z,
-                                        const void *d_y,
-                                        const struct polytape_routed_gradients *gradients);
 
 #ifdef __cplusplus
 }  // extern "C"

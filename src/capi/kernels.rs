@@ -195,7 +195,12 @@ impl Router<'_> {
             false => Some(read(args.noise, n_weights, "noise")?),
         };
         let params = Lent::read(args.params, args.n_params, "params")?;
-        let lent = vec![("params", params.again())];
+        let lent = vec![
+            ("params", params.again()),
+            ("logits", Lent::read(args.logits, n_linears, "logits")?),
+            ("tasks", Lent::read(args.tasks, n_rows, "tasks")?),
+            ("noise", Lent::read(args.noise, noise.map_or(0, <[f64]>::len), "noise")?),
+        ];
         let params = cpu.lend(params, 1, args.n_params, Precision::Full)?;
         Ok(Self { params, lent, args, logits, tasks, noise, n_weights })
     }

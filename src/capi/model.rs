@@ -169,7 +169,8 @@ pub unsafe extern "C" fn polytape_model_get_info(
 }
 
 /// Fails with POLYTAPE_BAD_INPUT if a mapped file of the base was written to or truncated since it
-/// was opened: what was computed since may be wrong.
+/// was opened: what was computed since may be wrong. To read a page that was cut off raises SIGBUS, which ends the
+/// process: open with `in_memory` where somebody may truncate the files.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn polytape_model_verify(model: *const polytape_model) -> i32 {
     call(|| Ok(handles::object(model)?.model.verify_unchanged()?))

@@ -26,10 +26,9 @@ fn root() -> PathBuf {
 fn header() -> String {
     let root = root();
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
-    let mut builder = cbindgen::Builder::new().with_config(config);
-    for file in ["mod", "status", "model", "adapter", "examples", "engine", "trainer", "kernels"] {
-        builder = builder.with_src(root.join(format!("src/capi/{file}.rs")));
-    }
+    // Which follows its modules.
+    let builder =
+        cbindgen::Builder::new().with_config(config).with_src(root.join("src/capi/mod.rs"));
     let mut text = Vec::new();
     builder.generate().unwrap().write(&mut text);
     String::from_utf8(text).unwrap()
@@ -75,7 +74,17 @@ fn program(name: &str, to: &Path) -> Option<PathBuf> {
     }
     let (library, program) = (library_dir(), to.join(name));
     run(Command::new("cc")
-        .args(["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-o"])
+        .args([
+            "-std=c99",
+            "-pedantic",
+            "-Wall",
+            "-Wextra",
+            "-Wredundant-decls",
+            "-Werror",
+            "-O1",
+            "-g",
+            "-o",
+        ])
         .args([&program, &root().join(format!("examples/c/{name}.c"))])
         .arg("-I")
         .arg(root().join("include"))
@@ -123,7 +132,15 @@ fn the_header_is_cpp_and_c() {
             continue;
         }
         run(Command::new(compiler)
-            .args(["-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-x", language])
+            .args([
+                "-fsyntax-only",
+                "-Wall",
+                "-Wextra",
+                "-Wredundant-decls",
+                "-Werror",
+                "-x",
+                language,
+            ])
             .arg(root().join("include/polytape.h")));
     }
 }
