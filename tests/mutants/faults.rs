@@ -6,7 +6,7 @@ pub(crate) struct Fault {
     pub(crate) file: &'static str,
     pub(crate) right: &'static str,
     pub(crate) wrong: &'static str,
-    /// The test program.
+    /// The test program; [`LIBRARY`] is the library's own.
     pub(crate) suite: &'static str,
     pub(crate) test: &'static str,
 }
@@ -37,6 +37,9 @@ const fn model(
 ) -> Fault {
     Fault { name, file, right, wrong, suite, test }
 }
+
+/// The tests in `src`.
+pub(crate) const LIBRARY: &str = "polytape";
 
 const GEMM: &str = "src/kernels/cpu/gemm.rs";
 const LINEAR: &str = "src/kernels/cpu/linear.rs";
@@ -257,10 +260,10 @@ pub(crate) const FAULTS: &[Fault] = &[
          let d_zs = into_rank_space(cpu, &sides, Layout::ByRank, rank, segments, scale);\n",
     ),
     // On AMX, which the tests emulate.
-    kernel(
+    model(
         "lower-rows-with-the-pairs-of-the-upper",
         GEMM_AMX,
-        "dense::linears",
+        (LIBRARY, "kernels::cpu::gemm_amx::tests::long_sums_and_many_columns"),
         "square.add_lower(left[1], right[1]);",
         "square.add_lower(left[1], if ON { right[0] } else { right[1] });",
     ),

@@ -21,7 +21,7 @@ use std::{
     process::Command,
 };
 
-use faults::{FAULTS, Fault};
+use faults::{FAULTS, Fault, LIBRARY};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -57,9 +57,10 @@ fn every_fault_has_its_place() {
     }
 }
 
-/// Where a fault's test is: "kernels" has modules.
+/// Where a fault's test is: "kernels" has modules, and the library's tests are in its files.
 fn test_file(fault: &Fault) -> String {
     match (fault.suite, fault.test.split_once("::")) {
+        (LIBRARY, _) => fault.file.to_owned(),
         (suite, Some((module, _))) => format!("tests/{suite}/{module}.rs"),
         (suite, None) => format!("tests/{suite}.rs"),
     }
@@ -125,7 +126,12 @@ fn build() -> (PathBuf, BTreeMap<String, PathBuf>) {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&tree).env("CARGO_TARGET_DIR", target.join("target"));
     cargo.args(["test", "--no-run", "--no-default-features", "--message-format", "json"]);
-    cargo.args(suites.keys().flat_map(|suite| ["--test", suite]));
+    for &suite in suites.keys() {
+        match suite {
+            LIBRARY => cargo.arg("--lib"),
+            suite => cargo.args(["--test", suite]),
+        };
+    }
     let output = cargo.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut programs = BTreeMap::new();

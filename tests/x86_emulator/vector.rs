@@ -561,7 +561,12 @@ impl Machine<'_> {
 
     /// Elements of another size.
     fn convert(&mut self, i: &Instruction, from: usize, to: usize, f: impl Fn(u64) -> u64) {
-        let n = Self::width(i) / from.max(to);
+        // What becomes narrower has its width in memory, where it is there.
+        let in_memory = match i.op1_kind() {
+            OpKind::Memory if !i.is_broadcast() => i.memory_size().size(),
+            _ => 0,
+        };
+        let n = Self::width(i).max(in_memory) / from.max(to);
         let active = self.active(i, n);
         let source = self.operand(i, 1, from, n, active);
         let values = Vector::from_fn(to, n, |at| f(source.get(from, at)));

@@ -1012,11 +1012,14 @@ mod tests {
         for cpu in others.chain(amx()) {
             for exact in [true, false] {
                 let mut data = Data::new(21, exact);
-                for (m, k, n) in [(37, 4200, 20), (20, 40, 2040), (9, 2090, 140), (620, 1700, 20)] {
+                // The first segment ends with a tile's rows or between them.
+                for (m, k, n, first) in
+                    [(37, 4200, 20, 16), (20, 40, 2040, 5), (9, 2090, 140, 5), (620, 1700, 20, 5)]
+                {
                     let rank = 8;
                     let x = data.tensor(&cpu, m, k, Precision::Activation);
                     let w = weight(&mut data, n, k);
-                    let segments = Segments::new(&[5, m - 5], &[1, 0], 2);
+                    let segments = Segments::new(&[first, m - first], &[1, 0], 2);
                     let z = data.tensor(&cpu, m, rank, Precision::Full);
                     let b = data.tensor(&cpu, 2 * rank, n, Precision::Full);
                     let run = |cpu: &super::Cpu| {
@@ -1031,7 +1034,7 @@ mod tests {
                     let z = cpu.download(&z);
                     let mut want = vec![Sized::default(); m * n];
                     for (i, want) in want.iter_mut().enumerate() {
-                        let (t, o, row) = (i / n, i % n, usize::from(i / n < 5));
+                        let (t, o, row) = (i / n, i % n, usize::from(i / n < first));
                         (0..k).for_each(|j| want.add(x[t * k + j] * f64::from(w[o * k + j])));
                         let term = |j| z[t * rank + j] * b[(row * rank + j) * n + o];
                         (0..rank).for_each(|j| want.add(term(j)));
