@@ -32,7 +32,7 @@ mod shrink;
 mod testing;
 mod threads;
 
-use std::{mem, sync::Arc};
+use std::{fmt, mem, sync::Arc};
 
 pub use buffer::Buffer;
 use half::bf16;
@@ -57,6 +57,12 @@ pub struct Cpu {
     threads: Arc<Threads>,
     pool: Arc<Pool>,
     profile: Arc<Profile>,
+}
+
+impl fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cpu({} {})", self.isa.name(), self.compute)
+    }
 }
 
 impl Cpu {

@@ -113,9 +113,3 @@ pub(super) fn rounded(cpu: &Cpu, value: f64) -> f64 {
         _ => f64::from(value as f32),
     }
 }
-
-impl std::fmt::Debug for Cpu {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.isa.name(), self.compute)
-    }
-}

@@ -37,6 +37,7 @@ mod tables;
 use std::{
     any::Any,
     borrow::Cow,
+    fmt,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
@@ -138,6 +139,12 @@ fn zeroed(queue: &Queue, arena: &Arc<Arena>, bytes: usize) -> Result<Buffer> {
     // SAFETY: The buffer has that many bytes.
     unsafe { queue.push(Command::Fill { to: buffer.address(), byte: 0, bytes })? };
     Ok(buffer)
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cuda({})", self.compute)
+    }
 }
 
 impl Cuda {
