@@ -425,8 +425,8 @@ pub(crate) const FAULTS: &[Fault] = &[
         "checkpoint-without-a-hidden-name",
         "src/train/checkpoint.rs",
         ("crashes", "a_disk_that_fails_costs_one_checkpoint"),
-        "    let hidden = Hidden(hidden_name(&path));\n",
-        "    let hidden = if ON { return fill(&path, trainer, state, arguments).map(|()| path); } else { Hidden(hidden_name(&path)) };\n",
+        "    let hidden = Hidden(disk::hidden_beside(&path));\n",
+        "    let hidden = if ON { return fill(&path, trainer, state, arguments).map(|()| path); } else { Hidden(disk::hidden_beside(&path)) };\n",
     ),
     model(
         "error-of-a-rename-swallowed",
