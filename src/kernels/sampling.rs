@@ -47,16 +47,23 @@ pub fn draw(mut kept: Vec<Candidate>, rules: &SamplingRules, uniform: f64) -> u3
         kept.retain(|c| c.logit >= last.logit);
     }
     if top_p < 1.0 {
-        kept.sort_unstable_by(descending);
         // One stays while those before it have not reached top_p; the first one always.
         let wanted = ((top_p * sum(&kept) as f64).ceil() as u64).max(1);
-        let mut before = 0;
-        let n = kept.iter().take_while(|c| {
-            let stays = before < wanted;
-            before += c.weight;
-            stays
-        });
-        let n = n.count();
+        let (mut n, mut sorted, mut before) = (0, 0, 0);
+        while before < wanted && n < kept.len() {
+            if n == sorted {
+                // Only as many are sorted as are needed, most often a few of a vocabulary.
+                let rest = &mut kept[n..];
+                let more = (3 * n).max(64).min(rest.len());
+                if more < rest.len() {
+                    rest.select_nth_unstable_by(more - 1, descending);
+                }
+                rest[..more].sort_unstable_by(descending);
+                sorted += more;
+            }
+            before += kept[n].weight;
+            n += 1;
+        }
         kept.truncate(n);
     }
     let least = rules.min_weight();
@@ -105,6 +112,30 @@ mod tests {
         // top-p is of what top-k left: 0.4 of 0.65 is less than 0.7 of it.
         assert_eq!(ids(SamplingRules { top_k: 2, top_p: 0.7, ..ALL }), [1, 3]);
         assert_eq!(ids(SamplingRules { top_k: 2, top_p: 0.6, ..ALL }), [1]);
+    }
+
+    /// However many it takes, of equals and of others, in any order.
+    #[test]
+    fn top_p_is_the_first_of_all_in_order() {
+        for (n, levels) in [(63, 9), (64, 1), (65, 70), (500, 7), (3000, 3000)] {
+            let probabilities: Vec<f64> =
+                (0..n).map(|i| f64::from(i * 7919 % n % levels + 1)).collect();
+            let mut order: Vec<usize> = (0..n as usize).collect();
+            order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]).then(a.cmp(&b)));
+            let total: f64 = probabilities.iter().sum();
+            for top_p in [0.001, 0.1, 0.5, 0.93, 0.999] {
+                let mut before = 0.0;
+                let wanted = order.iter().take_while(|&&i| {
+                    let stays = before < top_p * total * (1.0 - 1e-12);
+                    before += probabilities[i];
+                    stays
+                });
+                let last = *wanted.max().unwrap() as u32;
+                // The draw of the largest number is the last one that stays, by its column.
+                let drawn = draw(candidates(&probabilities), &SamplingRules { top_p, ..ALL }, 1.0);
+                assert_eq!(drawn, last, "{n} columns of {levels} levels, {top_p}");
+            }
+        }
     }
 
     #[test]

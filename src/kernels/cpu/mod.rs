@@ -1,8 +1,8 @@
 //! The CPU: buffers, threads, and the operations' way to their kernels.
 //!
 //! One file a family of kernels, each a `SimdOp` written once for all instruction sets
-//! ([`isa`]). Work is cut into tasks by shape alone, never by the number of threads, and each
-//! output element is written by one task in one order; so any number of threads gives the same bits.
+//! ([`isa`]). However work is cut into tasks, each output element is written by one task, in an order that shape
+//! alone decides; so any number of threads gives the same bits.
 
 mod adamw;
 mod attention;
@@ -32,14 +32,19 @@ mod shrink;
 mod testing;
 mod threads;
 
-use std::{fmt, mem, sync::Arc};
+use std::{fmt, mem, ops::Range, sync::Arc};
 
 pub use buffer::Buffer;
 use half::bf16;
 pub use probe::Peaks;
 pub use profile::{Entry, Profile};
 
-use self::{buffer::Pool, isa::Isa, profile::Work, threads::Threads};
+use self::{
+    buffer::Pool,
+    isa::Isa,
+    profile::Work,
+    threads::{Threads, run_tasks},
+};
 use super::{Backend, Precision, ops::*};
 use crate::{
     dtype::Dtype,
@@ -464,11 +469,11 @@ impl Backend for Cpu {
                 (8 * args.logits.len() * args.tasks.len() * args.n_splits * args.n_skills) as f64,
             )
         });
-        route::route(self, args)
+        self.scope(|| route::route(self, args))
     }
     fn route_backward(&self, args: RouteBackward<'_, Self>) {
         let _timed = self.profile.time("route_backward", || Work::passes(args.d_weights, 3));
-        route::route_backward(args);
+        self.scope(|| route::route_backward(args));
     }
     fn mix(&self, args: Mix<'_, Self>) -> MixedPair<Self> {
         let _timed = self.profile.time("mix", || Work::mix(&args));
@@ -496,8 +501,14 @@ impl Backend for Cpu {
         let _timed = self.profile.time("sum_of_squares", || Work::over([tensor]));
         vec![self.scope(|| adamw::sum_of_squares(self, tensor))]
     }
+    fn sum_of_squares_in(&self, tensor: &Tensor<Self>, ranges: &[Range<usize>]) -> Vec<f64> {
+        let _timed = self.profile.time("sum_of_squares", || Work::over([tensor]));
+        vec![self.scope(|| adamw::sum_of_squares_in(self, tensor, ranges))]
+    }
     fn clear(&self, tensor: &mut Tensor<Self>) {
-        tensor.buffer_mut().expect("a tensor that is written is held once").bytes_mut().fill(0);
+        let buffer = tensor.buffer_mut().expect("a tensor that is written is held once");
+        let parts = buffer.bytes_mut().chunks_mut(4 * GRAIN);
+        self.scope(|| run_tasks(parts, |bytes| bytes.fill(0)));
     }
     fn adamw(&self, args: AdamW<'_, Self>) {
         let _timed = self.profile.time("adamw", || Work::passes(args.params, 7));

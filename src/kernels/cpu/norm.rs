@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Where it is not centered `mean(x)` and `mean(g)` are 0. A row is read twice (three times where it is
-//! centered), from the cache after the first. Sums go over 64 lanes (four vectors).
+//! centered). Sums go over 64 lanes (four vectors).
 
 use super::{
     super::{Precision, ops::*},

@@ -193,7 +193,7 @@ impl Work {
         let pairs: f64 =
             args.queries.lens.iter().zip(&args.keys.lens).fold(0.0, |sum, (&q, &k)| {
                 let seen = |i: usize| {
-                    let position = k - q + i + 1;
+                    let position = (k + i + 1).saturating_sub(q);
                     if args.causal { position.min(args.window.unwrap_or(position)) } else { k }
                 };
                 sum + (0..q).map(seen).sum::<usize>() as f64

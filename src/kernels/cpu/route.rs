@@ -11,9 +11,12 @@
 //! A few thousand numbers in plain f32, whose machine epsilon the clamps are made of: what PyTorch
 //! computes.
 
+use std::mem;
+
 use super::{
     super::{Precision, ops::*, philox::unit},
     Cpu,
+    threads::run_tasks,
 };
 
 pub(super) fn route(cpu: &Cpu, args: &Route<'_, Cpu>) -> Routing<Cpu> {
@@ -26,10 +29,10 @@ pub(super) fn route(cpu: &Cpu, args: &Route<'_, Cpu>) -> Routing<Cpu> {
     }
     let all =
         weights.f32s_mut().chunks_exact_mut(width).zip(samples.f32s_mut().chunks_exact_mut(width));
-    for (row, (weights, samples)) in all.enumerate() {
+    run_tasks(all.enumerate(), |(row, (weights, samples))| {
         let draws = Draws::new(args, row);
-        for (col, (sample, &z)) in samples.iter_mut().zip(draws.logits).enumerate() {
-            *sample = draws.sample(col, z).0;
+        for (sample, (value, _)) in samples.iter_mut().zip(draws.samples()) {
+            *sample = value;
         }
         let splits = weights.chunks_exact_mut(args.n_skills).zip(samples.chunks(args.n_skills));
         let weigh = Weigh::new(args);
@@ -42,7 +45,7 @@ pub(super) fn route(cpu: &Cpu, args: &Route<'_, Cpu>) -> Routing<Cpu> {
                 };
             }
         }
-    }
+    });
     Routing { weights, samples }
 }
 
@@ -54,18 +57,25 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
     }
     assert_eq!(d_weights.len(), routing.weights.len());
     let (weights, samples) = (routing.weights.f32s(), routing.samples.f32s());
-    let (d_weights, grads) = (d_weights.f32s(), grads.f32s_mut());
+    let (d_weights, mut rest) = (d_weights.f32s(), grads.f32s_mut());
     let weigh = Weigh::new(forward);
     // Rows of a task, and linears that share a router, meet in the same logits: how many add up there is
     // not bounded, so they do in f64, in the order of the rows.
     let start = |row: &usize| Draws::new(forward, *row).start;
     let mut rows: Vec<_> = (0..weights.len() / width).collect();
     rows.sort_by_key(start);
-    let mut sums = vec![0.0_f64; width];
-    for same in rows.chunk_by(|a, b| start(a) == start(b)) {
-        sums.fill(0.0);
+    let mut end = 0;
+    let tasks = rows.chunk_by(|a, b| start(a) == start(b)).map(|same| {
+        let start = start(&same[0]);
+        let (grads, later) = mem::take(&mut rest)[start - end..].split_at_mut(width);
+        (rest, end) = (later, start + width);
+        (same, grads)
+    });
+    run_tasks(tasks, |(same, grads)| {
+        let mut sums = vec![0.0_f64; width];
         for &row in same {
             let draws = Draws::new(forward, row);
+            let passes: Vec<bool> = draws.samples().map(|(_, passes)| passes).collect();
             for first in (0..width).step_by(forward.n_skills) {
                 let split = row * width + first..row * width + first + forward.n_skills;
                 let (weights, samples) = (&weights[split.clone()], &samples[split.clone()]);
@@ -73,7 +83,7 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
                 let n = weigh.normalizer(samples);
                 let mean: f32 = weights.iter().zip(d_weights).map(|(w, d)| w * d).sum();
                 for (i, col) in (first..first + forward.n_skills).enumerate() {
-                    if draws.sample(col, draws.logits[col]).1 {
+                    if passes[col] {
                         let d_sample = match weigh.factor {
                             Some(factor) => d_weights[i] * factor,
                             None => (d_weights[i] - mean) / n,
@@ -83,10 +93,10 @@ pub(super) fn route_backward(args: RouteBackward<'_, Cpu>) {
                 }
             }
         }
-        for (grad, sum) in grads[start(&same[0])..][..width].iter_mut().zip(&sums) {
+        for (grad, sum) in grads.iter_mut().zip(&sums) {
             *grad = (f64::from(*grad) + sum) as f32;
         }
-    }
+    });
 }
 
 /// [`Weighting`](crate::weighting::Weighting) in f32.
@@ -142,23 +152,36 @@ impl<'a> Draws<'a> {
         Self { start, logits, linear, row, width, noise: args.noise, n_rows }
     }
 
-    /// The uniform draw of a column.
-    fn uniform(&self, col: usize) -> Option<f32> {
+    /// The uniform draws of four columns from `4 * block` on.
+    fn uniforms(&self, block: usize) -> [Option<f32>; 4] {
         match self.noise {
-            Noise::Off => None,
+            Noise::Off => [None; 4],
             Noise::Philox { key, examples } => {
-                let counter = [(col / 4) as u32, 0, examples[self.row], self.linear as u32];
-                Some(unit(key.block(counter)[col % 4]))
+                let counter = [block as u32, 0, examples[self.row], self.linear as u32];
+                key.block(counter).map(|word| Some(unit(word)))
             }
             Noise::Given(draws) => {
-                Some(draws[(self.linear * self.n_rows + self.row) * self.width + col] as f32)
+                let of_row = (self.linear * self.n_rows + self.row) * self.width;
+                let columns = 4 * block..self.width.min(4 * block + 4);
+                let mut four = [None; 4];
+                for (u, col) in four.iter_mut().zip(columns) {
+                    *u = Some(draws[of_row + col] as f32);
+                }
+                four
             }
         }
     }
 
-    /// `s̃` of a column with logit `z`, and whether the gradient passes (nothing was clamped).
-    fn sample(&self, col: usize, z: f32) -> (f32, bool) {
-        let Some(u) = self.uniform(col) else { return (sigmoid(z), true) };
+    /// By column: `s̃`, and whether the gradient passes (nothing was clamped).
+    fn samples(&self) -> impl Iterator<Item = (f32, bool)> + '_ {
+        self.logits.chunks(4).enumerate().flat_map(|(block, logits)| {
+            logits.iter().zip(self.uniforms(block)).map(|(&z, u)| Self::sample(z, u))
+        })
+    }
+
+    /// Of a logit and its draw, if there is noise.
+    fn sample(z: f32, u: Option<f32>) -> (f32, bool) {
+        let Some(u) = u else { return (sigmoid(z), true) };
         let (low, high) = (f32::EPSILON, 1.0 - f32::EPSILON);
         let raw_p = sigmoid(z);
         let (p, u) = (raw_p.clamp(low, high), u.clamp(low, high));

@@ -37,11 +37,12 @@ pub(super) fn shrink(cpu: &Cpu, args: Shrink<'_, Cpu>) -> Vec<Tensor<Cpu>> {
     }
 }
 
-/// Each routing row's right operand as [`PackedRows`], `[rank, k]`.
-fn packed(cpu: &Cpu, rhs: &[f32], layout: Layout, k: usize, rank: usize) -> Buffer {
+/// The right operand of each routing row that tokens use as [`PackedRows`], `[rank, k]`.
+fn packed(cpu: &Cpu, rhs: &[f32], layout: Layout, k: usize, rank: usize, used: &[bool]) -> Buffer {
     let (block, packed_block) = ((k * rank).max(1), PackedRows::len(rank, k).max(1));
     let mut out = cpu.scratch(rhs.len() / block * packed_block);
     let blocks = out.as_mut_slice::<f32>().chunks_mut(packed_block).zip(rhs.chunks(block));
+    let blocks = blocks.zip(used).filter_map(|(block, &used)| used.then_some(block));
     run_tasks(blocks, |(out, rhs)| match layout {
         Layout::ByRank => cpu.isa.run(PackRows { matrix: Matrix::f32s(rhs, rank, k), out }),
         // Sixteen k at a time, so that what is read is in the L1 cache while each rank picks its own.
@@ -102,7 +103,8 @@ pub(super) fn into_rank_space(
             rest = later;
         }
     }
-    let pack = |side: &Side<'_>| packed(cpu, side.rhs.f32s(), layout, side.lhs.cols(), rank);
+    let used = segments.used_rows();
+    let pack = |side: &Side<'_>| packed(cpu, side.rhs.f32s(), layout, side.lhs.cols(), rank, &used);
     let operands: Vec<_> = sides.iter().map(pack).collect();
     run_tasks(tasks, |(run, row, outs)| {
         for ((side, rhs), out) in sides.iter().zip(&operands).zip(outs) {

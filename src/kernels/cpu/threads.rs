@@ -7,7 +7,7 @@
 
 use std::{
     cell::Cell,
-    collections::VecDeque,
+    ops::Range,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -82,11 +82,18 @@ impl Threads {
 
     /// Runs `work` on one of the threads, and what it forks on all of them.
     pub(super) fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        let (mut work, mut result) = (Some(work), None);
+        self.enter(&mut || result = work.take().map(|work| work()));
+        result.expect("the work has run")
+    }
+
+    /// [`Threads::scope`], compiled once for all works.
+    fn enter(&self, work: &mut (dyn FnMut() + Send)) {
         self.pool.install(|| {
             let _inside = Inside::enter(self);
             self.rouse();
-            work()
-        })
+            work();
+        });
     }
 
     /// Runs `work` once on every thread.
@@ -141,28 +148,33 @@ fn look_for_work() {
 /// Runs each task once, on all threads. Each has a share of neighbours, which often read the same, and goes through it in
 /// order; who is done takes the last one of another's share. So large tasks belong in front, and none waits for long.
 pub(super) fn run_tasks<T: Send>(tasks: impl IntoIterator<Item = T>, run: impl Fn(T) + Sync) {
-    let mut tasks: VecDeque<T> = tasks.into_iter().collect();
-    let n = rayon::current_num_threads().min(tasks.len());
+    let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    run_each(tasks.len(), &|i| {
+        let task = tasks[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+        run(task.expect("each task runs once"));
+    });
+}
+
+/// [`run_tasks`] of the numbers below `n_tasks`, compiled once for all tasks.
+fn run_each(n_tasks: usize, run: &(dyn Fn(usize) + Sync)) {
+    let n = rayon::current_num_threads().min(n_tasks);
     if n < 2 {
-        return tasks.into_iter().for_each(run);
+        return (0..n_tasks).for_each(run);
     }
-    let mut shares = Vec::with_capacity(n);
-    for i in (0..n).rev() {
-        shares.push(Mutex::new(tasks.split_off(tasks.len() * i / (i + 1))));
-    }
-    let fork = Fork { shares, run, busy: AtomicUsize::new(0) };
+    let share = |i| Mutex::new(n_tasks * i / n..n_tasks * (i + 1) / n);
+    let fork = Fork { shares: (0..n).map(share).collect(), run, busy: AtomicUsize::new(0) };
     rayon::scope(|scope| fork.join(scope, 0));
 }
 
-/// [`run_tasks`].
-struct Fork<T, R> {
-    shares: Vec<Mutex<VecDeque<T>>>,
-    run: R,
+/// [`run_each`].
+struct Fork<'a> {
+    shares: Vec<Mutex<Range<usize>>>,
+    run: &'a (dyn Fn(usize) + Sync),
     /// Threads at work but for the one that has forked.
     busy: AtomicUsize,
 }
 
-impl<T: Send, R: Fn(T) + Sync> Fork<T, R> {
+impl Fork<'_> {
     /// What the thread number `i` to join does: it calls two more, works, and the first one waits for the others.
     fn join<'s>(&'s self, scope: &Scope<'s>, i: usize) {
         let n = self.shares.len();
@@ -194,9 +206,9 @@ impl<T: Send, R: Fn(T) + Sync> Fork<T, R> {
         let n = self.shares.len();
         let share = |i: usize| self.shares[i % n].lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let mut task = share(own).pop_front();
+            let mut task = share(own).next();
             for other in own + 1..own + n {
-                task = task.or_else(|| share(other).pop_back());
+                task = task.or_else(|| share(other).next_back());
             }
             match task {
                 Some(task) => (self.run)(task),

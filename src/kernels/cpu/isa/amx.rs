@@ -22,18 +22,23 @@
 //! columns at most, the left ones are read from rows in memory as they lie there, one at a time, which is faster than memory.
 
 #![allow(unsafe_code)]
+#![cfg_attr(not(target_arch = "x86_64"), allow(unreachable_code, unused))]
 
-use std::{
-    arch::{asm, x86_64::__cpuid_count},
-    cell::Cell,
-    marker::PhantomData,
-    ops::Range,
-    sync::OnceLock,
-};
+#[cfg(target_arch = "x86_64")]
+use std::arch::{asm, x86_64::__cpuid_count};
+use std::{cell::Cell, marker::PhantomData, ops::Range, sync::OnceLock};
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{Avx512, SimdOp};
+
+/// Other CPUs have no token, so none of it is ever reached.
+#[cfg(not(target_arch = "x86_64"))]
+macro_rules! asm {
+    ($($_:tt)*) => {
+        unreachable!("a token of AMX on a CPU that is not x86-64")
+    };
+}
 
 /// Rows of a tile register.
 pub(crate) const TILE_ROWS: usize = 16;
@@ -85,10 +90,10 @@ impl Amx {
         Self { avx512: unsafe { Avx512::assume(true) } }
     }
 
-    /// Runs `op` compiled for AVX-512 with AVX512-BF16.
+    /// Runs `op` compiled for AVX-512, where some of it uses AVX512-BF16.
     #[inline]
     pub fn run<O: SimdOp>(self, op: O) -> O::Output {
-        self.avx512.run_with_bf16(op)
+        self.avx512.run(op)
     }
 
     /// Runs `work` with tile registers, which are given back at its end: a thread that sleeps with
@@ -131,7 +136,13 @@ impl Amx {
     }
 }
 
+#[cfg(not(target_arch = "x86_64"))]
+fn has_instructions() -> bool {
+    false
+}
+
 /// Whether CPUID has the instructions and the kernel saves the registers.
+#[cfg(target_arch = "x86_64")]
 fn has_instructions() -> bool {
     // SAFETY: every x86-64 CPU has CPUID; leaf 7 is there where AVX-512 is.
     #[allow(unused_unsafe)]
@@ -152,7 +163,7 @@ fn has_instructions() -> bool {
 
 /// Asks Linux (5.16 or later) for the tile data, which it otherwise keeps from a process: its 8 KiB
 /// would overflow the signal stacks of old programs.
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn request_permission() -> bool {
     const ARCH_PRCTL: u64 = 158;
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
@@ -175,7 +186,7 @@ fn request_permission() -> bool {
 }
 
 /// Other systems would have to be asked in their own way.
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 fn request_permission() -> bool {
     false
 }
@@ -511,7 +522,7 @@ pub(crate) struct Square<'a>(#[allow(dead_code)] &'a mut Tiles);
 
 /// Adds a product to half of the rows of a [`Square`], by its two registers.
 macro_rules! add_half {
-    ($lhs:expr, $rhs:expr, $left:literal, $right:literal) => {
+    ($lhs:expr, $rhs:expr, $left:tt, $right:tt) => {
         let (lhs, rhs): (LeftRows<'_>, [&[Tile]; 2]) = ($lhs, $rhs);
         let n = lhs.steps;
         assert!(n > 0 && lhs.rows == TILE_ROWS && rhs.iter().all(|tiles| tiles.len() == n));
@@ -526,7 +537,7 @@ macro_rules! add_half {
                 b1 = inout(reg) rhs[1].as_ptr() => _,
                 stride = in(reg) LINE,
                 n = inout(reg) n => _,
-                out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                out($left) _, out($right) _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
@@ -572,6 +583,7 @@ impl Square<'_> {
                 b1 = inout(reg) rhs[1].as_ptr() => _,
                 stride = in(reg) LINE,
                 n = inout(reg) n => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );

@@ -2,10 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::{
-    arch::{asm, x86_64::*},
-    mem,
-};
+use std::arch::{asm, x86_64::*};
 
 use half::bf16;
 
@@ -43,21 +40,6 @@ impl Avx512 {
     /// `bf16`.
     pub(super) unsafe fn assume(bf16: bool) -> Self {
         Self { bf16 }
-    }
-
-    /// Runs `op` compiled for AVX-512 with AVX512-BF16.
-    ///
-    /// # Panics
-    /// If the token is not [`Avx512::with_bf16`].
-    #[inline]
-    pub(super) fn run_with_bf16<O: SimdOp>(self, op: O) -> O::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-        fn enter<O: SimdOp>(simd: Avx512, op: O) -> O::Output {
-            op.eval(simd)
-        }
-        assert!(self.bf16, "a token of AVX512-BF16");
-        // SAFETY: as in `run`; `with_bf16` has seen AVX512-BF16.
-        unsafe { enter(self, op) }
     }
 
     /// Runs `op` compiled for AVX-512.
@@ -142,6 +124,48 @@ fn transpose_rows(bytes: &[u8], stride: usize, to: &mut [[f32; LANES]; LANES]) {
     }
 }
 
+/// AVX512-BF16's rounding to bf16, where denormals become zero. In assembly, as [`round_pair_bf16`], because the intrinsics
+/// would have every kernel compiled once more, for CPUs with this feature.
+///
+/// # Safety
+/// The CPU has AVX512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn round_bf16(v: __m512) -> __m256i {
+    let rounded;
+    // SAFETY: registers alone take part; the instruction is there by the caller's promise.
+    unsafe {
+        asm!(
+            "vcvtneps2bf16 {to:y}, {v}",
+            v = in(zmm_reg) v,
+            to = lateout(zmm_reg) rounded,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    rounded
+}
+
+/// The same of two vectors, the first of them in the low half.
+///
+/// # Safety
+/// The CPU has AVX512-BF16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn round_pair_bf16([low, high]: [__m512; 2]) -> __m512i {
+    let rounded;
+    // SAFETY: as in `round_bf16`.
+    unsafe {
+        asm!(
+            "vcvtne2ps2bf16 {to}, {high}, {low}",
+            high = in(zmm_reg) high,
+            low = in(zmm_reg) low,
+            to = lateout(zmm_reg) rounded,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    rounded
+}
+
 impl Simd for Avx512 {
     type V = __m512;
     const MR: usize = 12; // 24 accumulators, 2 right operands, broadcasts from memory: 32 registers.
@@ -205,10 +229,7 @@ impl Simd for Avx512 {
         if !self.bf16 {
             return self.store_bf16(v, to);
         }
-        intrinsics!({
-            let rounded: __m256i = mem::transmute(_mm512_cvtneps_pbh(v));
-            _mm256_storeu_si256(to.as_mut_ptr().cast(), rounded);
-        });
+        intrinsics!(_mm256_storeu_si256(to.as_mut_ptr().cast(), round_bf16(v)));
     }
     #[inline(always)]
     fn store_pair_bf16(self, v: [Self::V; 2], to: &mut [bf16; 2 * LANES], past: bool) {
@@ -220,7 +241,7 @@ impl Simd for Avx512 {
         }
         let past = past && to.as_ptr().addr().is_multiple_of(64);
         intrinsics!({
-            let rounded: __m512i = mem::transmute(_mm512_cvtne2ps_pbh(v[1], v[0]));
+            let rounded = round_pair_bf16(v);
             if past {
                 _mm512_stream_si512(to.as_mut_ptr().cast(), rounded);
             } else {

@@ -9,8 +9,12 @@
 //! proof that its intrinsics may run.
 
 mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(not(target_arch = "x86_64"))]
+mod elsewhere;
 mod scalar;
 
 pub use amx::Amx;
@@ -18,8 +22,12 @@ pub(super) use amx::{
     BLOCK_COLS, BLOCK_ROWS, Block, Corner, LeftRows, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile,
     Tiles,
 };
+#[cfg(target_arch = "x86_64")]
 pub use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
+#[cfg(not(target_arch = "x86_64"))]
+pub use elsewhere::{Avx2, Avx512};
 pub use scalar::Scalar;
 
 use half::bf16;
@@ -437,6 +445,7 @@ impl Isa {
     /// Something in this process executes the instructions that the CPU refuses.
     #[doc(hidden)]
     #[allow(unsafe_code)]
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unreachable_code))] // There it ends at once.
     pub unsafe fn lacking() -> Vec<Self> {
         if Avx2::detect().is_none() {
             return vec![];
