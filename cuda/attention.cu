@@ -164,9 +164,10 @@ __device__ inline void attend_backward_keys(Item* d_k, Item* d_v, const Item* d_
     const u32 past = span.n_keys > span.n_queries ? span.n_keys - span.n_queries : 0;
     const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
     const u32 from = args.causal ? (first + ahead > past ? first + ahead - past : 0) / WARP * WARP : 0;
+    const u32 to = n_seeing(args, span, first + n_keys - 1);
     float out_k[COLUMNS] = {}, out_v[COLUMNS] = {};
     for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (u32 i0 = from; i0 < span.n_queries; i0 += WARP) {
+        for (u32 i0 = from; i0 < to; i0 += WARP) {
             const size_t at = (span.query_start + i0) * q_size + head * d;
             const u32 n_queries = min(WARP, span.n_queries - i0);
             __syncthreads();

@@ -39,6 +39,13 @@ __device__ inline u32 first_seen(const Attention& args, const Span& span, u32 i)
     return args.window != 0 && end > args.window ? end - args.window : 0;
 }
 
+// The queries up to the last one that sees key j: those behind it see later ones only.
+__device__ inline u32 n_seeing(const Attention& args, const Span& span, u32 j) {
+    if (!args.causal || args.window == 0) return span.n_queries;
+    const u32 end = j + args.window + span.n_queries;  // Below 2^32: neither is above 2^30.
+    return end > span.n_keys ? min(span.n_queries, end - span.n_keys) : 0;
+}
+
 __device__ inline float bias(const Attention& args, const Span& span, u32 head, u32 i, u32 j) {
     if (!args.bias) return 0.0f;
     return args.bias[size_t(head) * args.n_distances + args.zero + j + span.n_queries - i - span.n_keys];

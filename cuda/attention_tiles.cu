@@ -477,6 +477,7 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     const u32 ahead = span.n_queries > span.n_keys ? span.n_queries - span.n_keys : 0;
     const u32 seeing = first + ahead > past ? first + ahead - past : 0;
     const u32 from = args.causal ? seeing / N * N : 0;
+    const u32 to = n_seeing(args, span, first + n_keys - 1);
     // Keys of this thread; of its warp, those from `low` to `high` are there, if any.
     const u32 row[2] = {first + own + lane() / 4, first + own + lane() / 4 + 8};
     const u32 low = first + own, high = min(low + 15, first + n_keys - 1);
@@ -484,18 +485,18 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     float out_k[DEPTH / 8][4] = {}, out_v[DEPTH / 8][4] = {};
     // Moves on where a head has no more queries, and says whether there is another tile.
     const auto is_there = [&](u32& head, u32& i0) {
-        if (i0 >= span.n_queries) head += 1, i0 = from;
-        return head < (kv_head + 1) * group && i0 < span.n_queries;
+        if (i0 >= to) head += 1, i0 = from;
+        return head < (kv_head + 1) * group && i0 < to;
     };
-    const auto bring = [&](Bf16* to, u32 head, u32 i0) {
+    const auto bring = [&](Bf16* tile, u32 head, u32 i0) {
         if (!is_there(head, i0)) return;
         const size_t start = (span.query_start + i0) * q_size + head * d;
-        bring_rows<DEPTH, N>(to, args.q + start, q_size, span.n_queries - i0, d);
-        bring_rows<DEPTH, N>(to + N * DEPTH, d_o + start, q_size, span.n_queries - i0, d);
+        bring_rows<DEPTH, N>(tile, args.q + start, q_size, span.n_queries - i0, d);
+        bring_rows<DEPTH, N>(tile + N * DEPTH, d_o + start, q_size, span.n_queries - i0, d);
         if (threadIdx.x < 2 * N) {
             const u32 i = i0 + threadIdx.x % N;
             const size_t at = (size_t(span.query_start) + min(i, span.n_queries - 1)) * args.n_heads + head;
-            copy_word_async(stats(to) + threadIdx.x, (threadIdx.x < N ? lse : inner) + at, i < span.n_queries);
+            copy_word_async(stats(tile) + threadIdx.x, (threadIdx.x < N ? lse : inner) + at, i < span.n_queries);
         }
         copy_async_commit();
     };
@@ -542,7 +543,7 @@ __device__ inline void attend_backward_keys_tiles(Item* d_k, Item* d_v, const It
     bring_rows<DEPTH, TILE_QUERIES>(values, args.v + kv_at, kv_size, n_keys, d);
     bring(queries, kv_head * group, from);
     for (u32 head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-        for (u32 i0 = from; i0 < span.n_queries; i0 += N) {
+        for (u32 i0 = from; i0 < to; i0 += N) {
             copy_async_wait<0>();
             __syncthreads();  // This tile is there, and all are done with the one before.
             bring(next, head, i0 + N);

@@ -14,7 +14,7 @@
 //!
 //! Dropout stands where transformers has it: on the probabilities alone.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
@@ -45,9 +45,16 @@ pub struct Decoder<B: Backend> {
     embedding: B::Weight,
     /// Without and with a window; the same in most families.
     frequencies: [Frequencies; 2],
+    tables: Mutex<Option<Tables<B>>>,
     blocks: Vec<Block<B>>,
     last_norm: B::Weight,
     head: Head<B>,
+}
+
+/// The angles of so many positions, kept from batch to batch.
+struct Tables<B: Backend> {
+    n: usize,
+    rotary: [Rotary<B>; 2],
 }
 
 struct Block<B: Backend> {
@@ -106,7 +113,15 @@ impl<B: Backend> Decoder<B> {
         let frequencies =
             [config.rope, window_rope].map(|rope| Frequencies::new(&rope, config.head_dim));
         let head = Head { linear, scale: 1.0 };
-        Ok(Self { config, embedding, frequencies, blocks, last_norm, head })
+        Ok(Self {
+            config,
+            embedding,
+            frequencies,
+            tables: Mutex::default(),
+            blocks,
+            last_norm,
+            head,
+        })
     }
 
     /// The configuration.
@@ -136,15 +151,22 @@ impl<B: Backend> Decoder<B> {
         [q, tape.rope(k, rotary, &places.positions), v]
     }
 
-    /// The angles of `n` positions.
+    /// The angles of `n` positions, or more.
     fn tables(&self, backend: &B, n: usize) -> [Rotary<B>; 2] {
+        let mut kept = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tables) = kept.as_ref().filter(|tables| tables.n >= n) {
+            return tables.rotary.clone();
+        }
+        let n = n.next_power_of_two();
         let [rotary, of_windows] = &self.frequencies;
         let rotary = rotary.table(backend, n);
         let of_windows = match self.config.window_rope {
             Some(_) => of_windows.table(backend, n),
             None => rotary.clone(),
         };
-        [rotary, of_windows]
+        let rotary = [rotary, of_windows];
+        *kept = Some(Tables { n, rotary: rotary.clone() });
+        rotary
     }
 
     fn embed(&self, tape: &mut Tape<'_, B>, ids: Ids<'_, B>) -> Var<B> {

@@ -38,11 +38,14 @@ type LaunchFn = unsafe extern "C" fn(
     usize,
 ) -> c_int;
 
-/// The kernels of one compute type. One launch at a time.
+/// Copies of a library: what runs at the same time, as its threads and shared memory are statics.
+const COPIES: usize = 4;
+
+/// The kernels of one compute type.
 struct Library {
-    _library: libloading::Library,
-    launch: LaunchFn,
-    running: Mutex<()>,
+    _loaded: [libloading::Library; COPIES],
+    /// Of each copy; locked while it runs.
+    launches: [Mutex<LaunchFn>; COPIES],
 }
 
 /// The emulated device.
@@ -102,7 +105,8 @@ impl Emulator {
             OnceLock::new();
         let libraries = LIBRARIES.get_or_init(|| {
             let compiler = compiler().ok_or("no C++ compiler (g++, clang++ or $CXX)")?;
-            Ok(Arc::new([build(&compiler, false), build(&compiler, true)]))
+            let (f32, bf16) = rayon::join(|| build(&compiler, false), || build(&compiler, true));
+            Ok(Arc::new([f32, bf16]))
         });
         let libraries = libraries.as_ref().map_err(Clone::clone).map(Arc::clone)?;
         let (pieces, log) = (Mutex::default(), Mutex::default());
@@ -148,8 +152,9 @@ impl Machine {
     }
 
     unsafe fn launch(&self, launch: &Launch) {
-        let library = &self.libraries[usize::from(launch.bf16)];
-        let _running = library.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let copies = &self.libraries[usize::from(launch.bf16)].launches;
+        let idle = copies.iter().find_map(|copy| copy.try_lock().ok());
+        let run = idle.unwrap_or_else(|| copies[0].lock().unwrap_or_else(PoisonError::into_inner));
         let seed = {
             let mut seed = self.seed.lock().unwrap_or_else(PoisonError::into_inner);
             *seed = seed.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
@@ -161,7 +166,7 @@ impl Machine {
         // SAFETY: The arguments are those of the function; each kernel's own are checked by number and
         // size in there.
         let failed = unsafe {
-            (library.launch)(
+            run(
                 name.as_ptr(),
                 launch.grid.as_ptr(),
                 launch.threads,
@@ -312,11 +317,22 @@ fn build(compiler: &str, bf16: bool) -> Library {
         fs::rename(&built, &library).unwrap();
         fs::remove_dir_all(&own).unwrap();
     }
-    // SAFETY: The library was built from this repository's sources; it has no constructors that matter.
-    let loaded = unsafe { libloading::Library::new(&library) }.unwrap();
-    // SAFETY: `LAUNCH_HEAD` defines the function with this signature; it lives as long as `loaded`.
-    let launch = unsafe { *loaded.get::<LaunchFn>(b"polytape_emulator_launch\0").unwrap() };
-    Library { _library: loaded, launch, running: Mutex::new(()) }
+    // Files of their own, or the system would load the same library again.
+    let loaded = std::array::from_fn(|i| {
+        let (copy, own) = (format!("{stem}.{i}.so"), format!("{stem}.{i}.{}", process::id()));
+        let (copy, own) = (dir.join(copy), dir.join(own));
+        if !copy.exists() {
+            fs::copy(&library, &own).unwrap();
+            fs::rename(&own, &copy).unwrap();
+        }
+        // SAFETY: The library was built from this repository's sources; it has no constructors that matter.
+        unsafe { libloading::Library::new(&copy) }.unwrap()
+    });
+    let launches = loaded.each_ref().map(|library| {
+        // SAFETY: `LAUNCH_HEAD` defines the function with this signature; it lives as long as `library`.
+        Mutex::new(unsafe { *library.get::<LaunchFn>(b"polytape_emulator_launch\0").unwrap() })
+    });
+    Library { _loaded: loaded, launches }
 }
 
 /// The kernels of a preprocessed source, in which `__global__` has vanished, and the most threads that
@@ -369,7 +385,7 @@ unsafe impl Device for Emulator {
         Ok((8 << 30, 8 << 30))
     }
 
-    fn alloc(&self, bytes: usize) -> Result<u64> {
+    fn alloc(&self, bytes: usize) -> Result<Option<u64>> {
         self.machine.note(|| Event::Alloc(bytes));
         // The last byte's 16 bytes end at the guard page.
         let room = bytes.next_multiple_of(16) + 16;
@@ -394,7 +410,7 @@ unsafe impl Device for Emulator {
         }
         let mut pieces = self.machine.pieces.lock().unwrap_or_else(PoisonError::into_inner);
         pieces.insert(address as u64, (start, mapping_len, bytes));
-        Ok(address as u64)
+        Ok(Some(address as u64))
     }
 
     unsafe fn free(&self, address: u64, bytes: usize) {

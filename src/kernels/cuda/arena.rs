@@ -41,6 +41,8 @@ pub(super) enum Use {
     Commands,
     /// For an upload, which comes before commands that are pending.
     Upload,
+    /// For an upload that stays: what is asked for and no more, as nothing else will use it again.
+    Weights,
 }
 
 /// A piece of device memory.
@@ -88,7 +90,11 @@ impl Arena {
     pub(super) fn take(self: &Arc<Self>, bytes: usize, what_for: Use) -> Result<Buffer> {
         let device = self.queue.device();
         let strict = device.is_strict();
-        let class_bytes = if strict { bytes.max(1) } else { class_bytes(bytes) };
+        let class_bytes = match what_for {
+            _ if strict => bytes.max(1),
+            Use::Weights => bytes.max(1).next_multiple_of(SMALLEST_BYTES),
+            Use::Commands | Use::Upload => class_bytes(bytes),
+        };
         let buffer = |address| Buffer { arena: Arc::clone(self), address, class_bytes };
         let mut state = self.state();
         let free = state.free.entry(class_bytes).or_default();
@@ -100,14 +106,14 @@ impl Arena {
             state.used_bytes += class_bytes;
             return Ok(buffer(address));
         }
-        let address = match device.alloc(class_bytes) {
-            Ok(address) => address,
-            Err(_) => {
+        let address = match device.alloc(class_bytes)? {
+            Some(address) => address,
+            None => {
                 // What is kept has other sizes: give it back and ask again.
                 self.release(&mut state)?;
                 device
-                    .alloc(class_bytes)
-                    .map_err(|error| self.out_of_memory(class_bytes, state.used_bytes, &error))?
+                    .alloc(class_bytes)?
+                    .ok_or_else(|| self.out_of_memory(class_bytes, state.used_bytes))?
             }
         };
         state.used_bytes += class_bytes;
@@ -121,11 +127,11 @@ impl Arena {
         Ok(buffer(address))
     }
 
-    fn out_of_memory(&self, bytes: usize, used_bytes: usize, error: &Error) -> Error {
+    fn out_of_memory(&self, bytes: usize, used_bytes: usize) -> Error {
         let mib = |bytes: usize| bytes.div_ceil(1 << 20);
         let total = self.queue.device().memory().map_or(0, |(total, _)| total);
         Error::Fault(format!(
-            "out of memory on {}: {} MiB more do not fit beside {} MiB in use of {} MiB ({error}): \
+            "out of memory on {}: {} MiB more do not fit beside {} MiB in use of {} MiB: \
              use a smaller --batch-size, --checkpointing on or --dtype bf16",
             self.queue.device().name(),
             mib(bytes),
@@ -180,6 +186,9 @@ mod tests {
         *,
     };
 
+    /// What `Numbers` have not because of an earlier fault.
+    const FAULT: usize = 7 << 20;
+
     /// Memory that is only numbers, of a limited size.
     struct Numbers(Mutex<(u64, usize)>);
 
@@ -191,13 +200,16 @@ mod tests {
         fn memory(&self) -> Result<(usize, usize)> {
             Ok((1 << 20, 0))
         }
-        fn alloc(&self, bytes: usize) -> Result<u64> {
+        fn alloc(&self, bytes: usize) -> Result<Option<u64>> {
             let mut state = self.0.lock().unwrap();
+            if bytes == FAULT {
+                return Err(Error::Fault("a kernel before".into()));
+            }
             if state.1 + bytes > 1 << 20 {
-                return Err(Error::Device("no more".into()));
+                return Ok(None);
             }
             *state = (state.0 + bytes as u64, state.1 + bytes);
-            Ok(state.0)
+            Ok(Some(state.0))
         }
         unsafe fn free(&self, _: u64, bytes: usize) {
             self.0.lock().unwrap().1 -= bytes;
@@ -228,6 +240,26 @@ mod tests {
 
     fn take(arena: &Arc<Arena>, bytes: usize) -> Buffer {
         arena.take(bytes, Use::Commands).unwrap()
+    }
+
+    #[test]
+    fn a_fault_is_no_lack_of_memory() {
+        let arena = arena();
+        drop(take(&arena, 1000));
+        let kept_bytes = arena.state().kept_bytes;
+        let error = arena.take(FAULT, Use::Commands).err().unwrap().to_string();
+        assert!(error.contains("a kernel before") && !error.contains("out of memory"), "{error}");
+        assert_eq!(arena.state().kept_bytes, kept_bytes, "nothing is given back for it");
+        let error = arena.take(2 << 20, Use::Commands).err().unwrap().to_string();
+        assert!(error.contains("out of memory"), "{error}");
+        assert_eq!(arena.state().kept_bytes, 0);
+    }
+
+    #[test]
+    fn weights_take_what_they_need() {
+        let arena = arena();
+        assert_eq!(arena.take(600_001, Use::Weights).unwrap().class_bytes, 600_064);
+        assert_eq!(arena.take(300_001, Use::Commands).unwrap().class_bytes, 327_680);
     }
 
     #[test]

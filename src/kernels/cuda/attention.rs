@@ -5,11 +5,12 @@ use std::sync::Arc;
 use bytemuck::NoUninit;
 
 use super::{
-    Buffer, Cuda, narrow,
+    Buffer, Cuda, must, narrow,
     tables::{DropoutArg, DropoutTable},
 };
 use crate::{
     dtype::Dtype,
+    error::Error,
     kernels::{Backend, Precision, ops::*},
     tensor::Tensor,
 };
@@ -128,7 +129,9 @@ impl Version {
             2 => 2,
             3..=4 => 4,
             5..=8 => 8,
-            _ => panic!("heads of {head_dim} are wider than 256"),
+            _ => must(Err(Error::Device(format!(
+                "heads are {head_dim} columns wide, and the CUDA kernels have them up to 256: use --device cpu"
+            )))),
         };
         // Wider heads do not fit in the registers of the tensor cores' kernels, which copy rows by 16 bytes.
         if cuda.compute == Dtype::Bf16 && columns < 8 && head_dim.is_multiple_of(8) {

@@ -6,22 +6,27 @@
 //!
 //! Neither the build nor the binary needs a CUDA toolkit: NVRTC is one library, looked for in the places
 //! that [`find`] lists. A cached file is named by a hash of all sources, the options and the architecture,
-//! so nothing stale is ever used, and a machine with a filled cache needs no NVRTC.
+//! so nothing stale is ever used. A machine whose cache has every module in both compute types needs no NVRTC.
 
 use std::{
     env,
     ffi::{CStr, CString, c_char, c_int},
     fs,
+    io::Write,
     path::{Path, PathBuf},
     ptr,
     sync::OnceLock,
 };
 
-use cudarc::nvrtc::{result, sys};
+use cudarc::nvrtc::{
+    result::NvrtcError,
+    sys::{nvrtcProgram, nvrtcResult},
+};
+use libloading::Library;
 
 use crate::{
     error::{Error, Result},
-    formats::disk,
+    formats::safetensors::write_atomically,
 };
 
 macro_rules! sources {
@@ -85,8 +90,56 @@ pub struct Nvrtc {
 /// # Errors
 /// Names the places and what to install.
 pub fn find() -> Result<Nvrtc> {
-    static FOUND: OnceLock<std::result::Result<Nvrtc, String>> = OnceLock::new();
-    FOUND.get_or_init(load).clone().map_err(Error::Device)
+    loaded().map(|(nvrtc, _)| nvrtc.clone())
+}
+
+fn loaded() -> Result<&'static (Nvrtc, Api)> {
+    static FOUND: OnceLock<std::result::Result<(Nvrtc, Api), String>> = OnceLock::new();
+    FOUND.get_or_init(load).as_ref().map_err(|why| Error::Device(why.clone()))
+}
+
+/// What is used of NVRTC, from the library that was found and from no other of its kind.
+struct Api {
+    create_program: unsafe extern "C" fn(
+        *mut nvrtcProgram,
+        *const c_char,
+        *const c_char,
+        c_int,
+        *const *const c_char,
+        *const *const c_char,
+    ) -> nvrtcResult,
+    compile_program: unsafe extern "C" fn(nvrtcProgram, c_int, *const *const c_char) -> nvrtcResult,
+    cubin_bytes: unsafe extern "C" fn(nvrtcProgram, *mut usize) -> nvrtcResult,
+    cubin: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
+    log_bytes: unsafe extern "C" fn(nvrtcProgram, *mut usize) -> nvrtcResult,
+    log: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
+    destroy_program: unsafe extern "C" fn(*mut nvrtcProgram) -> nvrtcResult,
+}
+
+impl Api {
+    /// The functions of a library that is never closed, and its version.
+    ///
+    /// # Safety
+    /// The library is NVRTC, of CUDA 12 or 13, if it has functions of these names.
+    unsafe fn of(library: &Library) -> Option<(Self, (i32, i32))> {
+        type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> nvrtcResult;
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: The types are those of nvrtc.h, which are the same in both versions; two places to write to.
+        unsafe {
+            let version = *library.get::<Version>(b"nvrtcVersion\0").ok()?;
+            version(&mut major, &mut minor).result().ok()?;
+            let api = Self {
+                create_program: *library.get(b"nvrtcCreateProgram\0").ok()?,
+                compile_program: *library.get(b"nvrtcCompileProgram\0").ok()?,
+                cubin_bytes: *library.get(b"nvrtcGetCUBINSize\0").ok()?,
+                cubin: *library.get(b"nvrtcGetCUBIN\0").ok()?,
+                log_bytes: *library.get(b"nvrtcGetProgramLogSize\0").ok()?,
+                log: *library.get(b"nvrtcGetProgramLog\0").ok()?,
+                destroy_program: *library.get(b"nvrtcDestroyProgram\0").ok()?,
+            };
+            [12, 13].contains(&major).then_some((api, (major, minor)))
+        }
+    }
 }
 
 /// Files in a folder whose names start so, in order.
@@ -116,13 +169,10 @@ fn folders() -> Vec<PathBuf> {
 }
 
 /// Opens a library and keeps it open.
-fn open(library: &Path) -> std::result::Result<(), String> {
+fn open(library: &Path) -> std::result::Result<&'static Library, String> {
     // SAFETY: CUDA's libraries have no initialisers with preconditions.
-    match unsafe { libloading::Library::new(library) } {
-        Ok(library) => {
-            std::mem::forget(library); // cudarc finds it by its name from now on.
-            Ok(())
-        }
+    match unsafe { Library::new(library) } {
+        Ok(library) => Ok(Box::leak(Box::new(library))),
         Err(error) => {
             use std::error::Error as _;
             let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
@@ -135,7 +185,7 @@ fn open(library: &Path) -> std::result::Result<(), String> {
     }
 }
 
-fn load() -> std::result::Result<Nvrtc, String> {
+fn load() -> std::result::Result<(Nvrtc, Api), String> {
     let mut tried = Vec::new();
     let mut candidates = Vec::new();
     if let Some(file) = env::var_os("POLYTAPE_NVRTC").filter(|file| !file.is_empty()) {
@@ -156,19 +206,15 @@ fn load() -> std::result::Result<Nvrtc, String> {
             }
         }
         match open(&candidate) {
-            // SAFETY: Only looks whether a library of one of the names can be opened.
-            Ok(()) if unsafe { sys::is_culib_present() } => {
-                let (mut major, mut minor) = (0, 0);
-                // SAFETY: Two places to write to, which outlive the call.
-                unsafe { sys::nvrtcVersion(&mut major, &mut minor) }
-                    .result()
-                    .map_err(|error| format!("{}: {error:?}", candidate.display()))?;
-                return Ok(Nvrtc {
-                    library: candidate.display().to_string(),
-                    version: (major, minor),
-                });
-            }
-            Ok(()) => tried.push(format!("{}: not an NVRTC of CUDA 12 or 13", candidate.display())),
+            // SAFETY: A file of that name, or one that the user named as it.
+            Ok(library) => match unsafe { Api::of(library) } {
+                Some((api, version)) => {
+                    return Ok((Nvrtc { library: candidate.display().to_string(), version }, api));
+                }
+                None => {
+                    tried.push(format!("{}: not an NVRTC of CUDA 12 or 13", candidate.display()));
+                }
+            },
             Err(error) => tried.push(error),
         }
     }
@@ -195,9 +241,16 @@ fn options(arch: &str, bf16: bool) -> [String; 4] {
 }
 
 /// FNV-1a.
-fn hash<'a>(parts: impl Iterator<Item = &'a str>) -> u64 {
-    let bytes = parts.flat_map(|part| part.bytes().chain([0]));
+fn fnv(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.fold(0xCBF2_9CE4_8422_2325, |hash, b| (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01B3))
+}
+
+fn hash<'a>(parts: impl Iterator<Item = &'a str>) -> u64 {
+    fnv(parts.flat_map(|part| part.bytes().chain([0])))
+}
+
+fn hash_of(bytes: &[u8]) -> u64 {
+    fnv(bytes.iter().copied())
 }
 
 /// Where compiled kernels are kept: `POLYTAPE_CACHE`, else the user's cache folder.
@@ -232,28 +285,43 @@ pub fn check_ready(arch: &str) -> Result<()> {
 /// # Errors
 /// If NVRTC is not there or refuses the source: with its log.
 pub fn cubin(module: &str, arch: &str, bf16: bool) -> Result<Vec<u8>> {
-    let options = options(arch, bf16);
-    let file = cached(module, arch, bf16);
-    if let Some(Ok(cubin)) = file.as_ref().map(fs::read)
-        && cubin.starts_with(b"\x7FELF")
-    {
+    if let Some(cubin) = cached(module, arch, bf16).and_then(|file| kept(&file)) {
         return Ok(cubin);
     }
-    let cubin = compile_source(module, source(module)?, &options)?;
-    if let Some(file) = file
+    compiled(module, arch, bf16)
+}
+
+/// A module's cubin compiled now, whatever is kept; it is kept instead.
+///
+/// # Errors
+/// As [`cubin`].
+pub fn compiled(module: &str, arch: &str, bf16: bool) -> Result<Vec<u8>> {
+    let cubin = compile_for(module, arch, bf16)?;
+    if let Some(file) = cached(module, arch, bf16)
         && let Err(error) = keep(&file, &cubin)
     {
-        tracing::warn!("cannot keep compiled kernels as {}: {error}", file.display());
+        tracing::warn!("cannot keep compiled kernels: {error}");
     }
     Ok(cubin)
 }
 
-/// Written beside and renamed, so that no one reads half a file.
-fn keep(file: &Path, cubin: &[u8]) -> std::io::Result<()> {
-    fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
-    let own = disk::hidden_beside(file);
-    fs::write(&own, cubin)?;
-    fs::rename(own, file)
+/// Writes a cubin with the hash of its bytes behind it.
+fn keep(file: &Path, cubin: &[u8]) -> Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    write_atomically(file, |file| {
+        file.write_all(cubin)?;
+        file.write_all(&hash_of(cubin).to_le_bytes())
+    })
+}
+
+/// What [`keep`] wrote, if the file is whole.
+fn kept(file: &Path) -> Option<Vec<u8>> {
+    let mut cubin = fs::read(file).ok()?;
+    let (bytes, hash) = cubin.split_last_chunk::<8>()?;
+    let n = (u64::from_le_bytes(*hash) == hash_of(bytes)).then_some(bytes.len())?;
+    cubin.truncate(n);
+    Some(cubin)
 }
 
 /// The text of a module's file.
@@ -270,7 +338,7 @@ fn source(module: &str) -> Result<&'static str> {
 /// # Errors
 /// As [`cubin`].
 pub fn compile_source(module: &str, text: &str, options: &[String]) -> Result<Vec<u8>> {
-    find()?;
+    let (_, api) = loaded()?;
     let name = format!("{module}.cu");
     let c_string = |text: &str| CString::new(text).expect("sources have no NUL");
     let (source, name) = (c_string(text), c_string(&name));
@@ -283,7 +351,7 @@ pub fn compile_source(module: &str, text: &str, options: &[String]) -> Result<Ve
     let mut program = ptr::null_mut();
     // SAFETY: All strings end with NUL and outlive the call; the lists have the length given.
     unsafe {
-        sys::nvrtcCreateProgram(
+        (api.create_program)(
             &mut program,
             source.as_ptr(),
             name.as_ptr(),
@@ -294,30 +362,44 @@ pub fn compile_source(module: &str, text: &str, options: &[String]) -> Result<Ve
     }
     .result()
     .map_err(|error| Error::Device(format!("NVRTC: {error:?}")))?;
-    // SAFETY: The program was just created and is destroyed below, once.
-    let compiled = unsafe { result::compile_program(program, options) };
-    let cubin = compiled.and_then(|()| {
-        let mut bytes = 0;
-        // SAFETY: The program is alive; `cubin` has as many bytes as it says.
-        unsafe {
-            sys::nvrtcGetCUBINSize(program, &mut bytes).result()?;
-            let mut cubin = vec![0_u8; bytes];
-            sys::nvrtcGetCUBIN(program, cubin.as_mut_ptr().cast()).result()?;
-            Ok(cubin)
-        }
-    });
+    let options: Vec<_> = options.iter().map(|option| c_string(option)).collect();
+    let options_at = pointers(&options);
+    // SAFETY: The program was just created and is destroyed below, once; the options end with NUL, are as many as it says
+    // and outlive the call; `cubin` has as many bytes as NVRTC says.
+    let cubin = unsafe {
+        let compile = (api.compile_program)(program, options.len() as c_int, options_at.as_ptr());
+        compile.result().and_then(|()| filled(program, api.cubin_bytes, api.cubin))
+    };
     let cubin = cubin.map_err(|error| {
-        // SAFETY: The program is alive.
-        let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
-        let log: Vec<u8> = log.iter().map(|&c| c as u8).chain([0]).collect();
+        // SAFETY: The program is alive; the log has as many bytes as NVRTC says, NUL included.
+        let log = unsafe { filled(program, api.log_bytes, api.log) }.unwrap_or_default();
         let log = CStr::from_bytes_until_nul(&log).unwrap_or_default().to_string_lossy();
         Error::Device(format!("NVRTC refuses cuda/{module}.cu ({error:?}):\n{log}"))
     });
     // SAFETY: The program is alive and not used afterwards.
-    if let Err(error) = unsafe { result::destroy_program(program) } {
+    if let Err(error) = unsafe { (api.destroy_program)(&mut program) }.result() {
         tracing::warn!("NVRTC: {error:?}");
     }
     cubin
+}
+
+/// Bytes of a program, by the function that says how many and the one that writes them.
+///
+/// # Safety
+/// The program is alive, and the functions are a pair of NVRTC's.
+unsafe fn filled(
+    program: nvrtcProgram,
+    count: unsafe extern "C" fn(nvrtcProgram, *mut usize) -> nvrtcResult,
+    fill: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
+) -> std::result::Result<Vec<u8>, NvrtcError> {
+    let mut n = 0;
+    // SAFETY: The caller's promise; there is room for what is written.
+    unsafe {
+        count(program, &mut n).result()?;
+        let mut bytes = vec![0_u8; n];
+        fill(program, bytes.as_mut_ptr().cast()).result()?;
+        Ok(bytes)
+    }
 }
 
 /// Compiles a module for an architecture, without the cache: for tests.
@@ -350,6 +432,23 @@ mod tests {
         assert_eq!(architecture(8, 0), "sm_80");
         assert_eq!(architecture(9, 0), "sm_90a");
         assert_eq!(architecture(12, 0), "sm_120");
+    }
+
+    #[test]
+    fn what_is_kept_is_read_back_only_if_it_is_whole() {
+        let dir = env::temp_dir().join(format!("polytape-kept-{}", std::process::id()));
+        let file = dir.join("some/module.cubin");
+        assert_eq!(kept(&file), None);
+        keep(&file, b"a cubin").unwrap();
+        assert_eq!(kept(&file).unwrap(), b"a cubin");
+        let whole = fs::read(&file).unwrap();
+        for (n, last) in [(0, 0), (7, 0), (whole.len() - 1, 0), (whole.len(), 1)] {
+            let mut torn = whole[..n].to_vec();
+            torn.iter_mut().rev().take(last).for_each(|byte| *byte ^= 1);
+            fs::write(&file, torn).unwrap();
+            assert_eq!(kept(&file), None, "{n} bytes");
+        }
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]

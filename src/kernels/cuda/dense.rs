@@ -406,8 +406,9 @@ pub(super) fn head_loss(cuda: &Cuda, args: HeadLoss<'_, Cuda>) -> Loss<Cuda> {
     let labels = cuda.buffer_of(labels);
     let nll = cuda.unwritten_numbers(tokens);
     let mut d_x = d_nll.map(|_| cuda.alloc(tokens, d_model, Precision::Activation));
-    // Whole tiles, so that a chunk's last one is not mostly empty.
-    let chunk = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side).min(tokens).max(1);
+    // Whole tiles, so that a chunk's last one is not mostly empty, and of those what the backward takes least for.
+    let most = (HEAD_BYTES / (4 * vocabulary)).next_multiple_of(MMA_TILE.side);
+    let chunk = gemm::best_tokens(cuda, most, d_model).min(tokens).max(1);
     let mut raw = cuda.alloc(chunk, vocabulary, Precision::Full);
     let item = cuda.compute.size_bytes();
     let rounded = (d_nll.is_some() && cuda.compute == Dtype::Bf16)

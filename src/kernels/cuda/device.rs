@@ -148,8 +148,8 @@ pub unsafe trait Device: Send + Sync + 'static {
     /// Memory of the device: in all and free, in bytes.
     fn memory(&self) -> Result<(usize, usize)>;
 
-    /// Reserves memory (at least one byte) and gives its address.
-    fn alloc(&self, bytes: usize) -> Result<u64>;
+    /// Reserves memory (at least one byte) and gives its address; none where there is not so much.
+    fn alloc(&self, bytes: usize) -> Result<Option<u64>>;
 
     /// Gives memory back.
     ///

@@ -25,8 +25,13 @@ use crate::error::{Error, Result};
 
 /// Bytes of each of the two halves of the pinned memory that uploads pass through.
 const STAGING_BYTES: usize = 16 << 20;
-/// Uploads up to here are left to the driver, which copies them at once.
+/// See [`Driver::small_bytes`].
 const SMALL_BYTES: usize = 64 << 10;
+/// Where there is nothing to run on.
+const NO_GPU: &str =
+    "the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES hides some?): use --device cpu";
+/// The driver that has programmatic dependencies and edges with data: CUDA 12.3.
+const GRAPHS_FROM: i32 = 12_030;
 /// Pinned memory of a fetch at least.
 const FETCH_BYTES: usize = 4 << 10;
 
@@ -46,6 +51,9 @@ pub struct Driver {
     has_graphs: bool,
     /// Whether a kernel of a graph starts while the one before it ends: `after_previous` of `cuda/common.cuh`.
     overlaps: bool,
+    /// Uploads up to here are left to the driver, which copies them at once: none where the GPU reads the host's pages and
+    /// need not copy them.
+    small_bytes: usize,
     state: Mutex<State>,
 }
 
@@ -119,7 +127,12 @@ pub fn driver_version() -> Result<i32> {
             "there is no NVIDIA driver (libcuda.so.1): install it, or use --device cpu".into(),
         ));
     }
-    result::init().map_err(failed("the NVIDIA driver does not start"))?;
+    result::init().map_err(|error| {
+        if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE {
+            return Error::Device(NO_GPU.into());
+        }
+        failed("the NVIDIA driver does not start")(error)
+    })?;
     let mut version = 0;
     // SAFETY: A place to write to, which outlives the call.
     let asked = unsafe { sys::cuDriverGetVersion(&mut version) };
@@ -144,8 +157,7 @@ impl Driver {
         }
         let n = result::device::get_count().map_err(failed("cannot count GPUs"))?;
         if n == 0 {
-            let none = "the NVIDIA driver sees no GPU (CUDA_VISIBLE_DEVICES hides some?): use --device cpu";
-            return Err(Error::Device(none.into()));
+            return Err(Error::Device(NO_GPU.into()));
         }
         let device = result::device::get(0).map_err(failed("cannot open the first GPU"))?;
         let name = result::device::get_name(device).map_err(failed("the GPU has no name"))?;
@@ -163,6 +175,9 @@ impl Driver {
             ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let multiprocessors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let pools = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)?;
+        let reads_host_pages = ask(
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES,
+        )?;
         let is_hopper = (major, minor) == (9, 0);
         let architecture = compile::architecture(major, minor);
         compile::check_ready(&architecture)?;
@@ -173,7 +188,13 @@ impl Driver {
         let kind = || result::stream::StreamKind::NonBlocking;
         let stream = result::stream::create(kind()).map_err(failed(&name))?;
         let capture = Mutex::new(result::stream::create(kind()).map_err(failed(&name))?);
-        let synchronous = std::env::var_os("POLYTAPE_CUDA_SYNC").is_some_and(|v| !v.is_empty());
+        let synchronous = match std::env::var("POLYTAPE_CUDA_SYNC").unwrap_or_default().as_str() {
+            "" | "0" => false,
+            "1" => true,
+            other => {
+                return Err(Error::Usage(format!("POLYTAPE_CUDA_SYNC={other}: it is 0 or 1")));
+            }
+        };
         let (recent, slots) = (Mutex::default(), Mutex::default());
         let graphs = std::env::var("POLYTAPE_CUDA_GRAPHS").unwrap_or_default();
         if !["", "on", "serial", "off"].contains(&graphs.as_str()) {
@@ -188,8 +209,9 @@ impl Driver {
                 * u32::from(is_hopper),
             has_pools: pools != 0,
             synchronous,
-            has_graphs: !synchronous,
-            overlaps: major >= 9 && driver_version()? >= 12_030 && graphs != "serial",
+            has_graphs: !synchronous && version >= GRAPHS_FROM,
+            overlaps: major >= 9 && graphs != "serial",
+            small_bytes: if reads_host_pages == 0 { SMALL_BYTES } else { 0 },
             state: Mutex::default(),
         };
         Ok(if graphs == "off" { driver.without_graphs() } else { driver })
@@ -212,19 +234,38 @@ impl Driver {
     fn function(&self, launch: &Launch) -> Result<sys::CUfunction> {
         let key = (launch.kernel.clone(), launch.bf16);
         let mut state = self.state();
+        if launch.shared_bytes > self.max_shared_bytes {
+            return Err(Error::Device(format!(
+                "kernel {} wants {} bytes of shared memory, and {} has {}",
+                launch.kernel, launch.shared_bytes, self.shared.name, self.max_shared_bytes
+            )));
+        }
         if let Some(&function) = state.functions.get(&key) {
             return Ok(function);
         }
         let module = match state.modules.get(&(launch.module, launch.bf16)) {
             Some(&module) => module,
             None => {
-                let cubin = compile::cubin(launch.module, &self.architecture, launch.bf16)?;
-                // SAFETY: A whole cubin, which the driver copies.
-                let loaded = unsafe { result::module::load_data(cubin.as_ptr().cast()) };
-                let module = loaded.map_err(fault(format_args!(
-                    "{} refuses the compiled kernels of cuda/{}.cu (a driver older than NVRTC?)",
-                    self.shared.name, launch.module
-                )))?;
+                let (name, arch) = (launch.module, &*self.architecture);
+                // SAFETY: Both are whole cubins, which the driver copies.
+                let load =
+                    |cubin: &[u8]| unsafe { result::module::load_data(cubin.as_ptr().cast()) };
+                let refused = |error| {
+                    self.shared.late(
+                        &format!(
+                            "loading the kernels of cuda/{name}.cu (a driver older than NVRTC?)"
+                        ),
+                        error,
+                    )
+                };
+                let module = match load(&compile::cubin(name, arch, launch.bf16)?) {
+                    Ok(module) => module,
+                    // What is kept may be another NVRTC's.
+                    Err(error) => match compile::compiled(name, arch, launch.bf16) {
+                        Ok(cubin) => load(&cubin).map_err(refused)?,
+                        Err(_) => return Err(refused(error)),
+                    },
+                };
                 state.modules.insert((launch.module, launch.bf16), module);
                 module
             }
@@ -233,12 +274,6 @@ impl Driver {
         // SAFETY: The module is never unloaded.
         let function = unsafe { result::module::get_function(module, name) }
             .map_err(fault(format_args!("kernel {}", launch.kernel)))?;
-        if launch.shared_bytes > self.max_shared_bytes {
-            return Err(Error::Device(format!(
-                "kernel {} wants {} bytes of shared memory, and {} has {}",
-                launch.kernel, launch.shared_bytes, self.shared.name, self.max_shared_bytes
-            )));
-        }
         if launch.shared_bytes > 0 {
             // All that the device has, as a later launch may want more than this one.
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -262,28 +297,30 @@ impl Driver {
         let mut state = self.state();
         if state.staging.is_none() {
             // SAFETY: Freed by nobody: it is kept for the life of the process.
-            let start = unsafe { result::malloc_host(2 * STAGING_BYTES, 0) };
-            let start = start.map_err(fault("no pinned memory"))?.cast();
             let event = || {
                 result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
-                    .map_err(fault("no event"))
+                    .map_err(|error| self.shared.late("an event", error))
             };
-            state.staging = Some(Staging { start, done: [event()?, event()?] });
+            let done = [event()?, event()?];
+            // SAFETY: Freed by nobody: it is kept for the life of the process.
+            let start = unsafe { result::malloc_host(2 * STAGING_BYTES, 0) };
+            let start = start.map_err(|error| self.shared.late("pinned memory", error))?.cast();
+            state.staging = Some(Staging { start, done });
         }
         let Some(Staging { start, done }) = &state.staging else { unreachable!("just made") };
+        let late = |error| self.shared.late("an upload", error);
         for (i, chunk) in bytes.chunks(STAGING_BYTES).enumerate() {
             let half = i % 2;
             // SAFETY: The event is alive. Each half is written only when its last copy is done, and
             // read by the copy alone until then; a chunk is no longer than a half.
             unsafe {
-                result::event::synchronize(done[half]).map_err(fault("upload"))?;
+                result::event::synchronize(done[half]).map_err(late)?;
                 let half_start = start.add(half * STAGING_BYTES);
                 std::ptr::copy_nonoverlapping(chunk.as_ptr(), half_start, chunk.len());
                 let pinned = std::slice::from_raw_parts(half_start, chunk.len());
                 let at = to + (i * STAGING_BYTES) as u64;
-                result::memcpy_htod_async(at, pinned, self.shared.stream)
-                    .map_err(fault("upload"))?;
-                result::event::record(done[half], self.shared.stream).map_err(fault("upload"))?;
+                result::memcpy_htod_async(at, pinned, self.shared.stream).map_err(late)?;
+                result::event::record(done[half], self.shared.stream).map_err(late)?;
             }
         }
         Ok(())
@@ -304,6 +341,9 @@ impl Shared {
     /// An error that an earlier launch may have caused.
     fn late(&self, what: &str, error: DriverError) -> Error {
         let recent: Vec<_> = locked(&self.recent).iter().cloned().collect();
+        if recent.is_empty() {
+            return fault(format_args!("{}: {what} failed", self.name))(error);
+        }
         fault(format_args!(
             "{}: {what} failed after one of the kernels {} (POLYTAPE_CUDA_SYNC=1 tells which)",
             self.name,
@@ -416,7 +456,13 @@ impl Chain {
     fn new(driver: &Driver, commands: &[Command]) -> Result<Self> {
         let shared = Arc::clone(&driver.shared);
         shared.enter()?;
-        let refused = || failed("a graph");
+        let refused = || {
+            |error: DriverError| match error.0 as u32 {
+                // A kernel's fault, which every call gets from then on.
+                700..800 => shared.late("a graph", error),
+                _ => failed("a graph")(error),
+            }
+        };
         let mut graph = ptr::null_mut();
         // SAFETY: A place to write to, which outlives the call.
         unsafe { sys::cuGraphCreate(&mut graph, 0) }.result().map_err(refused())?;
@@ -563,16 +609,30 @@ unsafe impl Device for Driver {
         Ok((total, free))
     }
 
-    fn alloc(&self, bytes: usize) -> Result<u64> {
+    fn alloc(&self, bytes: usize) -> Result<Option<u64>> {
         self.shared.enter()?;
+        let stream = self.shared.stream;
         // SAFETY: The stream is alive.
-        let reserved = unsafe {
+        let reserve = || unsafe {
             match self.has_pools {
-                true => result::malloc_async(self.shared.stream, bytes),
+                true => result::malloc_async(stream, bytes),
                 false => result::malloc_sync(bytes),
             }
         };
-        reserved.map_err(fault("cannot reserve memory"))
+        let is_full = |error: &DriverError| error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let reserved = match reserve() {
+            // What was freed is the pool's again when the kernels before that are done.
+            // SAFETY: The stream is alive.
+            Err(error) if is_full(&error) => {
+                unsafe { result::stream::synchronize(stream) }.and_then(|()| reserve())
+            }
+            reserved => reserved,
+        };
+        match reserved {
+            Ok(address) => Ok(Some(address)),
+            Err(error) if is_full(&error) => Ok(None),
+            Err(error) => Err(self.shared.late("reserving memory", error)),
+        }
     }
 
     unsafe fn free(&self, address: u64, _: usize) {
@@ -593,10 +653,11 @@ unsafe impl Device for Driver {
 
     unsafe fn write(&self, to: u64, bytes: &[u8]) -> Result<()> {
         self.shared.enter()?;
-        if bytes.len() > SMALL_BYTES {
+        if bytes.len() > self.small_bytes {
             return self.write_staged(to, bytes);
         }
-        // SAFETY: The caller's promise; the driver has copied pageable memory when it returns.
+        // SAFETY: The caller's promise; the driver has copied pageable memory when it returns, as it must where the GPU
+        // cannot read it.
         unsafe { result::memcpy_htod_async(to, bytes, self.shared.stream) }
             .map_err(|error| self.shared.late("an upload", error))
     }
@@ -623,11 +684,12 @@ unsafe impl Device for Driver {
             Some(at) => slots.swap_remove(at),
             None => {
                 let capacity = bytes.max(FETCH_BYTES).next_power_of_two();
+                let done = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+                    .map_err(|error| shared.late("an event", error))?;
                 // SAFETY: Freed by nobody: slots are used again for the life of the process.
                 let start = unsafe { result::malloc_host(capacity, 0) };
-                let start = start.map_err(fault("no pinned memory"))?.cast();
-                let done = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING);
-                Slot { start, capacity, done: done.map_err(fault("no event"))? }
+                let start = start.map_err(|error| shared.late("pinned memory", error))?.cast();
+                Slot { start, capacity, done }
             }
         };
         // SAFETY: The caller's promise; the slot has room for so many bytes and belongs to this fetch
@@ -683,7 +745,13 @@ unsafe impl Device for Driver {
         let function = self.function(launch)?;
         let [x, y, z] = launch.grid;
         let mut pointers: Vec<*mut c_void> = launch.args.pointers();
-        let of_kernel = || fault(format!("{}: kernel {}", self.shared.name, launch.kernel));
+        let of_kernel = |error: DriverError| {
+            // One launch at a time has no other to blame.
+            if self.synchronous {
+                return fault(format!("{}: kernel {}", self.shared.name, launch.kernel))(error);
+            }
+            self.shared.late(&format!("kernel {}", launch.kernel), error)
+        };
         // SAFETY: The caller's promise; the driver copies the parameters.
         unsafe {
             result::launch_kernel(
@@ -695,7 +763,7 @@ unsafe impl Device for Driver {
                 &mut pointers,
             )
         }
-        .map_err(of_kernel())?;
+        .map_err(of_kernel)?;
         let mut recent = locked(&self.shared.recent);
         if !recent.contains(&launch.kernel) {
             recent.insert(launch.kernel.clone());
@@ -703,7 +771,7 @@ unsafe impl Device for Driver {
         drop(recent);
         if self.synchronous {
             // SAFETY: The stream is alive.
-            unsafe { result::stream::synchronize(self.shared.stream) }.map_err(of_kernel())?;
+            unsafe { result::stream::synchronize(self.shared.stream) }.map_err(of_kernel)?;
         }
         Ok(())
     }

@@ -84,6 +84,8 @@ impl Tile {
 
 /// `Stages` of `cuda/linear_wgmma.cu`.
 const WGMMA_ROWS: usize = 128;
+/// Columns of its tiles.
+const WGMMA_WIDTHS: [usize; 3] = [256, 128, 64];
 const WGMMA_DEPTH: usize = 64;
 const WGMMA_THREADS: u32 = 384;
 
@@ -105,13 +107,36 @@ fn wgmma_width(
     // A copy's rows are multiples of 16 bytes.
     let fits = rows.into_iter().all(|len| len > 0 && len % 8 == 0);
     let multiprocessors = cuda.device().hopper_multiprocessors().max(1) as usize;
-    // How long the multiprocessor with the most tiles takes: a tile's products, or at least the copies of its
-    // left rows, and some more to start and to finish it.
-    let cost = |&width: &usize| {
-        let tiles = wgmma_tiles(tokens, widths.clone(), width);
-        tiles.div_ceil(multiprocessors) * (width.max(80) + 24)
+    let cost = |&width: &usize| tile_rounds(tokens, widths.clone(), width, multiprocessors);
+    (is_for_it && fits).then(|| WGMMA_WIDTHS.into_iter().min_by_key(cost).expect("three widths"))
+}
+
+/// So many tokens, whole tiles of them and at most `most`, that a product with `cols` columns takes least for each; `most`
+/// where there is no way to know.
+pub(super) fn best_tokens(cuda: &Cuda, most: usize, cols: usize) -> usize {
+    let multiprocessors = cuda.device().hopper_multiprocessors() as usize;
+    if cuda.gemm != Gemm::Wgmma || multiprocessors == 0 {
+        return most;
+    }
+    let cost = |tokens: usize| {
+        let of = |width| tile_rounds(tokens, [cols].into_iter(), width, multiprocessors);
+        let least = WGMMA_WIDTHS.into_iter().map(of).min().unwrap_or(0);
+        least as f64 / tokens as f64
     };
-    (is_for_it && fits).then(|| [256, 128, 64].into_iter().min_by_key(cost).expect("three widths"))
+    // The largest of equals.
+    let all = (1..=most / WGMMA_ROWS).rev().map(|n| n * WGMMA_ROWS);
+    all.min_by(|&a, &b| cost(a).total_cmp(&cost(b))).unwrap_or(most)
+}
+
+/// How long the multiprocessor with the most tiles takes: a tile's products, or at least the copies of its
+/// left rows, and some more to start and to finish it.
+fn tile_rounds(
+    tokens: usize,
+    widths: impl Iterator<Item = usize>,
+    width: usize,
+    multiprocessors: usize,
+) -> usize {
+    wgmma_tiles(tokens, widths, width).div_ceil(multiprocessors) * (width.max(80) + 24)
 }
 
 /// Tiles of `linear_wgmma.cu` for products with so many columns each.

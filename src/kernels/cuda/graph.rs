@@ -295,7 +295,7 @@ mod tests {
         fn memory(&self) -> Result<(usize, usize)> {
             unreachable!()
         }
-        fn alloc(&self, _: usize) -> Result<u64> {
+        fn alloc(&self, _: usize) -> Result<Option<u64>> {
             unreachable!()
         }
         unsafe fn free(&self, _: u64, _: usize) {}

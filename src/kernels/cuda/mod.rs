@@ -249,8 +249,12 @@ impl Cuda {
 
     /// A buffer with these values.
     fn buffer_of<T: NoUninit>(&self, values: &[T]) -> Buffer {
+        self.uploaded(values, Use::Upload)
+    }
+
+    fn uploaded<T: NoUninit>(&self, values: &[T], what_for: Use) -> Buffer {
         let bytes: &[u8] = bytemuck::cast_slice(values);
-        let buffer = must(self.arena.take(bytes.len(), Use::Upload));
+        let buffer = must(self.arena.take(bytes.len(), what_for));
         if !bytes.is_empty() {
             // SAFETY: The buffer has that many bytes, and no command that is pending uses them.
             must(unsafe { self.device().write(buffer.address(), bytes) });
@@ -436,14 +440,14 @@ impl Backend for Cuda {
     fn weight(&self, frozen: &Frozen) -> Weight {
         let (rows, cols) = (frozen.rows(), frozen.cols());
         let matrix = match (frozen.dtype(), self.compute) {
-            (from, to) if from == to => self.buffer_of(frozen.bytes()),
+            (from, to) if from == to => self.uploaded(frozen.bytes(), Use::Weights),
             (_, Dtype::Bf16) => {
-                let values = frozen.to_f32();
-                self.buffer_of(&values.into_iter().map(bf16::from_f32).collect::<Vec<_>>())
+                let values: Vec<_> = frozen.to_f32().into_iter().map(bf16::from_f32).collect();
+                self.uploaded(&values, Use::Weights)
             }
-            _ => self.buffer_of(&frozen.to_f32()),
+            _ => self.uploaded(&frozen.to_f32(), Use::Weights),
         };
-        let vector = (rows == 1).then(|| self.buffer_of(&frozen.to_f32()));
+        let vector = (rows == 1).then(|| self.uploaded(&frozen.to_f32(), Use::Weights));
         Weight(Arc::new(WeightBuffers { matrix, vector, rows, cols }))
     }
 

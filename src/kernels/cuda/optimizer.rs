@@ -37,6 +37,9 @@ struct GroupArg {
     rate: f32,
 }
 
+/// Elements of a group at most that few blocks are enough for.
+const SHORT_GROUP: usize = 4096;
+
 /// Blocks that walk a group of this length.
 fn blocks(len: usize) -> usize {
     len.div_ceil(1024).clamp(1, 4096)
@@ -70,7 +73,6 @@ pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
         let (keep, rate) = ((1.0 - lr * weight_decay) as f32, (lr / correction1) as f32);
         GroupArg { first: range.start as u64, n: range.len() as u64, keep, rate }
     };
-    let table = cuda.buffer_of(&groups.iter().map(group).collect::<Vec<_>>());
     let arg = AdamWArg {
         grad_scale,
         beta1: beta1 as f32,
@@ -80,10 +82,17 @@ pub(super) fn adamw(cuda: &Cuda, args: AdamW<'_, Cuda>) {
         inverse_root: (1.0 / correction2.sqrt()) as f32,
         eps,
     };
-    let longest = groups.iter().map(|group| group.range.len()).max().unwrap_or(0);
-    let kernel = cuda.kernel("adamw", "adamw").arg(params).arg(m).arg(v).arg(grads.address());
-    let kernel = kernel.arg(table.address()).arg(arg).arg(clipped);
-    kernel.launch([groups.len(), blocks(longest), 1], 256);
+    // A launch has as many blocks for each group as its longest one needs: the bank and a thousand rows of a router are not
+    // for the same.
+    let (short, long): (Vec<_>, Vec<_>) =
+        groups.iter().partition(|group| group.range.len() <= SHORT_GROUP);
+    for groups in [long, short] {
+        let Some(longest) = groups.iter().map(|group| group.range.len()).max() else { continue };
+        let table = cuda.buffer_of(&groups.iter().map(|g| group(g)).collect::<Vec<_>>());
+        let kernel = cuda.kernel("adamw", "adamw").arg(params).arg(m).arg(v).arg(grads.address());
+        let kernel = kernel.arg(table.address()).arg(arg).arg(clipped);
+        kernel.launch([groups.len(), blocks(longest), 1], 256);
+    }
 }
 
 pub(super) fn sum_of_squares_in(
