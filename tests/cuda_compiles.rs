@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use polytape::kernels::cuda::compile;
+use rayon::prelude::*;
 
 const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
 /// Registers of a multiprocessor, and shared memory of a block that is not asked for at launch.
@@ -152,31 +153,30 @@ fn every_kernel_compiles_and_fits() {
     if !has_nvrtc() {
         return;
     }
-    let (mut found, mut n) = (Vec::new(), 0);
-    for module in compile::modules() {
-        for arch in ARCHITECTURES {
-            for bf16 in [false, true] {
-                // Where a cache is named, it is filled: for a machine without NVRTC.
-                if std::env::var_os("POLYTAPE_CACHE").is_some() {
-                    compile::cubin(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
-                }
-                let cubin =
-                    compile::compile_for(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
-                let kernels = usage(&cubin);
-                let has_some = match module {
-                    "linear_wgmma" => arch == "sm_90a" && bf16,
-                    "attention_tiles" => bf16,
-                    _ => true,
-                };
-                assert_eq!(!kernels.is_empty(), has_some, "{module} for {arch}, bf16={bf16}");
-                n += kernels.len();
-                for (kernel, usage) in &kernels {
-                    let problems = problems(kernel, usage);
-                    found.extend(problems.iter().map(|p| format!("{arch} bf16={bf16}: {p}")));
-                }
-            }
+    let compilations: Vec<_> = compile::modules()
+        .into_iter()
+        .flat_map(|module| ARCHITECTURES.map(|arch| [false, true].map(|bf16| (module, arch, bf16))))
+        .flatten()
+        .collect();
+    let checked = compilations.into_par_iter().map(|(module, arch, bf16)| {
+        // Where a cache is named, it is filled: for a machine without NVRTC.
+        if std::env::var_os("POLYTAPE_CACHE").is_some() {
+            compile::cubin(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
         }
-    }
+        let cubin = compile::compile_for(module, arch, bf16).unwrap_or_else(|e| panic!("{e}"));
+        let kernels = usage(&cubin);
+        let has_some = match module {
+            "linear_wgmma" => arch == "sm_90a" && bf16,
+            "attention_tiles" => bf16,
+            _ => true,
+        };
+        assert_eq!(!kernels.is_empty(), has_some, "{module} for {arch}, bf16={bf16}");
+        let problems = kernels.iter().flat_map(|(kernel, usage)| problems(kernel, usage));
+        let problems = problems.map(|p| format!("{arch} bf16={bf16}: {p}"));
+        (kernels.len(), problems.collect::<Vec<_>>())
+    });
+    let (n, found): (Vec<usize>, Vec<_>) = checked.collect::<Vec<_>>().into_iter().unzip();
+    let (n, found) = (n.iter().sum::<usize>(), found.concat());
     assert!(found.is_empty(), "{found:#?}");
     println!("{n} kernels");
 }
