@@ -6,7 +6,7 @@
 
 use std::{
     cell::RefCell,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
@@ -28,6 +28,8 @@ pub enum Operation {
     Sync(PathBuf),
     /// A file or folder changes its name.
     Rename(PathBuf, PathBuf),
+    /// A file has one more name.
+    Link(PathBuf, PathBuf),
     /// A file goes, or a folder with all that is in it.
     Remove(PathBuf),
 }
@@ -161,6 +163,11 @@ pub fn hidden_beside(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Whether a name is one of [`hidden_beside`]: of something that was never finished, unless its process is still at it.
+pub fn is_hidden(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with('.') && name.contains(".tmp-"))
+}
+
 /// Makes a folder, and those that it lies in.
 pub fn create_dir_all(path: &Path) -> io::Result<()> {
     if path.is_dir() {
@@ -174,6 +181,16 @@ pub fn create_dir_all(path: &Path) -> io::Result<()> {
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     about_to(|| Operation::Rename(from.to_path_buf(), to.to_path_buf()))?;
     fs::rename(from, to)
+}
+
+/// Gives a file one more name. A copy, where the file system has no such names.
+pub fn link(from: &Path, to: &Path) -> io::Result<()> {
+    about_to(|| Operation::Link(from.to_path_buf(), to.to_path_buf()))?;
+    if fs::hard_link(from, to).is_ok() {
+        return Ok(());
+    }
+    fs::copy(from, to)?;
+    fs::File::open(to)?.sync_all()
 }
 
 /// Removes a file, if it is there.

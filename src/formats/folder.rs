@@ -28,6 +28,23 @@ pub fn check_free(dir: &Path) -> Result<()> {
     }
 }
 
+/// Gives the files of a folder names in another one, too. What a killed process left half-written has none. Files that are
+/// only ever replaced, never changed, stay what they are under the new name.
+///
+/// # Errors
+/// If a folder cannot be read or written.
+pub fn link_files(from: &Path, to: &Path) -> Result<()> {
+    for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
+        let path = entry.map_err(Error::io("read", from))?.path();
+        let Some(name) = path.file_name().filter(|_| path.is_file()) else { continue };
+        if !disk::is_hidden(name) {
+            let target = to.join(name);
+            disk::link(&path, &target).map_err(Error::io("write", &target))?;
+        }
+    }
+    disk::sync_dir(to).map_err(Error::io("sync", to))
+}
+
 /// Makes a folder: `fill` writes into a hidden one beside it, which takes the name when all is there.
 /// After an error nothing is left.
 ///

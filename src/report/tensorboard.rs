@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! record   length u64 | masked CRC32C of it u32 | event | masked CRC32C of the event u32      (TFRecord)
-//! event    1 wall_time f64   2 step int64   3 file_version string   5 summary                 (protobuf)
-//! summary  1 value { 1 tag string   2 simple_value f32 }
+//! event    1 wall_time f64   2 step int64   3 file_version string   5 summary   7 session_log (protobuf)
+//! summary  1 value { 1 tag string   2 simple_value f32 }       session_log  1 status: 1 is START
 //! ```
 //!
 //! From TensorFlow's `record_writer.cc`, `event.proto` and `summary.proto`. Little-endian; a CRC is
@@ -16,7 +16,10 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    formats::disk,
+};
 
 /// Writes one event file.
 pub struct EventWriter {
@@ -25,11 +28,12 @@ pub struct EventWriter {
 }
 
 impl EventWriter {
-    /// A new event file in a folder. A resumed run adds one: TensorBoard reads all that are there.
+    /// A new event file in a folder. A run that goes on at step `from` adds one: TensorBoard reads all that are there, and
+    /// what they have of that step and later ones counts no more.
     ///
     /// # Errors
     /// If it cannot be created.
-    pub fn create(dir: &Path) -> Result<Self> {
+    pub fn create(dir: &Path, from: Option<u64>) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         // The name must have "tfevents" in it; TensorBoard reads the files in the order of their names.
@@ -46,7 +50,30 @@ impl EventWriter {
         wall_time(&mut event, now.as_secs_f64());
         bytes_field(&mut event, 3, b"brain.Event:2");
         writer.record(&event)?;
+        if let Some(step) = from {
+            let mut event = Vec::new();
+            wall_time(&mut event, now.as_secs_f64());
+            event.push(2 << 3);
+            varint(&mut event, step);
+            bytes_field(&mut event, 7, &[1 << 3, 1]); // START
+            writer.record(&event)?;
+        }
         Ok(writer)
+    }
+
+    /// Removes the event files of an earlier run, those that are written here.
+    ///
+    /// # Errors
+    /// If one cannot be removed.
+    pub fn remove_all(dir: &Path) -> Result<()> {
+        let Ok(entries) = fs::read_dir(dir) else { return Ok(()) }; // There are none.
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with("events.out.tfevents.") && name.contains(".polytape.") {
+                disk::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        Ok(())
     }
 
     /// Scalars of a step. They are in the file when this returns.
@@ -140,7 +167,7 @@ mod tests {
     #[test]
     fn records_are_read_back() {
         let dir = std::env::temp_dir().join(format!("polytape-events-{}", std::process::id()));
-        let mut writer = EventWriter::create(&dir).unwrap();
+        let mut writer = EventWriter::create(&dir, Some(299)).unwrap();
         writer.scalars(300, &[("train/loss", 1.5), ("eval/loss", -2.0)]).unwrap();
         let bytes = fs::read(&writer.path).unwrap();
         let (mut at, mut events) = (0, Vec::new());
@@ -154,15 +181,19 @@ mod tests {
             events.push(event);
             at += 16 + n;
         }
-        assert_eq!(events.len(), 2);
+        assert_eq!(events.len(), 3);
         assert!(events[0].ends_with(b"brain.Event:2"));
-        // step: field 2, varint 300 = ac 02; then the summary.
-        assert_eq!(events[1][9..12], [2 << 3, 0xac, 0x02]);
+        // step: field 2, varint 299 = ab 02; then a session that starts.
+        assert_eq!(events[1][9..], [2 << 3, 0xab, 0x02, 7 << 3 | 2, 2, 1 << 3, 1]);
+        assert_eq!(events[2][9..12], [2 << 3, 0xac, 0x02]); // Then the summary.
         let mut value = vec![1 << 3 | 2, 17, 1 << 3 | 2, 10];
         value.extend(b"train/loss");
         value.push(2 << 3 | 5);
         value.extend(1.5_f32.to_le_bytes());
-        assert_eq!(events[1][14..14 + value.len()], value);
+        assert_eq!(events[2][14..14 + value.len()], value);
+        fs::write(dir.join("events.out.tfevents.1.somebody"), "").unwrap();
+        EventWriter::remove_all(&dir).unwrap();
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "not another program's");
         fs::remove_dir_all(dir).unwrap();
     }
 }

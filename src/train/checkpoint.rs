@@ -5,6 +5,7 @@
 //! checkpoint-<step>/optimizer.safetensors                                        the moments
 //! checkpoint-<step>/trainer_state.json                                           as transformers has it
 //! checkpoint-<step>/training_args.json                                           what must stay the same
+//! checkpoint-<step>/best/                                                        the best adapter by then
 //! ```
 //!
 //! Data order, dropout and routing noise are functions of seed and step, so there is no generator
@@ -26,7 +27,13 @@ use serde_json::{Map, Value, json};
 use super::Trainer;
 use crate::{
     error::{Error, Result},
-    formats::{disk, json::read_json, safetensors::write_atomically},
+    formats::{
+        adapter, disk,
+        folder::{link_files, write_folder},
+        json::read_json,
+        poly_config,
+        safetensors::write_atomically,
+    },
     kernels::Backend,
 };
 
@@ -36,6 +43,8 @@ pub const STATE_FILE: &str = "trainer_state.json";
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// The name of the file with what a resumed run must share.
 pub const ARGUMENTS_FILE: &str = "training_args.json";
+/// The name of the best adapter's folder, in a run's folder and in a checkpoint.
+pub const BEST_DIR: &str = "best";
 const PREFIX: &str = "checkpoint-";
 /// The most bytes of a JSON file of a checkpoint.
 const MAX_FILE_BYTES: u64 = 256 << 20;
@@ -122,14 +131,21 @@ pub fn list(output_dir: &Path) -> Result<Vec<CheckpointDir>> {
     Ok(found)
 }
 
-/// Removes what an interrupted save or removal left behind.
+/// Removes what an interrupted save or removal left behind, in the folder of a run that nobody else is writing.
 ///
 /// # Errors
 /// If it cannot be removed.
 pub fn remove_leftovers(output_dir: &Path) -> Result<()> {
-    for (name, path) in entries(output_dir)? {
-        if name.starts_with(&format!(".{PREFIX}")) && name.contains(".tmp-") {
-            disk::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+    for dir in [output_dir, &output_dir.join(BEST_DIR)] {
+        for (name, path) in entries(dir)? {
+            if disk::is_hidden(name.as_ref()) {
+                let removed = if path.is_dir() {
+                    disk::remove_dir_all(&path)
+                } else {
+                    disk::remove_file(&path)
+                };
+                removed.map_err(Error::io("remove", &path))?;
+            }
         }
     }
     Ok(())
@@ -220,6 +236,11 @@ fn fill<B: Backend>(
     disk::create_dir_all(hidden).map_err(Error::io("create", hidden))?;
     trainer.adapter().save_peft(trainer.model().backend(), hidden)?;
     trainer.save_optimizer(&hidden.join(OPTIMIZER_FILE))?;
+    if let Some(best) = state.best_model_checkpoint.as_ref().filter(|best| best.is_dir()) {
+        let kept = hidden.join(BEST_DIR);
+        disk::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        link_files(best, &kept)?;
+    }
     let write = |name: &str, value: &Value| {
         write_atomically(&hidden.join(name), |file| writeln!(file, "{value:#}"))
     };
@@ -240,6 +261,31 @@ fn sync_parent(path: &Path) -> Result<()> {
 /// If the file is missing or malformed.
 pub fn read_state(checkpoint_dir: &Path) -> Result<TrainerState> {
     read_json(&checkpoint_dir.join(STATE_FILE), MAX_FILE_BYTES)
+}
+
+/// Puts the best adapter of a checkpoint to where the run keeps it, `best`, in place of one of later steps, which will be
+/// done again. Without it nothing is the best yet.
+///
+/// # Errors
+/// If a folder cannot be read or written.
+pub fn restore_best(checkpoint_dir: &Path, best: &Path, state: &mut TrainerState) -> Result<()> {
+    if [poly_config::FILE_NAME, adapter::FILE_NAME].iter().any(|file| best.join(file).exists()) {
+        disk::remove_dir_all(best).map_err(Error::io("remove", best))?;
+    }
+    let Some(step) = state.best_global_step else { return Ok(()) };
+    let kept = checkpoint_dir.join(BEST_DIR);
+    if kept.is_dir() {
+        write_folder(best, |dir| link_files(&kept, dir))?;
+        state.best_model_checkpoint = Some(best.to_path_buf());
+    } else {
+        tracing::warn!(
+            "{} has no {BEST_DIR}, the best adapter, which was that of step {step}: the next evaluation is the best one so far",
+            checkpoint_dir.display()
+        );
+        (state.best_global_step, state.best_metric, state.best_model_checkpoint) =
+            (None, None, None);
+    }
+    Ok(())
 }
 
 /// Checks that a run with these arguments is the one that made a checkpoint. Another instruction set

@@ -150,15 +150,12 @@ fn an_interrupted_run_goes_on_where_it_stopped() {
     assert_eq!(losses(&out), losses(&whole));
     let file = "adapter_model.safetensors";
     assert!(bytes(&out, file) == bytes(&whole, file));
-    // Once more: there is nothing left to do.
-    let said = ok(&train(
-        &rows,
-        &out,
-        &["--max-steps", &total, "--lr-scheduler-type", "constant", "--resume"],
-    ));
-    assert!(
-        said.contains("nothing was left to do") || steps(&out).last().unwrap().to_string() != total
-    );
+    // Once more, with a checkpoint of the last step: there is nothing left to do.
+    let resume = [&short[..], &["--resume", "--save-steps", "1000"]].concat();
+    ok(&train(&rows, &out, &resume));
+    assert_eq!(steps(&out).last().unwrap().to_string(), total);
+    let said = ok(&train(&rows, &out, &resume));
+    assert!(said.contains("nothing was left to do"), "{said}");
 }
 
 fn losses_or_none(out: &Path) -> Vec<(u64, u64)> {
@@ -392,6 +389,56 @@ fn an_earlier_run_stays_until_a_new_one_begins() {
         &train(&rows, &done, &["--max-steps", "4", "--resume"]),
         2,
         "no checkpoint to go on from",
+    );
+}
+
+/// The best adapter by a checkpoint's step is with the checkpoint: what came later, or lies beside it, is not taken for it.
+#[test]
+fn a_checkpoint_has_its_best_adapter() {
+    let dir = scratch("best-of-checkpoint");
+    let (rows, out, alone) = (data(&dir, 9), dir.join("out"), dir.join("alone"));
+    let run = ["--eval-data", str(&rows), "--eval-steps", "2", "--max-steps", "8"];
+    let saving = ["--save-steps", "4", "--report-to", "tensorboard"];
+    ok(&train(&rows, &out, &[&run[..], &saving].concat()));
+    let weights = "adapter_model.safetensors";
+    let kept = bytes(&out.join("checkpoint-4/best"), weights);
+    assert!(bytes(&out.join("best"), weights) != kept, "this base gets better for eight steps");
+
+    // As if the power had gone after the evaluation of step 8; and, of this checkpoint, nothing is left to do.
+    fs::remove_dir_all(out.join("checkpoint-8")).unwrap();
+    let short = ["--eval-data", str(&rows), "--eval-steps", "2", "--max-steps", "4", "--resume"];
+    let best = ["--load-best-model-at-end"];
+    ok(&train(&rows, &out, &[&short[..], &best].concat()));
+    assert!(bytes(&out, weights) == kept && bytes(&out.join("best"), weights) == kept);
+
+    // A checkpoint that somebody copied goes on elsewhere, but not over another run.
+    let copy = dir.join("copy/checkpoint-4");
+    fs::create_dir_all(copy.join("best")).unwrap();
+    for part in ["", "best"] {
+        for entry in fs::read_dir(out.join("checkpoint-4").join(part)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::copy(&path, copy.join(part).join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    let resume = [&run[..], &["--resume", str(&copy)]].concat();
+    fails(&train(&rows, &out, &resume), 2, "is of another run than");
+    assert!(out.join("checkpoint-4").exists());
+    ok(&train(&rows, &alone, &[&resume[..], &best].concat()));
+    ok(&train(&rows, &out, &[&resume[..], &["--overwrite-output-dir"], &best].concat()));
+    assert!(bytes(&alone, weights) == bytes(&out, weights));
+    assert!(!out.join("checkpoint-4").exists());
+    assert!(fs::read_dir(out.join("runs")).unwrap().next().is_none(), "events of the run before");
+    fs::remove_dir_all(copy.join("best")).unwrap();
+    ok(&train(&rows, &dir.join("none"), &[&resume[..], &best].concat()));
+
+    // Another metric is another run; so are other wrong answers.
+    let other = ["--metric-for-best", "exact_match", "--resume", str(&copy)];
+    fails(
+        &train(&rows, &dir.join("other"), &[&run[..], &other].concat()),
+        3,
+        "metric_for_best was",
     );
 }
 

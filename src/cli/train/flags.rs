@@ -14,10 +14,11 @@ use crate::{
     error::{Error, Result},
     formats::{disk, poly_config, rows::Row},
     model::dataset::Dataset,
+    report::tensorboard::EventWriter,
     train::{
         Optimizer, RouterSampling, Schedule, TrainConfig,
         adafactor::Adafactor,
-        checkpoint::{self, STATE_FILE, TrainerState},
+        checkpoint::{self, BEST_DIR, STATE_FILE, TrainerState},
         evaluate::Evaluation,
         order::{self, Batches, Sampling},
         recipe::{Length, Recipe},
@@ -71,7 +72,8 @@ pub(in crate::cli) struct Learning {
     /// [default: off].
     #[arg(long)]
     scale_parameter: Option<OnOff>,
-    /// How the learning rates change after warm-up [default: linear].
+    /// How the learning rates change after warm-up; as in transformers, constant has none
+    /// [default: linear].
     #[arg(long)]
     lr_scheduler_type: Option<Scheduler>,
     /// Steps in which the learning rates rise from zero; below 1 a share of all steps [default: 0].
@@ -87,9 +89,9 @@ pub(in crate::cli) struct Learning {
     /// How often a task is seen: as often as it has rows, by n_rows^(1/T), or all alike.
     #[arg(long, default_value = "proportional")]
     task_sampling: SamplingFlag,
-    /// T of --task-sampling temperature.
-    #[arg(long, default_value_t = 2.0)]
-    sampling_temperature: f64,
+    /// T of --task-sampling temperature [default: 2].
+    #[arg(long)]
+    sampling_temperature: Option<f64>,
     /// Different tasks in a step at most [default: any number].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     num_tasks_per_batch: Option<u32>,
@@ -140,6 +142,8 @@ enum Scheduler {
     Linear,
     Cosine,
     Constant,
+    #[value(name = "constant_with_warmup", alias = "constant-with-warmup")]
+    ConstantWithWarmup,
 }
 
 impl Learning {
@@ -148,7 +152,7 @@ impl Learning {
         self.checkpointing.is_on()
     }
 
-    fn optimizer(&self, default: Optimizer) -> Optimizer {
+    fn optimizer(&self, default: Optimizer) -> Result<Optimizer> {
         let optimizer = match self.optim {
             None => default,
             Some(OptimizerFlag::Adamw) => Optimizer::AdamW,
@@ -158,9 +162,12 @@ impl Learning {
         };
         match (optimizer, self.scale_parameter) {
             (Optimizer::Adafactor(_), Some(scale)) => {
-                Optimizer::Adafactor(Adafactor { scale_parameter: scale.is_on() })
+                Ok(Optimizer::Adafactor(Adafactor { scale_parameter: scale.is_on() }))
             }
-            (optimizer, _) => optimizer,
+            (Optimizer::AdamW, Some(_)) => {
+                Err(Error::Usage("--scale-parameter is for --optim adafactor".into()))
+            }
+            (optimizer, None) => Ok(optimizer),
         }
     }
 
@@ -191,8 +198,15 @@ impl Learning {
                 data.examples.len()
             );
         }
-        let temperature = self.sampling_temperature;
+        let temperature = self.temperature();
         let sampling = match self.task_sampling {
+            SamplingFlag::Proportional | SamplingFlag::Uniform
+                if self.sampling_temperature.is_some() =>
+            {
+                return Err(Error::Usage(
+                    "--sampling-temperature is for --task-sampling temperature".into(),
+                ));
+            }
             SamplingFlag::Proportional => Sampling::Proportional,
             SamplingFlag::Uniform => Sampling::Uniform,
             SamplingFlag::Temperature if temperature.is_finite() && temperature > 0.0 => {
@@ -210,11 +224,27 @@ impl Learning {
         Ok(batches.drawing(sampling, &tasks(data), per_step))
     }
 
+    fn temperature(&self) -> f64 {
+        self.sampling_temperature.unwrap_or(2.0)
+    }
+
+    /// The first flag that was given about how a router learns or samples, where none does.
+    pub(in crate::cli) fn of_the_router(&self) -> Option<&'static str> {
+        let off = [None, Some(RouterSamplingFlag::Off)].contains(&self.router_sampling);
+        [
+            ("--router-sampling", !off),
+            ("--router-learning-rate", self.router_learning_rate.is_some()),
+            ("--router-weight-decay", self.router_weight_decay.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(flag, is_given)| is_given.then_some(flag))
+    }
+
     /// How rows are drawn, for the settings.
     pub(in crate::cli) fn sampling(&self) -> Value {
         let name = self.task_sampling.to_possible_value().map(|v| v.get_name().to_owned());
         let temperature =
-            (self.task_sampling == SamplingFlag::Temperature).then_some(self.sampling_temperature);
+            (self.task_sampling == SamplingFlag::Temperature).then_some(self.temperature());
         json!({
             "task_sampling": name, "sampling_temperature": temperature,
             "num_tasks_per_batch": self.num_tasks_per_batch,
@@ -287,12 +317,13 @@ impl Learning {
                 Some(Scheduler::Linear) => Schedule::Linear,
                 Some(Scheduler::Cosine) => Schedule::Cosine,
                 Some(Scheduler::Constant) => Schedule::Constant,
+                Some(Scheduler::ConstantWithWarmup) => Schedule::ConstantWithWarmup,
                 None => defaults.schedule,
             },
             warmup_steps: warmup as u64,
             max_steps,
             label_smoothing: self.label_smoothing_factor.unwrap_or(defaults.label_smoothing),
-            optimizer: self.optimizer(defaults.optimizer),
+            optimizer: self.optimizer(defaults.optimizer)?,
             batch_size: self.batch_size(recipe),
             router_sampling: self.router_sampling(recipe, weighting)?,
             dropout: self.dropout.or(defaults.dropout),
@@ -318,15 +349,15 @@ pub(in crate::cli) struct Evaluating {
     /// Whether the best adapter is what the run leaves, instead of the last.
     #[arg(long, default_value = "off", num_args = 0..=1, default_missing_value = "on")]
     pub(in crate::cli) load_best_model_at_end: OnOff,
-    /// What decides which adapter is best.
-    #[arg(long, visible_alias = "metric-for-best-model", default_value = "loss")]
-    pub(in crate::cli) metric_for_best: Metric,
+    /// What decides which adapter is best [default: loss].
+    #[arg(long, visible_alias = "metric-for-best-model")]
+    metric_for_best: Option<Metric>,
     /// Stop after so many evaluations in a row that are not better than the best.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(in crate::cli) early_stopping_patience: Option<u64>,
-    /// By how much an evaluation must be better to count for early stopping.
-    #[arg(long, default_value_t = 0.0)]
-    pub(in crate::cli) early_stopping_threshold: f64,
+    /// By how much an evaluation must be better to count for early stopping [default: 0].
+    #[arg(long, requires = "early_stopping_patience")]
+    early_stopping_threshold: Option<f64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -340,6 +371,16 @@ pub(in crate::cli) enum Metric {
 }
 
 impl Evaluating {
+    /// What decides which adapter is best.
+    pub(in crate::cli) fn metric(&self) -> Metric {
+        self.metric_for_best.unwrap_or(Metric::Loss)
+    }
+
+    /// By how much an evaluation must be better to count for early stopping.
+    pub(in crate::cli) fn threshold(&self) -> f64 {
+        self.early_stopping_threshold.unwrap_or(0.0)
+    }
+
     /// Rows to train on, and the rows that `--validation-split` holds out.
     pub(in crate::cli) fn split(
         &self,
@@ -351,6 +392,7 @@ impl Evaluating {
                 ("--eval-steps", self.eval_steps.is_some()),
                 ("--early-stopping-patience", self.early_stopping_patience.is_some()),
                 ("--load-best-model-at-end", self.load_best_model_at_end.is_on()),
+                ("--metric-for-best", self.metric_for_best.is_some()),
             ];
             if let Some((flag, _)) = asked.into_iter().find(|(_, is_given)| *is_given) {
                 return Err(Error::Usage(format!(
@@ -358,8 +400,8 @@ impl Evaluating {
                 )));
             }
         }
-        if !self.early_stopping_threshold.is_finite() {
-            let found = self.early_stopping_threshold;
+        if !self.threshold().is_finite() {
+            let found = self.threshold();
             return Err(Error::Usage(format!(
                 "--early-stopping-threshold must be a number, not {found}"
             )));
@@ -466,6 +508,13 @@ pub(in crate::cli) struct Resumed {
     pub(in crate::cli) dir: PathBuf,
     /// Where it stood.
     pub(in crate::cli) state: TrainerState,
+    /// Whether it lies in another folder than the run goes on in.
+    pub(in crate::cli) is_elsewhere: bool,
+}
+
+/// The folder of the run that a checkpoint is of.
+pub(in crate::cli) fn folder_of(checkpoint_dir: &Path) -> &Path {
+    checkpoint_dir.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 impl Saving {
@@ -508,6 +557,17 @@ impl Saving {
             return Err(Error::file(&dir, format!("no checkpoint: there is no {STATE_FILE}")));
         }
         let state = checkpoint::read_state(&dir)?;
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+        if real(folder_of(&dir)) != real(output_dir) {
+            if let Some(last) = found.last().filter(|_| !self.overwrite_output_dir) {
+                return Err(Error::Usage(format!(
+                    "{} is of another run than {}: replace that run with --overwrite-output-dir, or name another --output-dir",
+                    last.path.display(),
+                    dir.display()
+                )));
+            }
+            return Ok(Some(Resumed { dir, state, is_elsewhere: true }));
+        }
         if let Some(later) = found.iter().find(|other| other.step > state.global_step) {
             return Err(Error::Usage(format!(
                 "{} is later than {}: go on from the last one, remove the later ones, or name another --output-dir",
@@ -515,22 +575,23 @@ impl Saving {
                 dir.display()
             )));
         }
-        Ok(Some(Resumed { dir, state }))
+        Ok(Some(Resumed { dir, state, is_elsewhere: false }))
     }
+}
 
-    /// Removes what an earlier run left in the folder and somebody could take for this run's: checkpoints, the best
-    /// adapter, and what makes the folder an adapter, whose tensors stay until there are new ones.
-    pub(in crate::cli) fn remove_earlier(&self, output_dir: &Path) -> Result<()> {
-        checkpoint::list(output_dir)?.iter().try_for_each(|old| checkpoint::remove(&old.path))?;
-        let best = output_dir.join("best");
-        if best.join(poly_config::FILE_NAME).exists() {
-            disk::remove_dir_all(&best).map_err(Error::io("remove", best))?;
-        }
-        let config = output_dir.join(poly_config::FILE_NAME);
-        if config.exists() {
-            tracing::warn!("the adapter of an earlier run in {} is replaced", output_dir.display());
-            disk::remove_file(&config).map_err(Error::io("remove", config))?;
-        }
-        Ok(())
+/// Removes what an earlier run left in the folder and somebody could take for this run's: checkpoints, the best
+/// adapter, event files, and what makes the folder an adapter, whose tensors stay until there are new ones.
+pub(in crate::cli) fn remove_earlier(output_dir: &Path) -> Result<()> {
+    checkpoint::list(output_dir)?.iter().try_for_each(|old| checkpoint::remove(&old.path))?;
+    let best = output_dir.join(BEST_DIR);
+    if best.join(poly_config::FILE_NAME).exists() {
+        disk::remove_dir_all(&best).map_err(Error::io("remove", best))?;
     }
+    EventWriter::remove_all(&output_dir.join("runs"))?;
+    let config = output_dir.join(poly_config::FILE_NAME);
+    if config.exists() {
+        tracing::warn!("the adapter of an earlier run in {} is replaced", output_dir.display());
+        disk::remove_file(&config).map_err(Error::io("remove", config))?;
+    }
+    Ok(())
 }

@@ -147,7 +147,7 @@ impl Train {
             decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
             tasks: &tasks,
             batch_size: self.learning.batch_size(&recipe),
-            metric: self.evaluating.metric_for_best,
+            metric: self.evaluating.metric(),
         });
 
         let per_step = self.learning.per_step(&recipe);
@@ -162,6 +162,7 @@ impl Train {
                     &model,
                     tokenizer,
                     Some(Routes::tasks(&tasks)),
+                    false,
                 )?)
             }
         };
@@ -173,6 +174,14 @@ impl Train {
             config.trainable.router = RouterRows::Present;
         }
         if adapter.routing().fixed {
+            let lazy = self.router_updates == RouterUpdates::Lazy;
+            let given = [(lazy, "--router-updates lazy"), (self.ibp_prior != 0.0, "--ibp-prior")];
+            let given = given.into_iter().find_map(|(is_given, flag)| is_given.then_some(flag));
+            if let Some(flag) = given.or_else(|| self.learning.of_the_router()) {
+                return Err(Error::Usage(format!(
+                    "{flag} is for a router that learns, and this routing is fixed: leave it out"
+                )));
+            }
             config.trainable.router = RouterRows::None;
             config.router_sampling = RouterSampling::Off;
         }
@@ -183,8 +192,10 @@ impl Train {
         );
         let trainer = Trainer::new(&model, adapter, config)?;
         let interrupted = run::interruption();
-        let eval_data = evaluator.as_ref().map(|evaluator| &evaluator.data);
-        let arguments = settings::arguments(&trainer, per_step, &self.learning, &data, eval_data);
+        let evaluated = evaluator.as_ref().map(|e| (&e.data, e.metric));
+        let choices = choices.as_ref();
+        let arguments =
+            settings::arguments(&trainer, per_step, &self.learning, &data, choices, evaluated);
         let plan = Plan {
             common: &self.common,
             evaluating: &self.evaluating,
@@ -195,7 +206,7 @@ impl Train {
             output_dir: &self.output_dir,
             trainer,
             data: &data,
-            choices: choices.as_ref(),
+            choices,
             batches,
             evaluator,
             n_steps,

@@ -1,7 +1,6 @@
 //! A run in progress: steps, evaluations, checkpoints.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -15,12 +14,12 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{Common, Described, eval::task_name, print, tell},
-    flags::{Evaluating, Metric, ReportTo, Resumed, Saving},
+    flags::{Evaluating, Metric, ReportTo, Resumed, Saving, folder_of, remove_earlier},
     log::Log,
 };
 use crate::{
     error::{Error, Result},
-    formats::{folder::write_folder, tasks::TaskNames},
+    formats::tasks::TaskNames,
     generate::{Engine, GenerateOptions},
     kernels::{Backend, cuda::catch_faults},
     model::{Adapter, Example, Model, dataset::Dataset},
@@ -31,7 +30,7 @@ use crate::{
     },
     train::{
         StepReport, Trainer,
-        checkpoint::{self, TrainerState},
+        checkpoint::{self, BEST_DIR, TrainerState},
         choices::Choices,
         evaluate::{Decode, Evaluation, evaluate},
         memory::{longest, step_bytes},
@@ -124,14 +123,14 @@ impl<'a, B: Described> Run<'a, B> {
     /// Begins anew, or where a checkpoint stood.
     pub(in crate::cli) fn start(mut plan: Plan<'a, B>, resumed: Option<&Resumed>) -> Result<Self> {
         let out = plan.output_dir;
-        let events = match plan.saving.report_to {
-            ReportTo::Tensorboard => Some(EventWriter::create(&out.join("runs"))?),
-            ReportTo::None => None,
+        let events = |from| match plan.saving.report_to {
+            ReportTo::Tensorboard => EventWriter::create(&out.join("runs"), from).map(Some),
+            ReportTo::None => Ok(None),
         };
-        let Some(Resumed { dir, state }) = resumed else {
+        let Some(Resumed { dir, state, is_elsewhere }) = resumed else {
             // Nothing of an earlier run goes before all that this one reads is known to be good.
-            plan.saving.remove_earlier(out)?;
-            let log = Log::open(out, None)?;
+            remove_earlier(out)?;
+            let (log, events) = (Log::open(out, None)?, events(None)?);
             return Ok(Self { log, events, state: TrainerState::default(), plan });
         };
         checkpoint::check_arguments(dir, &plan.arguments)?;
@@ -143,22 +142,21 @@ impl<'a, B: Described> Run<'a, B> {
                 state.max_steps
             );
         }
-        // Log and best adapter lie beside the checkpoint; a run may go on in another folder.
-        let from = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let log = Log::open(out, Some((from, state.global_step)))?;
-        let (best, old) = (out.join("best"), from.join("best"));
-        if state.best_global_step.is_some() && !best.exists() && old.is_dir() {
-            write_folder(&best, |dir| copy_files(&old, dir))?;
+        // A run may go on in another folder.
+        if *is_elsewhere {
+            remove_earlier(out)?;
         }
+        let log = Log::open(out, Some((folder_of(dir), state.global_step)))?;
+        let events = events(Some(state.global_step + 1))?;
         let mut state = state.clone();
-        state.best_model_checkpoint = state.best_global_step.map(|_| best);
+        checkpoint::restore_best(dir, &out.join(BEST_DIR), &mut state)?;
         tracing::info!("going on from {} at step {}", dir.display(), state.global_step);
         Ok(Self { log, events, state, plan })
     }
 
     /// Where `best/` is.
     fn best_dir(&self) -> PathBuf {
-        self.plan.output_dir.join("best")
+        self.plan.output_dir.join(BEST_DIR)
     }
 
     /// All steps that are left; then the adapter is saved.
@@ -183,8 +181,14 @@ impl<'a, B: Described> Run<'a, B> {
         tracing::info!("memory: {} MiB taken at the peak, {} planned", mib(taken), mib(memory));
         match &self.state.best_model_checkpoint {
             Some(best) if self.plan.keep_best && !interrupted.load(Ordering::Relaxed) => {
-                Adapter::open(self.plan.trainer.model(), best)?
-                    .save_peft(self.plan.trainer.model().backend(), self.plan.output_dir)?;
+                let model = self.plan.trainer.model();
+                match Adapter::open(model, best) {
+                    Ok(best) => best.save_peft(model.backend(), self.plan.output_dir)?,
+                    Err(error) => {
+                        self.save_adapter()?;
+                        return Err(error);
+                    }
+                }
             }
             _ => self.save_adapter()?,
         }
@@ -231,7 +235,7 @@ impl<'a, B: Described> Run<'a, B> {
     /// What the step of the longest rows will take, in bytes.
     fn plan_memory(&self) -> Result<u64> {
         let Plan { trainer, data, choices, .. } = &self.plan;
-        let places = longest(&data.examples, trainer.config().batch_size);
+        let places = longest(&data.examples, *choices, trainer.config().batch_size);
         let examples: Vec<&Example> = places.iter().map(|&i| &data.examples[i]).collect();
         let wrong = choices.map(|choices| -> Vec<&[Example]> {
             places.iter().map(|&i| &choices.wrong[i][..]).collect()
@@ -347,7 +351,7 @@ impl<'a, B: Described> Run<'a, B> {
     /// Keeps the adapter if it is the best so far, and counts the patience that is left.
     fn judge(&mut self, (metric, value): (Metric, f64), step: u64) -> Result<()> {
         let best = self.state.best_metric;
-        let threshold = self.plan.evaluating.early_stopping_threshold;
+        let threshold = self.plan.evaluating.threshold();
         if let Some(patience) = self.plan.evaluating.early_stopping_patience {
             let is_better =
                 best.is_none_or(|best| value.is_finite() && metric.gain(value, best) > threshold);
@@ -416,13 +420,4 @@ fn evaluator_metric<B: Backend>(
 
 fn due(every: Option<u64>, step: u64) -> bool {
     every.is_some_and(|n| step.is_multiple_of(n))
-}
-
-fn copy_files(from: &Path, to: &Path) -> Result<()> {
-    for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
-        let entry = entry.map_err(Error::io("read", from))?;
-        let target = to.join(entry.file_name());
-        fs::copy(entry.path(), &target).map_err(Error::io("write", &target))?;
-    }
-    Ok(())
 }

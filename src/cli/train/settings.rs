@@ -6,13 +6,13 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{Described, shown},
-    flags::{Evaluating, Learning, Saving},
+    flags::{Evaluating, Learning, Metric, Saving},
 };
 use crate::{
     error::Result,
     formats::safetensors::write_atomically,
     model::{Model, dataset::Dataset},
-    train::Trainer,
+    train::{Trainer, choices::Choices},
 };
 
 fn object(value: Value) -> Map<String, Value> {
@@ -28,7 +28,8 @@ pub(in crate::cli) fn arguments(
     per_step: usize,
     learning: &Learning,
     data: &Dataset,
-    eval_data: Option<&Dataset>,
+    choices: Option<&Choices>,
+    evaluated: Option<(&Dataset, Metric)>,
 ) -> Map<String, Value> {
     let (model, config) = (trainer.model(), trainer.config());
     let backend = model.backend();
@@ -37,7 +38,9 @@ pub(in crate::cli) fn arguments(
     object(json!({
         "model_fingerprint": model.fingerprint().to_string(),
         "data_fingerprint": data.fingerprint().to_string(),
-        "eval_data_fingerprint": eval_data.map(|data| data.fingerprint().to_string()),
+        "choices_fingerprint": choices.map(|choices| choices.fingerprint().to_string()),
+        "eval_data_fingerprint": evaluated.map(|(data, _)| data.fingerprint().to_string()),
+        "metric_for_best": evaluated.map(|(_, metric)| metric.name()),
         "isa": backend.hardware(),
         "dtype": backend.compute().to_string(),
         "adapter_config": adapter,
@@ -48,7 +51,7 @@ pub(in crate::cli) fn arguments(
         "weight_decay": config.weight_decay,
         "router_weight_decay": config.router_weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "lr_scheduler_type": format!("{:?}", config.schedule).to_lowercase(),
+        "lr_scheduler_type": config.schedule.name(),
         "warmup_steps": config.warmup_steps,
         "router_sampling": format!("{:?}", config.router_sampling).to_lowercase(),
         "shuffle": learning.shuffle.is_on(),
@@ -77,9 +80,8 @@ pub(in crate::cli) fn settings(
         "eval_data": evaluating.eval_data.as_deref().map(shown),
         "validation_split": evaluating.validation_split,
         "eval_steps": evaluating.eval_steps,
-        "metric_for_best": evaluating.metric_for_best.name(),
         "early_stopping_patience": evaluating.early_stopping_patience,
-        "early_stopping_threshold": evaluating.early_stopping_threshold,
+        "early_stopping_threshold": evaluating.threshold(),
         "save_steps": saving.save_steps,
         "save_total_limit": saving.save_total_limit,
         "checkpointing": learning.checkpointing(),
