@@ -80,8 +80,11 @@
 // They fall along half a cosine.
 #define POLYTAPE_SCHEDULE_COSINE 1
 
-// They stay.
+// They stay, without warm-up.
 #define POLYTAPE_SCHEDULE_CONSTANT 2
+
+// They stay after warm-up.
+#define POLYTAPE_SCHEDULE_CONSTANT_WITH_WARMUP 3
 
 // A Poly / MHR adapter of a base; it does not change. Any thread may use it, several at a time.
 typedef struct polytape_adapter polytape_adapter;

@@ -56,8 +56,10 @@ impl TrainerObject {
 pub const POLYTAPE_SCHEDULE_LINEAR: u32 = 0;
 /// They fall along half a cosine.
 pub const POLYTAPE_SCHEDULE_COSINE: u32 = 1;
-/// They stay.
+/// They stay, without warm-up.
 pub const POLYTAPE_SCHEDULE_CONSTANT: u32 = 2;
+/// They stay after warm-up.
+pub const POLYTAPE_SCHEDULE_CONSTANT_WITH_WARMUP: u32 = 3;
 
 /// How an adapter is trained: with AdamW.
 #[repr(C)]
@@ -141,6 +143,7 @@ impl polytape_train_config {
                 POLYTAPE_SCHEDULE_LINEAR => Schedule::Linear,
                 POLYTAPE_SCHEDULE_COSINE => Schedule::Cosine,
                 POLYTAPE_SCHEDULE_CONSTANT => Schedule::Constant,
+                POLYTAPE_SCHEDULE_CONSTANT_WITH_WARMUP => Schedule::ConstantWithWarmup,
                 other => return Err(Failure::usage(format!("schedule {other} is none"))),
             },
             router_sampling: match self.router_sampling {

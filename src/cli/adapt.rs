@@ -21,7 +21,7 @@ use crate::{
     formats::{adapter::AdapterFiles, json::list_names, rows::Targets, tasks::TaskNames},
     model::{Adapter, Model, dataset::Routes},
     train::{
-        Trainer,
+        RouterSampling, Trainer,
         adapt::{self, Kept, Tune},
         evaluate::Decode,
         order,
@@ -127,6 +127,11 @@ impl Adapt {
         let mut adapter =
             adapt::add_task(&model, &trained, Some(&self.task), tune, self.common.seed)?;
         let task = trained.config().n_tasks as u32;
+        let source = {
+            let files = AdapterFiles::open(&self.adapter)?;
+            let (bank, rows) = adapt::compare(&files, &files);
+            [bank.before, rows.before]
+        };
         drop(trained);
         if let Some(resumed) = &resumed {
             adapter = Adapter::open(&model, &resumed.dir)?;
@@ -162,7 +167,7 @@ impl Adapt {
             decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
             tasks: &tasks,
             batch_size: self.learning.batch_size(&recipe),
-            metric: self.evaluating.metric_for_best,
+            metric: self.evaluating.metric(),
         });
 
         let per_step = self.learning.per_step(&recipe);
@@ -177,6 +182,7 @@ impl Adapt {
                     &model,
                     tokenizer,
                     Some(Routes::tasks(&tasks)),
+                    false,
                 )?)
             }
         };
@@ -184,14 +190,24 @@ impl Adapt {
         let weighting = adapter.config().weighting;
         let mut config = self.learning.config(&recipe, weighting, self.common.seed, n_steps)?;
         config.trainable = tune.trainable(task);
+        if tune == Tune::Average {
+            if let Some(flag) = self.learning.of_the_router() {
+                return Err(Error::Usage(format!(
+                    "{flag} is for a router that learns, and --tune average is a uniform mixture: leave it out"
+                )));
+            }
+            config.router_sampling = RouterSampling::Off;
+        }
         let trainer = Trainer::new(&model, adapter, config)?;
         let mut arguments = settings::arguments(
             &trainer,
             per_step,
             &self.learning,
             &data,
-            evaluator.as_ref().map(|e| &e.data),
+            choices.as_ref(),
+            evaluator.as_ref().map(|e| (&e.data, e.metric)),
         );
+        arguments.insert("adapter_fingerprint".into(), json!(source));
         arguments.insert("tune".into(), json!(tune));
         arguments.insert("task".into(), json!(self.task));
         let validated = evaluator.is_some();

@@ -75,7 +75,7 @@ struct Limits {
     cache_dir: Option<PathBuf>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OverlongFlag {
     Error,
     Skip,
@@ -236,17 +236,14 @@ impl DataFlags {
         let limits = self.limits.with_defaults(recipe);
         let mut all = Dataset::default();
         for DataFile { path, rows } in files {
-            let one = limits.encode(rows, &path, model, tokenizer, routes, targets)?;
-            all.rows.extend(one.rows);
-            all.examples.extend(one.examples);
-            all.n_truncated += one.n_truncated;
-            all.n_skipped += one.n_skipped;
+            all.extend(limits.encode(rows, &path, model, tokenizer, routes, targets)?);
         }
         Ok(all)
     }
 
     /// The wrong choices of each row of a data set: what its field `choices` (texts) or `choice_ids`
-    /// (lists of ids) has beside the target.
+    /// (lists of ids) has beside the target. `evaluating` passes over fields that are something else; learning from choices
+    /// does not.
     pub(super) fn choices(
         &self,
         data: &Dataset,
@@ -254,28 +251,49 @@ impl DataFlags {
         model: &Model<impl Backend>,
         tokenizer: Option<&Tokenizer>,
         routes: Option<Routes<'_>>,
+        evaluating: bool,
     ) -> Result<Choices> {
         let mut limits = self.limits.with_defaults(recipe);
-        limits.overlong = OverlongFlag::Truncate; // What is too long was dealt with.
+        if limits.overlong == OverlongFlag::Skip {
+            limits.overlong = OverlongFlag::Truncate; // Rows that are too long are gone; a choice stays.
+        }
         limits.cache_dir = None; // It is opened for each row here.
+        let (mut n_unusable, mut n_equal) = (0, 0);
         let mut wrong = Vec::with_capacity(data.rows.len());
-        for row in &data.rows {
-            let mut rows = Vec::new();
-            for choice in row_choices(row).map_err(|detail| Error::Line {
-                path: self.first().to_path_buf(),
-                line: row.line,
-                detail,
-            })? {
-                if Some(&choice) != row.target.as_ref() {
-                    rows.push(Row { target: Some(choice), ..row.clone() });
+        for (i, (row, example)) in data.rows.iter().zip(&data.examples).enumerate() {
+            let path = data.path_of(i).unwrap_or(self.first());
+            let choices = match row_choices(row) {
+                Ok(choices) => choices,
+                Err(_) if evaluating => {
+                    n_unusable += 1;
+                    vec![]
                 }
-            }
-            wrong.push(if rows.is_empty() {
+                Err(detail) => {
+                    return Err(Error::Line { path: path.to_path_buf(), line: row.line, detail });
+                }
+            };
+            let others = choices.into_iter().filter(|choice| Some(choice) != row.target.as_ref());
+            let rows: Vec<Row> =
+                others.map(|choice| Row { target: Some(choice), ..row.clone() }).collect();
+            let mut examples = if rows.is_empty() {
                 Vec::new()
             } else {
-                let path = self.first();
                 limits.quietly(rows, path, model, tokenizer, routes, Targets::Required)?.examples
-            });
+            };
+            let n = examples.len();
+            examples.retain(|choice| choice.labels != example.labels);
+            n_equal += n - examples.len();
+            wrong.push(examples);
+        }
+        if n_unusable > 0 {
+            tracing::warn!(
+                "{n_unusable} rows are not ranked: their choices are no list of texts (choices) or of ids (choice_ids) that has the target"
+            );
+        }
+        if n_equal > 0 {
+            tracing::warn!(
+                "{n_equal} choices are left out: their ids are those of the answer, as far as --max-target-length lets them differ"
+            );
         }
         Ok(Choices { wrong })
     }

@@ -81,8 +81,9 @@ impl Eval {
         let tokenizer = data::open_tokenizer(&model)?;
         let (adapter, routes) = (&opened.adapter, opened.routes());
         let data = self.data.load(&model, tokenizer.as_ref(), routes, Targets::Required)?;
+        let recipe = Recipe::default();
         let choices =
-            self.data.choices(&data, &Recipe::default(), &model, tokenizer.as_ref(), routes)?;
+            self.data.choices(&data, &recipe, &model, tokenizer.as_ref(), routes, true)?;
         let engine = Engine::for_examples(
             &model,
             adapter.as_ref(),

@@ -1,6 +1,6 @@
 //! Data rows to examples: text becomes ids, names become task ids, long rows are dealt with.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -107,6 +107,8 @@ pub struct Dataset {
     pub n_truncated: usize,
     /// Rows that were left out.
     pub n_skipped: usize,
+    /// The files, each with the number of rows up to its end.
+    files: Vec<(PathBuf, usize)>,
 }
 
 /// All rows of a data file.
@@ -140,11 +142,30 @@ impl Dataset {
         if dataset.examples.is_empty() {
             return Err(Error::file(path, "every row is longer than the limits: none is left"));
         }
+        dataset.files = vec![(path.to_path_buf(), dataset.rows.len())];
         Ok(dataset)
+    }
+
+    /// Adds the rows of another one behind these.
+    pub fn extend(&mut self, more: Self) {
+        let n = self.rows.len();
+        self.rows.extend(more.rows);
+        self.examples.extend(more.examples);
+        self.n_truncated += more.n_truncated;
+        self.n_skipped += more.n_skipped;
+        self.files.extend(more.files.into_iter().map(|(path, end)| (path, n + end)));
+    }
+
+    /// The file that a row is of.
+    pub fn path_of(&self, row: usize) -> Option<&Path> {
+        self.files.iter().find(|(_, end)| row < *end).map(|(path, _)| path.as_path())
     }
 
     /// Leaves these rows, by their places in increasing order.
     pub fn keep(&mut self, kept: &[usize]) {
+        for (_, end) in &mut self.files {
+            *end = kept.partition_point(|place| place < end);
+        }
         let mut flags = vec![false; self.rows.len()];
         kept.iter().for_each(|&place| flags[place] = true);
         let mut flag = flags.iter();
@@ -153,9 +174,15 @@ impl Dataset {
         self.examples.retain(|_| *flag.next().unwrap_or(&false));
     }
 
-    /// A fingerprint of what the model sees, in order.
+    /// A fingerprint of what the model sees and of what its outputs are compared with, in order.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut print = Fingerprint::default();
+        for (i, row) in self.rows.iter().enumerate() {
+            for reference in row.references.iter().flatten() {
+                print.add(&(i as u64).to_le_bytes());
+                print.add(reference.as_bytes());
+            }
+        }
         for Example { input, labels, task, .. } in &self.examples {
             print.add(&task.to_le_bytes());
             print.add_ids(input);

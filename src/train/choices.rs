@@ -11,7 +11,7 @@
 //!
 //! A wrong choice is an example of its own, with the input again, that shares its row's noise.
 
-use crate::model::Example;
+use crate::{formats::fingerprint::Fingerprint, model::Example};
 
 /// Keeps the unlikelihood finite, as in T-Few's code.
 const MARGIN: f64 = 1e-2;
@@ -21,6 +21,18 @@ const MARGIN: f64 = 1e-2;
 pub struct Choices {
     /// By row: the choices that are not its answer; none where the row lists no choices.
     pub wrong: Vec<Vec<Example>>,
+}
+
+impl Choices {
+    /// A fingerprint of the wrong choices' ids, in order.
+    pub fn fingerprint(&self) -> Fingerprint {
+        let mut print = Fingerprint::default();
+        for wrong in &self.wrong {
+            print.add(&(wrong.len() as u64).to_le_bytes());
+            wrong.iter().for_each(|choice| print.add_ids(&choice.labels));
+        }
+        print
+    }
 }
 
 /// The index of the choice with the highest length-normalised score, from each one's sum of nll and

@@ -1,6 +1,6 @@
 //! What training will need in memory, before it begins: a step on a backend that only counts.
 
-use super::{TrainConfig, Trainer};
+use super::{TrainConfig, Trainer, choices::Choices};
 use crate::{
     error::Result,
     kernels::{Backend, sizes::Sizes},
@@ -30,10 +30,14 @@ pub fn step_bytes<B: Backend>(
     Ok(sizes.peak())
 }
 
-/// The places of the `n` examples with most tokens.
-pub fn longest(examples: &[Example], n: usize) -> Vec<usize> {
+/// The places of the `n` examples with most tokens, those of their wrong choices included.
+pub fn longest(examples: &[Example], choices: Option<&Choices>, n: usize) -> Vec<usize> {
     let mut places: Vec<usize> = (0..examples.len()).collect();
-    let tokens = |place: &usize| examples[*place].input.len() + examples[*place].labels.len();
+    let of = |example: &Example| example.input.len() + example.labels.len();
+    let tokens = |place: &usize| {
+        let wrong = choices.map_or(&[][..], |choices| &choices.wrong[*place]);
+        of(&examples[*place]) + wrong.iter().map(of).sum::<usize>()
+    };
     places.sort_by_key(|place| std::cmp::Reverse(tokens(place)));
     places.truncate(n);
     places

@@ -45,16 +45,9 @@ impl Drawn {
         };
         let shares: Vec<f64> = self.tasks.iter().map(|task| task.1).collect();
         let of_all = sums(&shares);
-        // Without replacement: a task that was chosen has no share any more.
-        let mut left = shares;
-        let n_chosen = self.per_step.map_or(0, |k| k.min(left.len()).min(n));
-        let chosen: Vec<usize> = (0..n_chosen)
-            .map(|i| {
-                let task = drawn(&sums(&left), draw(i, 2));
-                left[task] = 0.0;
-                task
-            })
-            .collect();
+        // With replacement: a task's share of the rows is the same whatever the limit.
+        let n_chosen = self.per_step.map_or(0, |k| k.min(n));
+        let chosen: Vec<usize> = (0..n_chosen).map(|i| drawn(&of_all, draw(i, 2))).collect();
         (0..n)
             .map(|i| {
                 let task = match chosen.len() {
@@ -151,11 +144,12 @@ impl Batches {
         tasks_per_step: Option<usize>,
     ) -> Self {
         assert_eq!(tasks.len(), self.n_examples, "a task for each example");
-        if sampling == Sampling::Proportional && tasks_per_step.is_none() {
-            return self;
-        }
         let mut rows: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         tasks.iter().enumerate().for_each(|(i, task)| rows.entry(*task).or_default().push(i));
+        let per_step = tasks_per_step.filter(|&n| n < rows.len());
+        if sampling == Sampling::Proportional && per_step.is_none() {
+            return self;
+        }
         let most = rows.values().map(Vec::len).max().unwrap_or(1) as f64;
         let share = |n: usize| match sampling {
             Sampling::Proportional => n as f64 / most,
@@ -169,7 +163,7 @@ impl Batches {
             let share = share(rows.len());
             (rows, share)
         });
-        self.drawn = Some(Drawn { tasks: tasks.collect(), per_step: tasks_per_step });
+        self.drawn = Some(Drawn { tasks: tasks.collect(), per_step });
         self
     }
 
@@ -234,7 +228,7 @@ mod tests {
                 seen.iter().for_each(|task| *counts.entry(*task).or_insert(0_u32) += 1);
                 seen.sort_unstable();
                 seen.dedup();
-                assert!(per_step.is_none_or(|n| seen.len() == n), "{seen:?}");
+                assert!(per_step.is_none_or(|n| seen.len() <= n), "{seen:?}");
                 assert_eq!(rows, batches.of_step(step), "a step has its batch");
             }
             [3, 5, 8].map(|task| f64::from(counts.get(&task).copied().unwrap_or(0)) / 20_000.0)
@@ -249,33 +243,46 @@ mod tests {
                 assert!((found - expected).abs() < 0.018, "{sampling:?}: {found}, not {expected}");
             }
         }
-        let three = count(Sampling::Uniform, Some(3));
-        assert!(three.iter().all(|share| (0.29..0.41).contains(share)), "{three:?}");
-        let one = count(Sampling::Uniform, Some(1));
-        assert!(one.iter().all(|share| (share - 1.0 / 3.0).abs() < 0.06), "{one:?}");
+        // However few tasks there are in a step, each has its share of all rows.
+        for (sampling, per_step, expected) in [
+            (Sampling::Uniform, 1, [1.0 / 3.0; 3]),
+            (Sampling::Uniform, 2, [1.0 / 3.0; 3]),
+            (Sampling::Proportional, 2, [0.9, 0.09, 0.01]),
+            (Sampling::Temperature(1.0), 9, [0.9, 0.09, 0.01]),
+        ] {
+            for (found, expected) in count(sampling, Some(per_step)).iter().zip(expected) {
+                // Five standard deviations of 2,000 draws.
+                let deviation = f64::sqrt(expected * (1.0 - expected) / 2000.0);
+                let shown = format!("{sampling:?}, {per_step}: {found}, not {expected}");
+                assert!((found - expected).abs() < 5.0 * deviation, "{shown}");
+            }
+        }
     }
 
     #[test]
-    fn a_step_has_its_number_of_tasks_however_rare_one_is() {
+    fn a_task_of_next_to_no_share_is_next_to_never_drawn() {
         // Task 1 has a share of 1e-12, or of nothing that f64 could tell.
         let tasks: Vec<u32> = (0..1001).map(|i| u32::from(i == 1000)).collect();
         for t in [0.25, 0.001] {
-            let sampling = Sampling::Temperature(t);
-            let mut batches = Batches::new(1001, 4, true, 1).drawing(sampling, &tasks, Some(2));
-            for step in 1..100 {
-                let rows = batches.of_step(step);
-                assert_eq!(rows.iter().filter(|&&row| row == 1000).count(), 2, "{rows:?}");
+            for per_step in [None, Some(1)] {
+                let sampling = Sampling::Temperature(t);
+                let mut batches =
+                    Batches::new(1001, 4, true, 1).drawing(sampling, &tasks, per_step);
+                assert!((1..100).all(|step| !batches.of_step(step).contains(&1000)));
             }
-            let mut batches = Batches::new(1001, 4, true, 1).drawing(sampling, &tasks, None);
-            assert!((1..100).all(|step| !batches.of_step(step).contains(&1000)));
         }
     }
 
     #[test]
     fn proportional_is_every_row_once() {
-        let mut drawn = Batches::new(5, 2, true, 1).drawing(Sampling::Proportional, &[0; 5], None);
         let mut plain = Batches::new(5, 2, true, 1);
-        assert!((1..9).all(|step| drawn.of_step(step) == plain.of_step(step)));
+        // A limit that no step could pass is none.
+        for limit in [None, Some(2), Some(50)] {
+            let tasks = [0, 0, 0, 1, 1];
+            let mut drawn =
+                Batches::new(5, 2, true, 1).drawing(Sampling::Proportional, &tasks, limit);
+            assert!((1..9).all(|step| drawn.of_step(step) == plain.of_step(step)));
+        }
     }
 
     #[test]

@@ -80,8 +80,8 @@ mod tests {
             let expected = [slope(2), slope(2), slope(1), 0.0][i % 4] * p * (1.0 - p);
             assert!((gradient[i] - expected).abs() < 1e-12, "{i}");
         }
-        // A skill that more than half of the tasks use becomes less likely still: the rich get richer
-        // downhill of -penalty, which training follows.
+        // Training goes down the penalty: a skill that more than half of the tasks use becomes likelier still, a
+        // rare one rarer.
         assert!(slope(1) > 0.0 && slope(3) < 0.0);
     }
 }

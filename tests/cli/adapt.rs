@@ -192,6 +192,22 @@ fn what_cannot_be_adapted_is_refused() {
     fails(&onto, 2, "lies in --output-dir");
 }
 
+/// The average is the uniform mixture in training, too: nothing is drawn.
+#[test]
+fn the_average_draws_nothing() {
+    let dir = scratch("adapt-average");
+    let rows = data(&dir, 12);
+    let flags = ["--tune", "average", "--max-steps", "3"];
+    let loss = |name: &str, more: &[&str]| -> Vec<Value> {
+        let out = dir.join(name);
+        ok(&adapt(&rows, &out, &[&flags[..], more].concat()));
+        crate::lines(&out.join("log.jsonl")).into_iter().map(|line| line["loss"].clone()).collect()
+    };
+    assert_eq!(loss("default", &[]), loss("off", &["--router-sampling", "off"]));
+    let on = [&flags[..], &["--router-sampling", "on"]].concat();
+    fails(&adapt(&rows, &dir.join("on"), &on), 2, "--router-sampling is for a router that learns");
+}
+
 /// A run replaces the adapters in its folder, so none of them can be what it begins with.
 #[test]
 fn what_a_run_begins_with_is_not_in_its_folder() {

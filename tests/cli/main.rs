@@ -581,7 +581,18 @@ fn flags_that_would_be_ignored_are_refused() {
         ("--warmup-steps nan", "--warmup-steps must be at least 0, not NaN"),
         ("--warmup-steps -5", "--warmup-steps must be at least 0, not -5"),
         ("--max-steps -1", "'-1' for '--max-steps"),
-        ("--validation-split 0.5 --early-stopping-threshold nan", "must be a number"),
+        (
+            "--validation-split 0.5 --early-stopping-patience 1 --early-stopping-threshold nan",
+            "must be a number",
+        ),
+        ("--validation-split 0.5 --early-stopping-threshold 0.1", "--early-stopping-patience"),
+        ("--metric-for-best exact_match", "--metric-for-best needs rows to evaluate on"),
+        ("--scale-parameter on", "--scale-parameter is for --optim adafactor"),
+        ("--sampling-temperature 9", "is for --task-sampling temperature"),
+        ("--routing private --router-sampling hard", "--router-sampling is for a router that"),
+        ("--routing private --router-updates lazy", "--router-updates lazy is for a router that"),
+        ("--routing private --ibp-prior 5", "--ibp-prior is for a router that learns"),
+        ("--routing private --router-learning-rate 9", "--router-learning-rate is for a router"),
     ] {
         let flags: Vec<&str> = flags.split_whitespace().collect();
         fails(&train(&rows, &out, &flags), 2, message);

@@ -191,6 +191,22 @@ fn choices_are_ranked_and_learned() {
     };
     with(json!([[5], [6]]));
     fails(&train(&path, &out, &flags), 3, "choices.jsonl:1: the target is none of the choices");
+    // The file that has it is named, whichever it is; and an evaluation does not need the field.
+    let fine = dir.join("fine.jsonl");
+    fs::write(&fine, format!("{}\n", line(0))).unwrap();
+    let two = [&flags[..], &["--data", str(&fine), str(&path)]].concat();
+    let two: Vec<&str> = two.into_iter().collect();
+    fails(&train(&fine, &out, &two), 3, "choices.jsonl:1: the target is none of the choices");
+    let eval = ["eval", "--model", str(&base), "--generate", "off", "--data", str(&path)];
+    let said: Value = serde_json::from_str(ok(&eval).trim()).unwrap();
+    assert!(said["rank_accuracy"].is_null() && said["n_rows"] == 1, "{said}");
+    // What is as long as it may be can be the answer: it is left out.
+    let cut = ["--max-target-length", "1", "--overlong", "truncate"];
+    fs::write(&path, format!("{}\n", json!({"task": "t", "input_ids": [5], "label_ids": [10], "choice_ids": [[10], [10, 7], [20]]}))).unwrap();
+    let said: Value = serde_json::from_str(ok(&[&eval[..], &cut].concat()).trim()).unwrap();
+    assert!(said["rank_accuracy"].is_number(), "{said}");
+    let strict = [&eval[..], &["--max-target-length", "1", "--overlong", "error"]].concat();
+    fails(&strict, 3, "choices.jsonl:1: the row has 2 tokens where 1 are allowed");
     with(json!([[5], []]));
     fails(&train(&path, &out, &flags), 3, "choices.jsonl:1: a choice is empty");
     with(json!("x"));
