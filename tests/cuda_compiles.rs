@@ -154,7 +154,6 @@ fn every_kernel_compiles_and_fits() {
         return;
     }
     let compilations: Vec<_> = compile::modules()
-        .into_iter()
         .flat_map(|module| ARCHITECTURES.map(|arch| [false, true].map(|bf16| (module, arch, bf16))))
         .flatten()
         .collect();

@@ -620,12 +620,11 @@ unsafe impl Device for Driver {
             }
         };
         let is_full = |error: &DriverError| error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        // SAFETY: The stream is alive.
+        let wait = || unsafe { result::stream::synchronize(stream) };
         let reserved = match reserve() {
             // What was freed is the pool's again when the kernels before that are done.
-            // SAFETY: The stream is alive.
-            Err(error) if is_full(&error) => {
-                unsafe { result::stream::synchronize(stream) }.and_then(|()| reserve())
-            }
+            Err(error) if is_full(&error) => wait().and_then(|()| reserve()),
             reserved => reserved,
         };
         match reserved {
