@@ -433,7 +433,7 @@ fn a_checkpoint_has_its_best_adapter() {
     fs::remove_dir_all(copy.join("best")).unwrap();
     ok(&train(&rows, &dir.join("none"), &[&resume[..], &best].concat()));
 
-    // Another metric is another run; so are other wrong answers.
+    // Another metric is another run.
     let other = ["--metric-for-best", "exact_match", "--resume", str(&copy)];
     fails(
         &train(&rows, &dir.join("other"), &[&run[..], &other].concat()),
