@@ -1,5 +1,5 @@
 // Dropout and addition.
-//   y = keep ? x / (1 - p) : 0      [tokens, d]; its own backward
+//   y = x * (0 or 1 / (1 - p))      [tokens, d]; its own backward
 //   y = a + b                       [n]; y may be a
 // Grid of `dropout`: x = tokens, y = groups of 8 columns / 128: a thread draws one Philox block.
 // Grid of `add`: x = n / 256.
@@ -16,8 +16,7 @@ dropout(Item* y, const Item* x, Dropout dropout, u32 d) {
     for (u32 i = 0; i < 8; ++i) {
         const u32 col = group * 8 + i;
         const size_t at = size_t(token) * d + col;
-        // Not a product: a dropped infinity is 0.
-        if (col < d) store(&y[at], factors[i] == 0.0f ? 0.0f : factors[i] * widen(x[at]));
+        if (col < d) store(&y[at], factors[i] * widen(x[at]));
     }
 }
 

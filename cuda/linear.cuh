@@ -63,9 +63,7 @@ __device__ inline void finish(Out* y, const Epilogue& epilogue, bool expanded, f
     const size_t at = size_t(token) * d_out + col;
     if (!expanded) value += expand(epilogue.expand, token, col);
     if (epilogue.bias) value += epilogue.bias[col];
-    // Not a product: a dropped infinity is 0.
-    const float factor = dropout_factor(epilogue.dropout, token, col);
-    value = factor == 0.0f ? 0.0f : factor * value;
+    value *= dropout_factor(epilogue.dropout, token, col);
     if (epilogue.residual) value += widen(epilogue.residual[at]);
     store(&y[at], value);
 }
@@ -117,7 +115,7 @@ struct ForwardRuns {
         if (epilogue.dropout.tokens) {
             dropout_factors(epilogue.dropout, row, col / 8, more);
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) run[i] = more[i] == 0.0f ? 0.0f : more[i] * run[i];
+            for (u32 i = 0; i < 8; ++i) run[i] *= more[i];
         }
         if (epilogue.residual) add_residual(run, residual);
         store_run<8>(y + size_t(row) * n + col, run);

@@ -114,7 +114,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         args: &Gated<'_, Self>,
         d_h: &Tensor<Self>,
     ) -> (Tensor<Self>, Option<Tensor<Self>>);
-    /// `y = keep ? x / (1 - p) : 0`. Its own backward.
+    /// `y = x` times 0 or `1 / (1 - p)`. Its own backward.
     fn dropout(&self, x: &Tensor<Self>, dropout: &Dropout) -> Tensor<Self>;
     /// `a + b`, in `a`'s buffer where nobody else holds it.
     fn add(&self, a: Tensor<Self>, b: &Tensor<Self>) -> Tensor<Self>;

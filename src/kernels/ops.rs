@@ -26,7 +26,7 @@ pub struct TokenKey {
 /// Element `(token, col)` is dropped where its 16 random bits are below [`Dropout::threshold`]; the
 /// bits are half-word `col % 8` (low halves first) of the Philox block with counter
 /// `[col / 8, position, example, site]`. Kept elements are divided by the exact probability of
-/// being kept.
+/// being kept. Dropped ones are multiplied by 0, as PyTorch does: a NaN or an infinity stays seen.
 #[derive(Clone, Debug)]
 pub struct Dropout {
     /// Probability of dropping, in `[0, 1)`; rounded to a multiple of 2^-16.

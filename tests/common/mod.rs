@@ -32,6 +32,7 @@ use std::{
     any::Any,
     cell::Cell,
     fmt::Debug,
+    io::Write,
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, OnceLock},
@@ -363,6 +364,22 @@ impl Inputs {
         inputs
     }
 
+    /// With zeros for the weights and for the tensors that are not of certain terms.
+    pub fn only_of_terms(&self, of_terms: &[bool]) -> Self {
+        assert_eq!(of_terms.len(), self.tensors.len());
+        let mut inputs = self.clone();
+        for (tensor, _) in
+            inputs.tensors.iter_mut().zip(of_terms).filter(|(_, of_terms)| !**of_terms)
+        {
+            tensor.values.fill(0.0);
+        }
+        for weight in &mut inputs.weights {
+            let zeros = vec![0.0; weight.rows() * weight.cols()];
+            *weight = Frozen::from_f32(&zeros, weight.rows(), weight.cols(), Dtype::F32);
+        }
+        inputs
+    }
+
     /// Their absolute values.
     pub fn abs(&self) -> Self {
         let mut inputs = self.clone();
@@ -471,9 +488,11 @@ pub trait Op: Debug {
         false
     }
 
-    /// Whether tiles of AMX multiply a rank term's factors, each as the sum of two bf16.
-    fn splits_on_tiles(&self) -> bool {
-        false
+    /// What the terms are made of whose factors, of f32, tiles of AMX multiply as sums of two bf16 each: the inputs with zeros
+    /// elsewhere. None if there are no such terms.
+    fn split_on_tiles(&self, inputs: &Inputs) -> Option<Inputs> {
+        let _ = inputs;
+        None
     }
 
     /// How much further it may be where tiles of AMX, or a GPU's tensor cores, multiply f32 operands of this
@@ -660,7 +679,7 @@ fn gpu() -> Vec<Subject> {
     let subjects: polytape::Result<_> =
         [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
     subjects.unwrap_or_else(|why| {
-        eprintln!("skipped: the CUDA kernels on a GPU: {why}");
+        say(&format!("skipped: the CUDA kernels on a GPU: {why}"));
         vec![]
     })
 }
@@ -698,9 +717,14 @@ fn emulated() -> Vec<Subject> {
     };
     let subjects: Result<_, String> = [Dtype::F32, Dtype::Bf16].into_iter().map(subject).collect();
     subjects.unwrap_or_else(|why| {
-        eprintln!("skipped: the CUDA kernels on the emulator: {why}");
+        say(&format!("skipped: the CUDA kernels on the emulator: {why}"));
         vec![]
     })
+}
+
+/// Says it where `cargo test` shows it, though the tests pass.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 fn subjects() -> &'static [Subject] {
@@ -780,11 +804,8 @@ pub fn check<O: Op>(name: &str, make: impl Fn(&mut Gen, Class, Batch) -> Case<O>
             EMULATED_CPU_OF_40..EMULATED_OF_40 => Emulate::Cuda,
             _ => Emulate::Nothing,
         };
-        let passed = check_seed(seed, emulate, &make)
+        check_seed(seed, emulate, &make)
             .unwrap_or_else(|error| panic!("{name}: {error}\n{replay}"));
-        for Passed { backend, worst, executions } in passed {
-            assert!(worst <= 1.0 && executions > 1, "{name} on {backend}: {worst}\n{replay}");
-        }
     }
 }
 
@@ -809,7 +830,8 @@ pub fn check_seed<O: Op>(
     catch_unwind(run).unwrap_or_else(|panic| Err(message(panic)))
 }
 
-/// What a backend did in a case that it passed.
+/// What a backend did in a case that it passed, as `verify` reports it.
+#[cfg_attr(test, allow(dead_code))]
 pub struct Passed {
     pub backend: &'static str,
     /// The largest error, in units of what is allowed.
@@ -826,35 +848,41 @@ pub fn check_steered<O: Op>(mut random: Gen, make: impl Fn(&mut Gen, Class, Batc
     check_case(&case, random.word(), Emulate::Cuda);
 }
 
-/// From 6 units of f32 to 2^-15 of the terms' sizes: two bf16 lose up to 2^-17 of a number, for each factor, and the product
-/// of two second parts, up to 2^-16, is left out.
-const OF_TWO_PARTS: f64 = 86.0;
+/// Of the size of a product of two factors that are two bf16 each: these lose up to 2^-17 of a number, for each factor, and
+/// the product of the second parts, up to 2^-16, is left out.
+const OF_TWO_PARTS: f64 = 1.0 / 32_768.0;
 
 fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed> {
     let mut passed = Vec::new();
     for compute in [Dtype::F32, Dtype::Bf16] {
         let own_weights = case.inputs.rounded(compute);
         let own_answer = answer(case, &own_weights);
-        let less_exact = |inputs: &Inputs, splits: bool, answer: Answer| {
-            let (expected, mut tolerance) = answer;
-            if splits {
-                tolerance.iter_mut().flatten().for_each(|bound| *bound *= OF_TWO_PARTS);
-            }
+        let less_exact = |inputs: &Inputs, (expected, mut tolerance): Answer| {
             let more = case.op.rounding_on_tiles(&case.batch, inputs, &expected);
-            for (bounds, more) in tolerance.iter_mut().zip(more.into_iter().flatten()) {
-                bounds.iter_mut().zip(more).for_each(|(bound, more)| *bound += more);
-            }
+            widen(&mut tolerance, more.into_iter().flatten());
             (expected, tolerance)
         };
         // A GPU keeps the base in the compute type.
         let rounded = (compute == Dtype::Bf16).then(|| {
             let inputs = own_weights.with_weights_in(compute);
-            let answer = answer(case, &inputs);
-            let answer = less_exact(&inputs, case.op.splits_operands(), answer);
+            let (expected, mut tolerance) = answer(case, &inputs);
+            if case.op.splits_operands() {
+                let units = OF_TWO_PARTS / (6.0 * U);
+                tolerance.iter_mut().flatten().for_each(|bound| *bound *= units);
+            }
+            let answer = less_exact(&inputs, (expected, tolerance));
             (inputs, answer)
         });
-        let on_tiles = (compute == Dtype::Bf16)
-            .then(|| less_exact(&own_weights, case.op.splits_on_tiles(), own_answer.clone()));
+        let on_tiles = (compute == Dtype::Bf16).then(|| {
+            let (expected, mut tolerance) = own_answer.clone();
+            if let Some(split) = case.op.split_on_tiles(&own_weights) {
+                let sizes = case.op.run(&Oracle, &case.batch, &split.abs().load(&Oracle));
+                let of_terms =
+                    |size: Output| size.values.iter().map(|v| OF_TWO_PARTS * v).collect();
+                widen(&mut tolerance, sizes.into_iter().map(of_terms));
+            }
+            less_exact(&own_weights, (expected, tolerance))
+        });
         let subjects = subjects()
             .iter()
             .filter(|subject| subject.compute == compute && subject.emulated <= emulate);
@@ -910,6 +938,13 @@ fn check_case<O: Op>(case: &Case<O>, seed: u64, emulate: Emulate) -> Vec<Passed>
         }
     }
     passed
+}
+
+/// Adds to each bound.
+fn widen(tolerance: &mut [Vec<f64>], more: impl Iterator<Item = Vec<f64>>) {
+    for (bounds, more) in tolerance.iter_mut().zip(more) {
+        bounds.iter_mut().zip(more).for_each(|(bound, more)| *bound += more);
+    }
 }
 
 /// Whether it computes on the tiles of AMX what can be computed there.

@@ -62,9 +62,20 @@ impl Op for Linear {
         true
     }
 
-    fn splits_on_tiles(&self) -> bool {
-        let mixed = |p: &Projection| matches!(p.lora, Some(Lora::Mixed));
-        self.order == ops::Order::Panel && self.projections.iter().any(mixed)
+    fn split_on_tiles(&self, inputs: &Inputs) -> Option<Inputs> {
+        if self.order == ops::Order::Dot {
+            return None;
+        }
+        let mut of_terms = vec![false]; // x
+        for projection in &self.projections {
+            match projection.lora {
+                None => {}
+                Some(Lora::Mixed) => of_terms.extend([true; 2]),
+                Some(Lora::Stacked(_)) => of_terms.extend([false; 3]),
+            }
+            of_terms.extend(projection.residual.then_some(false));
+        }
+        Some(inputs.only_of_terms(&of_terms))
     }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
@@ -129,7 +140,7 @@ pub fn linear(random: &mut Gen, class: Class, batch: Batch) -> Case<Linear> {
                 Lora::Stacked(bank)
             }
         });
-        let dropout = (class != Class::Special && random.below(3) == 0).then_some(0.5);
+        let dropout = (random.below(3) == 0).then_some(0.5);
         let residual = random.coin();
         if residual {
             inputs.tokens(&batch, d_out, random.values(class, n * d_out, false));
@@ -161,8 +172,13 @@ impl Op for LinearBackward {
         true
     }
 
-    fn splits_on_tiles(&self) -> bool {
-        self.lora.contains(&true)
+    fn split_on_tiles(&self, inputs: &Inputs) -> Option<Inputs> {
+        let of_terms = self.lora.iter().flat_map(|&lora| {
+            let of_lora: &[bool] = if lora { &[true; 2] } else { &[] };
+            [&[false], of_lora].concat()
+        });
+        let of_terms: Vec<_> = of_terms.chain(self.residual.then_some(false)).collect();
+        Some(inputs.only_of_terms(&of_terms))
     }
 
     fn run<B: Backend>(&self, backend: &B, batch: &Batch, inputs: &Loaded<B>) -> Vec<Output> {
@@ -542,7 +558,7 @@ pub fn gated(random: &mut Gen, class: Class, batch: Batch) -> Case<Gated> {
     inputs.tokens(&batch, d_ff, random.values(class, n * d_ff, false));
     let activation =
         random.pick(&[Activation::Relu, Activation::GeluNew, Activation::Gelu, Activation::Silu]);
-    let dropout = (class != Class::Special && random.coin()).then_some(0.3);
+    let dropout = random.coin().then_some(0.3);
     Case { class, batch, inputs, op: Gated { activation, up: random.coin(), dropout } }
 }
 
@@ -567,10 +583,10 @@ impl Op for Dropout {
 }
 
 pub fn dropout(random: &mut Gen, class: Class, batch: Batch) -> Case<Dropout> {
-    let (class, d, n) = (class.finite(), random.size(257), batch.n_tokens());
+    let (d, n) = (random.size(257), batch.n_tokens());
     let p = if class == Class::Exact { 0.5 } else { random.pick(&[0.0, 0.1, 0.9]) };
     let mut inputs = Inputs::default();
-    inputs.tokens(&batch, d, random.values(class, n * d, false));
+    inputs.tokens(&batch, d, activations(random, class, n * d, &SPECIALS));
     Case { class, batch, inputs, op: Dropout { p, site: random.word() as u32 } }
 }
 

@@ -97,17 +97,17 @@ pub(crate) const FAULTS: &[Fault] = &[
         "dropout-before-the-bias",
         GEMM,
         "dense::linears",
-        "let factors: [f32; N] = factors(dropout, row, cols.start);\n",
-        "let factors: [f32; N] = factors(dropout, row, cols.start);\n            \
+        "            factors(dropout, row, cols.clone(), &mut kept[..cols.len()]);\n",
+        "            factors(dropout, row, cols.clone(), &mut kept[..cols.len()]);\n            \
          if let (true, Some(bias)) = (ON, self.bias) {\n                \
          for (v, b) in values.iter_mut().zip(&bias[cols.clone()]) { *v -= b; }\n            }\n",
     ),
     kernel(
         "dropout-of-the-next-columns",
-        GEMM,
+        "src/kernels/cpu/elementwise.rs",
         "dense::linears",
-        "let counter = [(first_col / 8 + i) as u32, position, example, dropout.site];",
-        "let counter = [(first_col / 8 + i + usize::from(ON)) as u32, position, example, dropout.site];",
+        "let counter = [first.wrapping_add(lane as u32), position, example, dropout.site];",
+        "let counter = [first.wrapping_add(lane as u32 + u32::from(ON)), position, example, dropout.site];",
     ),
     // The routed LoRA.
     kernel(

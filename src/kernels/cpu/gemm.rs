@@ -26,9 +26,10 @@ use std::ops::Range;
 use half::bf16;
 
 use super::{
-    super::ops::{Dropout, TokenKey},
+    super::ops::Dropout,
     Cpu,
     buffer::Buffer,
+    elementwise::factors,
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     matrix::{Matrix, Rectangle, with_element},
     threads::run_tasks,
@@ -523,7 +524,7 @@ pub(super) fn task_cols(isa: Isa) -> usize {
     COLS.min(4 * width) / width * width
 }
 
-/// How the rows of an operation are cut. By shape, and on AMX by the number of threads; the bits of a row do not depend on it.
+/// How the rows of an operation are cut: by shape and number of threads. The bits of a row do not depend on it.
 pub(super) struct Cut {
     /// Rows whose left operands are packed at a time.
     pub(super) packed: usize,
@@ -535,20 +536,29 @@ impl Cut {
     /// For `rows` rows in tiles of `mr`, left operands of `k` columns in all and outputs of `n` columns in
     /// all. The packed copy of a long batch stays below 32 MiB, and few columns are made up for by more
     /// tasks along the rows. The parts are about equal, so that no thread waits for another.
-    pub(super) fn new(rows: usize, mr: usize, k: usize, n: usize) -> Self {
+    pub(super) fn new(rows: usize, mr: usize, k: usize, n: usize, n_threads: usize) -> Self {
         let parts_of = |rows: usize, most: usize| {
             rows.div_ceil(rows.div_ceil(most).max(1)).next_multiple_of(mr).max(mr)
         };
         let packed = parts_of(rows, ((8 << 20) / k.max(1)).clamp(96, 1152));
-        let task = if n >= 8 * COLS { packed } else { parts_of(packed.min(rows), 576) };
-        Self { packed, task }
+        let rows = packed.min(rows);
+        let most = if n >= 8 * COLS { rows } else { rows.min(576) };
+        let most = most.min(Self::rows_for_all(rows, n, n_threads)).max(1);
+        Self { packed, task: parts_of(rows, most) }
+    }
+
+    /// Rows of a task with which `n` columns make two tasks a thread, but not fewer than are worth packing their weights anew.
+    pub(super) fn rows_for_all(rows: usize, n: usize, n_threads: usize) -> usize {
+        const LEAST_ROWS: usize = 96;
+        let n_parts = 2 * n_threads / n.div_ceil(COLS).max(1);
+        rows.div_ceil(n_parts.clamp(1, (rows / LEAST_ROWS).max(1)))
     }
 
     /// The same on AMX, where packing a weight anew for each task along the rows takes the longer: not where the
     /// columns alone keep the threads busy, unless fewer rows of the left operand stay in the L2 cache for the next task.
     pub(super) fn on_tiles(rows: usize, k: usize, n: usize, n_threads: usize) -> Self {
         const HALF_L2: usize = 1 << 20;
-        let by = Self::new(rows, BLOCK_ROWS, k, n);
+        let by = Self::new(rows, BLOCK_ROWS, k, n, n_threads);
         let n_tasks = n.div_ceil(COLS);
         let n_turns = n_tasks.div_ceil(n_threads) * n_threads;
         let stays = by.task * k * size_of::<bf16>() <= HALF_L2;
@@ -603,9 +613,10 @@ impl Finish<'_> {
             }
         }
         if let Some(dropout) = self.dropout {
-            let factors: [f32; N] = factors(dropout, row, cols.start);
-            for (v, &f) in values.iter_mut().zip(&factors) {
-                *v = if f == 0.0 { 0.0 } else { *v * f };
+            let mut kept = [1.0; N];
+            factors(dropout, row, cols.clone(), &mut kept[..cols.len()]);
+            for (v, kept) in values.iter_mut().zip(&kept) {
+                *v *= kept;
             }
         }
         let other: Option<[f32; N]> = match self.residual {
@@ -668,21 +679,4 @@ fn widen<S: Simd, E: Element, const N: usize>(simd: S, row: &[E::Item]) -> [f32;
         simd.store(E::load_part(simd, rest), &mut lanes[whole.len()]);
     }
     values
-}
-
-/// [`Dropout::factor`] of `N` columns from a multiple of 8 on.
-#[inline(always)]
-fn factors<const N: usize>(dropout: &Dropout, token: usize, first_col: usize) -> [f32; N] {
-    let TokenKey { example, position } = dropout.tokens[token];
-    let (threshold, scale) = (dropout.threshold(), dropout.scale());
-    let mut factors = [scale; N];
-    for (i, eight) in factors.chunks_mut(8).enumerate() {
-        let counter = [(first_col / 8 + i) as u32, position, example, dropout.site];
-        let words = dropout.key.block(counter);
-        for (pair, word) in eight.as_chunks_mut::<2>().0.iter_mut().zip(words) {
-            pair[0] = if word & 0xFFFF < threshold { 0.0 } else { scale };
-            pair[1] = if word >> 16 < threshold { 0.0 } else { scale };
-        }
-    }
-    factors
 }

@@ -31,7 +31,7 @@ use half::bf16;
 use super::{
     Cpu,
     buffer::Buffer,
-    gemm::{Accumulator, Finish, Residual},
+    gemm::{Accumulator, Cut, Finish, Residual},
     isa::{
         Amx, BLOCK_COLS, BLOCK_ROWS, Bf16Bytes, Block, Corner, Element, ElementMut, LANES,
         LeftRows, Simd, SimdOp, Square, TILE_COLS, TILE_K, TILE_ROWS, Tile, Tiles, load_rows,
@@ -927,7 +927,7 @@ impl Done {
     }
 }
 
-/// Computes and writes `lhs·rhs`, `cols` columns, all threads at it; the rows of a task are all rows.
+/// Computes and writes `lhs·rhs`, `cols` columns, all threads at it.
 pub(super) fn write<T: ElementMut<Item = T> + Send>(
     cpu: &Cpu,
     amx: Amx,
@@ -936,8 +936,9 @@ pub(super) fn write<T: ElementMut<Item = T> + Send>(
     cols: usize,
 ) {
     let past = past_caches(out);
-    let n_rows = (out.len() / cols.max(1)).max(1);
-    let tasks = cut(out, cols, 0, (n_rows, BLOCK_COLS)).into_iter();
+    let task = Cut::rows_for_all(out.len() / cols.max(1), cols, cpu.n_threads());
+    let task = task.next_multiple_of(BLOCK_ROWS);
+    let tasks = cut(out, cols, 0, (task, BLOCK_COLS)).into_iter();
     let tasks: Vec<_> = tasks.map(|rectangle| (0, rectangle)).collect();
     let tasks = if steps(part.lhs[0].k) > STEPS_L2 {
         let most = (tasks.len() / cpu.n_threads()).clamp(1, RECTANGLES);
@@ -1041,7 +1042,10 @@ mod tests {
                     }
                     let y = run(&cpu);
                     check_with_rank(&format!("{m} x {k} x {n}"), &cpu, &y, &want, exact);
-                    assert_eq!(bits(&cpu, &run(&with_threads(&cpu, 1))), bits(&cpu, &y));
+                    for n_threads in [1, 16] {
+                        let y_again = run(&with_threads(&cpu, n_threads));
+                        assert_eq!(bits(&cpu, &y_again), bits(&cpu, &y), "{n_threads} threads");
+                    }
                 }
 
                 let (m, n, ks) = (40, 33, [1500, 3000]);

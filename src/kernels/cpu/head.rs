@@ -19,7 +19,7 @@ use super::{
         sampling::{self, Candidate},
     },
     Cpu, Slice, SliceMut,
-    gemm::{Accumulator, Finish, Packed, Product, Rhs, pack_tile, task_cols, tile_shape},
+    gemm::{Accumulator, Cut, Finish, Packed, Product, Rhs, pack_tile, task_cols, tile_shape},
     gemm_amx::{self, Lhs, Part},
     isa::{BLOCK_ROWS, Element, ElementMut, Isa, LANES, Simd, SimdOp},
     math,
@@ -122,7 +122,9 @@ fn backward<T: ElementMut<Item = T> + Send>(
         let part = Part { lhs, matrix: Matrix::frozen(weight), transposed: false };
         return gemm_amx::write(cpu, amx, &part, d_x, weight.cols());
     }
-    let tasks = cut(d_x, weight.cols(), 0, (n_rows.max(1), task_cols(cpu.isa)));
+    let task = Cut::rows_for_all(n_rows, weight.cols(), cpu.n_threads());
+    let task = task.next_multiple_of(tile_shape(cpu.isa).0);
+    let tasks = cut(d_x, weight.cols(), 0, (task, task_cols(cpu.isa)));
     run_tasks(tasks, |rectangle| {
         let mut sums = Accumulator::new(cpu, rectangle.rows.clone(), rectangle.cols.clone());
         sums.add(&Product {

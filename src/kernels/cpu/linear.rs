@@ -83,7 +83,9 @@ fn write<T: ElementMut<Item = T> + Send>(
     };
     let x = Matrix::tensor(x);
     if order == Order::Dot {
-        let tasks = tasks(projections, &mut outs, 0..x.rows, (x.rows.max(1), COLS));
+        let n = projections.iter().map(|p| p.weight.rows()).sum();
+        let width = few_cols(n, cpu.n_threads());
+        let tasks = tasks(projections, &mut outs, 0..x.rows, (x.rows.max(1), width));
         let x = FewRows::new(cpu, x, projections.iter().map(|p| p.weight));
         run_tasks(tasks, |(i, rectangle)| {
             let y = dot_task(cpu, &x, &projections[i], &rectangle);
@@ -96,7 +98,7 @@ fn write<T: ElementMut<Item = T> + Send>(
         return write_tiles(cpu, amx, x, projections, outs, finish);
     }
     let n = projections.iter().map(|p| p.weight.rows()).sum();
-    let by = Cut::new(x.rows, tile_shape(cpu.isa).0, x.cols, n);
+    let by = Cut::new(x.rows, tile_shape(cpu.isa).0, x.cols, n, cpu.n_threads());
     for start in (0..x.rows).step_by(by.packed) {
         let rows = start..x.rows.min(start + by.packed);
         let lhs = Packed::rows(cpu, x.part_rows(rows.clone()), start);
@@ -297,6 +299,12 @@ fn bank_b<'a>(stacked: &Stacked<'a, Cpu>, q: usize) -> Matrix<'a> {
     Matrix::f32s(&b[q * rows * cols..(q + 1) * rows * cols], rows, cols)
 }
 
+/// Columns of a task of [`Order::Dot`] with `n` columns in all: two tasks a thread, if they are not too small for what it
+/// costs to hand them out.
+fn few_cols(n: usize, n_threads: usize) -> usize {
+    [COLS, COLS / 2].into_iter().find(|cols| n.div_ceil(*cols) >= 2 * n_threads).unwrap_or(COLS / 4)
+}
+
 /// A task of [`Order::Dot`]: `x·Wᵀ + z·B̂` of its columns, `[rows, COLS]`.
 fn dot_task<T>(
     cpu: &Cpu,
@@ -430,7 +438,7 @@ fn write_backward<T: ElementMut<Item = T> + Send>(
         return write_backward_tiles(cpu, amx, terms, finish, cols, d_x);
     }
     let k = terms.iter().map(|t| t.weight.rows()).sum();
-    let by = Cut::new(n_rows, tile_shape(cpu.isa).0, k, cols);
+    let by = Cut::new(n_rows, tile_shape(cpu.isa).0, k, cols, cpu.n_threads());
     for start in (0..n_rows).step_by(by.packed) {
         let rows = start..n_rows.min(start + by.packed);
         let pack =
