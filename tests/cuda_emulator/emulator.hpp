@@ -103,6 +103,7 @@ struct Fiber {
     std::vector<char> stack;
     Wait wait = Wait::Nothing;
     unsigned index = 0;
+    dim3 place;  // In the block.
     // The groups of asynchronous copies that are on their way, the last one still open.
     std::vector<std::vector<AsyncCopy>> copies;
     // The same of products.
@@ -147,6 +148,9 @@ inline uint64_t random_word() {
     return z ^ (z >> 31);
 }
 
+// Below n.
+inline unsigned random_below(unsigned n) { return (random_word() >> 32) * n >> 32; }
+
 inline void fail(const std::string& what) {
     if (problem.empty())
         problem = what + " in block (" + std::to_string(block_index.x) + ", " +
@@ -169,9 +173,7 @@ inline void fiber_main() {
 
 inline void resume(Fiber* fiber) {
     current = fiber;
-    thread_index.x = fiber->index % block_size.x;
-    thread_index.y = fiber->index / block_size.x % block_size.y;
-    thread_index.z = fiber->index / block_size.x / block_size.y;
+    thread_index = fiber->place;
     if (_setjmp(scheduler) != 0) return;
     if (fiber->started) _longjmp(fiber->at, 1);
     fiber->started = true;
@@ -237,14 +239,13 @@ inline void run_block() {
     n_live = n_threads;
     at_barrier = 0;
     while (n_live > 0) {
-        const uint64_t word = random_word();
         // A full shuffle is dear where lanes meet often: turn, and swap a few.
         for (unsigned i = n_threads - 1; i > 0; i -= min(i, 1 + n_threads / 64))
-            std::swap(order[i], order[random_word() % (i + 1)]);
-        const unsigned turn = word % n_threads;
+            std::swap(order[i], order[random_below(i + 1)]);
+        unsigned at = random_below(n_threads);
         bool moved = false;
-        for (unsigned n = 0; n < n_threads; ++n) {
-            Fiber* fiber = fibers[order[(n + turn) % n_threads]];
+        for (unsigned n = 0; n < n_threads; ++n, at = at + 1 < n_threads ? at + 1 : 0) {
+            Fiber* fiber = fibers[order[at]];
             if (!is_ready(fiber, moved)) continue;
             resume(fiber);
             moved = true;
@@ -333,6 +334,10 @@ int launch(void (*kernel)(A...), void** arguments, size_t n_arguments, const siz
     while (fibers.size() < n_threads) {
         fibers.push_back(new Fiber);
         fibers.back()->index = fibers.size() - 1;
+    }
+    for (unsigned i = 0; i < n_threads; ++i) {
+        const unsigned row = i / block_size.x;
+        fibers[i]->place = {i % block_size.x, row % block_size.y, row / block_size.y};
     }
     const uint64_t n_blocks = uint64_t(grid_size.x) * grid_size.y * grid_size.z;
     // Blocks in no particular order either: from a random one on.
