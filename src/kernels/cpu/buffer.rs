@@ -1,8 +1,8 @@
 //! Buffers: 64-byte aligned memory that goes back to a pool when it is dropped.
 //!
-//! A training step asks for the same sizes again and again, so after the first step nothing is
-//! allocated: a buffer that is dropped waits for the next request of its size. Memory from the
-//! system arrives zeroed page by page when first touched; reuse also saves those page faults.
+//! A training step asks for the same sizes again and again, so after the first step next to nothing is
+//! allocated: a buffer that is dropped waits for the next request of its size. Large ones are mapped, and
+//! memory from the system arrives zeroed page by page when first touched; reuse also saves those page faults.
 //!
 //! Ragged batches have new sizes at every step. So sizes are rounded up to an eighth of their power of
 //! two, and when what waits would take the total past an eighth more than was ever in use at once,
@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
 
 use crate::tensor::BytesMut;
 
@@ -22,6 +23,51 @@ use crate::tensor::BytesMut;
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Line([u8; 64]);
+
+/// Bytes from which on a buffer is mapped.
+const MAPPED_BYTES: usize = 1 << 20;
+
+/// Zeroed memory of whole lines.
+enum Lines {
+    /// The allocator zeroes what it aligns to a line, and so takes all of its pages.
+    Allocated(Vec<Line>),
+    Mapped(MmapMut),
+}
+
+impl Lines {
+    /// Of a [`size_class`].
+    ///
+    /// # Panics
+    /// Where there is no memory.
+    fn new(n_lines: usize) -> Self {
+        let bytes = n_lines * size_of::<Line>();
+        if bytes < MAPPED_BYTES {
+            return Self::Allocated(bytemuck::allocation::zeroed_vec(n_lines));
+        }
+        match MmapMut::map_anon(bytes) {
+            Ok(map) => Self::Mapped(map),
+            Err(error) => panic!("no memory for {bytes} bytes: {error}"),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Allocated(lines) => bytemuck::cast_slice(lines),
+            Self::Mapped(map) => map,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Allocated(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Mapped(map) => map,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes().len()
+    }
+}
 
 #[derive(Default)]
 struct Shelves {
@@ -40,14 +86,14 @@ struct Shelves {
 }
 
 struct Waiting {
-    lines: Vec<Line>,
+    lines: Lines,
     /// How many were dropped before it.
     since: u64,
 }
 
 impl Shelves {
     /// A waiting buffer of `n_lines`, if there is one, handed out; makes room for a new one if not.
-    fn take(&mut self, n_lines: usize) -> Option<Vec<Line>> {
+    fn take(&mut self, n_lines: usize) -> Option<Lines> {
         let bytes = n_lines * mem::size_of::<Line>();
         if let Some(reused) = self.by_lines.get_mut(&n_lines).and_then(Vec::pop) {
             self.waiting_bytes -= bytes;
@@ -58,7 +104,7 @@ impl Shelves {
         while used + self.waiting_bytes > used.max(self.peak_used_bytes) / 8 * 9 {
             let oldest = self.by_lines.values_mut().filter(|waiting| !waiting.is_empty());
             let Some(oldest) = oldest.min_by_key(|waiting| waiting[0].since) else { break };
-            self.waiting_bytes -= size_of_val(&oldest.remove(0).lines[..]);
+            self.waiting_bytes -= oldest.remove(0).lines.len();
         }
         None
     }
@@ -71,13 +117,13 @@ impl Shelves {
     }
 
     /// Puts a buffer back.
-    fn put(&mut self, lines: Vec<Line>) {
-        let bytes = size_of_val(&lines[..]);
+    fn put(&mut self, lines: Lines) {
+        let bytes = lines.len();
         self.used_bytes -= bytes;
         self.waiting_bytes += bytes;
         self.n_dropped += 1;
         let since = self.n_dropped;
-        self.by_lines.entry(lines.len()).or_default().push(Waiting { lines, since });
+        self.by_lines.entry(bytes / size_of::<Line>()).or_default().push(Waiting { lines, since });
     }
 }
 
@@ -109,13 +155,13 @@ impl Pool {
         let n_lines = size_class(bytes.div_ceil(mem::size_of::<Line>()));
         let reused = self.shelves().take(n_lines);
         let mut lines = reused.unwrap_or_else(|| {
-            let lines: Vec<Line> = bytemuck::allocation::zeroed_vec(n_lines);
+            let lines = Lines::new(n_lines);
             // Not before it is there: a panic for want of memory leaves the shelves as they were.
-            self.shelves().hand_out(size_of_val(&lines[..]));
+            self.shelves().hand_out(lines.len());
             lines
         });
         if self.poison {
-            bytemuck::cast_slice_mut(&mut lines).fill(0xFF_u8); // NaN as f32 and as bf16.
+            lines.bytes_mut().fill(0xFF_u8); // NaN as f32 and as bf16.
         }
         Buffer(Memory::Pooled(Pooled { lines, bytes, pool: Arc::clone(self) }))
     }
@@ -137,7 +183,7 @@ enum Memory {
 
 /// Goes back to its pool.
 struct Pooled {
-    lines: Vec<Line>,
+    lines: Lines,
     bytes: usize,
     pool: Arc<Pool>,
 }
@@ -151,7 +197,7 @@ impl Buffer {
     /// All bytes.
     pub(super) fn bytes(&self) -> &[u8] {
         match &self.0 {
-            Memory::Pooled(Pooled { lines, bytes, .. }) => &bytemuck::cast_slice(lines)[..*bytes],
+            Memory::Pooled(Pooled { lines, bytes, .. }) => &lines.bytes()[..*bytes],
             Memory::Lent(memory) => memory.bytes(),
         }
     }
@@ -159,9 +205,7 @@ impl Buffer {
     /// All bytes, for writing.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.0 {
-            Memory::Pooled(Pooled { lines, bytes, .. }) => {
-                &mut bytemuck::cast_slice_mut(lines)[..*bytes]
-            }
+            Memory::Pooled(Pooled { lines, bytes, .. }) => &mut lines.bytes_mut()[..*bytes],
             Memory::Lent(memory) => memory.bytes_mut(),
         }
     }
@@ -179,7 +223,7 @@ impl Buffer {
 
 impl Drop for Pooled {
     fn drop(&mut self) {
-        let lines = mem::take(&mut self.lines);
+        let lines = mem::replace(&mut self.lines, Lines::Allocated(vec![]));
         self.pool.shelves.lock().unwrap_or_else(PoisonError::into_inner).put(lines);
     }
 }
@@ -213,6 +257,26 @@ mod tests {
             waiting.into_iter().map(|(&n_lines, all)| (n_lines, all.len())).collect();
         assert_eq!(waiting, [(30, 1), (60, 1)]);
         assert_eq!((shelves.used_bytes, shelves.waiting_bytes), (0, 64 * 90));
+    }
+
+    /// What nobody has touched is in no memory: sequences may reserve what they will hardly need.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn pages_are_taken_when_they_are_touched() {
+        let pool: Arc<Pool> = Arc::default();
+        let mut buffer = pool.take(1 << 30);
+        buffer.bytes_mut()[5 << 20] = 1;
+        let at = buffer.bytes().as_ptr() as usize;
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("a map of this process");
+        let mut lines = maps.lines().skip_while(|line| {
+            let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+            let ends = range.map(|(a, b)| [a, b].map(|end| usize::from_str_radix(end, 16)));
+            !matches!(ends, Some([Ok(start), Ok(end)]) if (start..end).contains(&at))
+        });
+        let rss = lines.find_map(|line| line.strip_prefix("Rss:")).expect("its pages");
+        let kib: usize = rss.trim().trim_end_matches(" kB").parse().expect("a number of KiB");
+        // A huge page, or what another test has beside it.
+        assert!((4..256 << 10).contains(&kib), "{kib} KiB");
     }
 
     #[test]
