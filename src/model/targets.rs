@@ -3,7 +3,7 @@
 //! ```text
 //! target_modules   none          the architecture's default (T5: q, v)
 //!                  list          exact path, or path that ends in "." + entry
-//!                  string        regular expression that matches the whole path
+//!                  string        regular expression that matches the whole path; look-around, too
 //!                  "all-linear"  every linear but the output head
 //! exclude_modules  list, string  the same matching; wins
 //! ```
@@ -27,6 +27,10 @@ use crate::{
 
 const ALL_LINEAR: &str = "all-linear";
 const MAX_PATTERN_BYTES: usize = 1 << 10;
+/// What a pattern may become.
+const MAX_COMPILED_BYTES: usize = 1 << 20;
+/// Steps of a search with look-around: the time of others grows with the path alone.
+const MAX_STEPS: usize = 100_000;
 
 /// A linear that is adapted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,18 +61,18 @@ pub fn resolve(
         None => TargetModules::List(default_targets.iter().map(|&t| t.to_owned()).collect()),
     };
     let excluded = config.exclude_modules.as_ref().map(Matcher::new).transpose()?;
-    let is_excluded = |path: &str| excluded.as_ref().is_some_and(|m| m.matches(path));
+    let is_excluded = |path: &str| excluded.as_ref().map_or(Ok(false), |m| m.matches(path));
     let all_linear = matches!(&written, TargetModules::Pattern(p) if is_all_linear(p));
     let matcher = if all_linear { None } else { Some(Matcher::new(&written)?) };
 
     let mut targets = Vec::new();
     for Module { path, kind } in modules {
         let hit = match (&matcher, kind) {
-            (Some(matcher), _) => matcher.matches(path),
+            (Some(matcher), _) => matcher.matches(path)?,
             (None, ModuleKind::Linear { .. }) => true,
             (None, _) => false,
         };
-        if !hit || is_excluded(path) {
+        if !hit || is_excluded(path)? {
             continue;
         }
         match *kind {
@@ -115,6 +119,8 @@ fn is_all_linear(pattern: &str) -> bool {
 enum Matcher {
     List(BTreeSet<String>),
     Pattern(regex::Regex),
+    /// A pattern with look-around or references back.
+    Fancy(fancy_regex::Regex),
 }
 
 impl Matcher {
@@ -128,12 +134,24 @@ impl Matcher {
                         pattern.len()
                     )));
                 }
-                let compile =
-                    |pattern: &str| RegexBuilder::new(pattern).size_limit(1 << 20).build();
+                let compile = |pattern: &str| {
+                    RegexBuilder::new(pattern).size_limit(MAX_COMPILED_BYTES).build()
+                };
+                let compile_fancy = |pattern: &str| {
+                    fancy_regex::RegexBuilder::new(pattern)
+                        .delegate_size_limit(MAX_COMPILED_BYTES)
+                        .backtrack_limit(MAX_STEPS)
+                        .build()
+                };
                 // By itself first: "q)|(?:v" must not become a pattern by what is put around it.
+                let whole = format!(r"\A(?:{pattern})\z");
                 compile(pattern)
-                    .and_then(|_| compile(&format!(r"\A(?:{pattern})\z")))
+                    .and_then(|_| compile(&whole))
                     .map(Self::Pattern)
+                    .or_else(|error| {
+                        let fancy = compile_fancy(pattern).and_then(|_| compile_fancy(&whole));
+                        fancy.map(Self::Fancy).map_err(|_| error)
+                    })
                     .map_err(|error| {
                         // The lines above the last one draw the pattern.
                         let error = error.to_string();
@@ -147,13 +165,17 @@ impl Matcher {
         }
     }
 
-    fn matches(&self, path: &str) -> bool {
+    fn matches(&self, path: &str) -> Result<bool> {
         match self {
-            Self::Pattern(pattern) => pattern.is_match(path),
-            Self::List(list) => {
-                list.contains(path)
-                    || path.match_indices('.').any(|(dot, _)| list.contains(&path[dot + 1..]))
-            }
+            Self::Pattern(pattern) => Ok(pattern.is_match(path)),
+            Self::Fancy(pattern) => pattern.is_match(path).map_err(|_| {
+                let pattern = excerpt(pattern.as_str());
+                Error::Config(format!(
+                    "{pattern} takes more than {MAX_STEPS} steps at {path}: simplify it"
+                ))
+            }),
+            Self::List(list) => Ok(list.contains(path)
+                || path.match_indices('.').any(|(dot, _)| list.contains(&path[dot + 1..]))),
         }
     }
 }
@@ -238,6 +260,8 @@ mod tests {
         assert_eq!(paths(pattern(r".*\.q"), None).unwrap(), [0, 2]); // Whole path: not "qv".
         assert_eq!(paths(pattern("q|encoder.0.v"), None).unwrap(), [1]); // Anchors hold the bar.
         assert_eq!(paths(pattern("All-Linear"), None).unwrap(), [0, 1, 2, 3]);
+        assert_eq!(paths(pattern(r"(?!encoder).*\.q"), None).unwrap(), [2]);
+        assert_eq!(paths(pattern(r".*(?<!decoder\.0)\.q|encoder.0.v"), None).unwrap(), [0, 1]);
         assert_eq!(paths(list(&["q"]), list(&["decoder"])).unwrap(), [0, 2]);
         assert_eq!(paths(list(&["q"]), pattern(r"decoder\..*")).unwrap(), [0]);
     }
@@ -252,6 +276,7 @@ mod tests {
             (list(&["lm_head"]), None, "the output head"),
             (pattern("("), None, "\"(\" is not a pattern for module names: error: unclosed group"),
             (pattern("q)|(?:v"), None, "is not a pattern for module names: error: unopened group"),
+            (pattern("(?=q)|(v"), None, "is not a pattern for module names"),
             (list(&["\u{1b}[2J"]), None, r#"target_modules ["\u{1b}[2J"] matches nothing"#),
         ] {
             let error = paths(targets, exclude).unwrap_err().to_string();
