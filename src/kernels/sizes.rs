@@ -61,6 +61,11 @@ impl Sizes {
         Self { activations, is_queued: backend.is_queued(), count: Arc::default() }
     }
 
+    /// The bytes that are alive.
+    pub fn held(&self) -> u64 {
+        self.count.now.load(Relaxed)
+    }
+
     /// The most bytes that were alive at a time.
     pub fn peak(&self) -> u64 {
         self.count.peak.load(Relaxed)

@@ -408,12 +408,13 @@ impl<'m, B: Backend> Trainer<'m, B> {
     /// One optimiser step over these examples, in micro-batches of the configured size.
     ///
     /// # Errors
-    /// If an example is mixed otherwise than by its task, the loss or a gradient is not finite, or the
+    /// If there is no label, an example is mixed otherwise than by its task, the loss or a gradient is not finite, or the
     /// base's files have changed: parameters and moments are as before the step. If a GPU fails; where it was out of
     /// memory, a smaller step may follow.
     ///
     /// # Panics
-    /// If an example's task is not below the adapter's `n_tasks`.
+    /// If an example's task is not below the adapter's `n_tasks`, or the model cannot take it: [`Model::check_example`]
+    /// says so.
     pub fn step(&mut self, examples: &[&Example]) -> Result<StepReport> {
         let model = self.model;
         catch_faults(|| model.backend().scope(|| self.step_inside(examples, None)))
@@ -454,6 +455,11 @@ impl<'m, B: Backend> Trainer<'m, B> {
             )));
         }
         let n_labels: usize = examples.iter().map(|e| e.labels.len()).sum();
+        if n_labels == 0 {
+            return Err(Error::Usage(
+                "a step without labels has no loss: give it examples that have some".into(),
+            ));
+        }
         let n_inputs: usize = examples.iter().map(|e| e.input.len()).sum();
         let backend = self.model.backend();
         // A step that a GPU's fault ended may have left none.

@@ -33,7 +33,7 @@ use crate::{
         checkpoint::{self, BEST_DIR, TrainerState},
         choices::Choices,
         evaluate::{Decode, Evaluation, evaluate},
-        memory::{longest, step_bytes},
+        memory::{StepBytes, longest, step_bytes},
         order::Batches,
     },
 };
@@ -240,15 +240,15 @@ impl<'a, B: Described> Run<'a, B> {
         let wrong = choices.map(|choices| -> Vec<&[Example]> {
             places.iter().map(|&i| &choices.wrong[i][..]).collect()
         });
-        let bytes = step_bytes(trainer, &examples, wrong.as_deref())?;
+        let StepBytes { held, peak: bytes } = step_bytes(trainer, &examples, wrong.as_deref())?;
         tracing::info!("memory: {} MiB for the longest rows, beside the base", mib(bytes));
-        let backend = trainer.model().backend();
-        let Some(free) = backend.free_bytes().filter(|&free| free < bytes) else {
+        let (backend, more) = (trainer.model().backend(), bytes - held);
+        let Some(free) = backend.free_bytes().filter(|&free| free < more) else {
             return Ok(bytes);
         };
         let told = format!(
-            "the longest rows take {} MiB beside the base, and {} MiB are free: a smaller --batch-size with more --gradient-accumulation-steps, --checkpointing on, or a lower --max-source-length need less",
-            mib(bytes),
+            "the longest rows take {} MiB more, and {} MiB are free: a smaller --batch-size with more --gradient-accumulation-steps, --checkpointing on, or a lower --max-source-length need less",
+            mib(more),
             mib(free)
         );
         if backend.cpu().is_none() {
