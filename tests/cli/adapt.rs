@@ -171,6 +171,29 @@ fn an_adaptation_repeats_and_resumes() {
     ok(&adapt(&rows, &part, &[&more[..], &["--resume", str(&from), "--threads", "2"]].concat()));
     let file = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
     assert!(file(&whole) == file(&part));
+
+    // Begun from another adapter it is another run, though the checkpoint has all that it needs.
+    let other = dir.join("other");
+    copy_adapter(&other, |value| value + 1.0);
+    let again = dir.join("again");
+    let mut run = adapt(&rows, &again, &more);
+    run.extend(["--resume", str(&from)]);
+    run[4] = str(&other);
+    fails(&run, 3, "adapter_fingerprint was");
+}
+
+/// The fixture's adapter with other values in its weights.
+fn copy_adapter(dir: &Path, change: fn(f32) -> f32) {
+    fs::create_dir_all(dir).unwrap();
+    let source = fixture("adapter");
+    fs::copy(source.join("adapter_config.json"), dir.join("adapter_config.json")).unwrap();
+    let name = "adapter_model.safetensors";
+    let bytes = fs::read(source.join(name)).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let (header, values) = bytes.split_at(header);
+    let values =
+        values.as_chunks().0.iter().flat_map(|v| change(f32::from_le_bytes(*v)).to_le_bytes());
+    fs::write(dir.join(name), [header, &values.collect::<Vec<u8>>()].concat()).unwrap();
 }
 
 #[test]

@@ -355,6 +355,30 @@ fn what_cannot_be_resumed_is_refused() {
     assert_eq!(steps(&out), [2, 4]);
 }
 
+/// Wrong choices and references are not in the examples, but what a run learns from and picks its best by.
+#[test]
+fn other_choices_and_references_are_another_run() {
+    let dir = scratch("resume-choices");
+    let (path, out) = (dir.join("rows.jsonl"), dir.join("out"));
+    let write = |wrong: u32, reference: &str| {
+        let row = serde_json::json!({
+            "task": "t", "input_ids": [40, 50, 7], "label_ids": [10, 1], "choice_ids": [[10, 1], [wrong, 1]],
+            "references": [reference],
+        });
+        fs::write(&path, format!("{row}\n{row}\n")).unwrap();
+    };
+    let flags = ["--loss", "t-few", "--max-steps", "4", "--save-steps", "2", "--batch-size", "2"];
+    write(20, "a b");
+    ok(&train(&path, &out, &flags));
+    let resume = [&flags[..], &["--resume"]].concat();
+    write(21, "a b");
+    fails(&train(&path, &out, &resume), 3, "choices_fingerprint was");
+    write(20, "a c");
+    fails(&train(&path, &out, &resume), 3, "data_fingerprint was");
+    write(20, "a b");
+    ok(&train(&path, &out, &resume));
+}
+
 /// Nothing of an earlier run is lost to a mistake, and nothing of it is taken for the new one's.
 #[test]
 fn an_earlier_run_stays_until_a_new_one_begins() {
