@@ -41,6 +41,19 @@ impl AttentionShape {
         4.0 * (self.batch * pairs * self.n_heads * self.head_dim) as f64
     }
 
+    /// Elements of queries, keys and values: each is read once at least.
+    pub fn elements_read(&self) -> f64 {
+        let queries = self.n_queries * self.n_heads;
+        let keys = 2 * self.n_keys * self.n_kv_heads;
+        (self.batch * (queries + keys) * self.head_dim) as f64
+    }
+
+    /// With the output and its gradient, which the backward reads, too.
+    pub fn elements_read_backward(&self) -> f64 {
+        let queries = self.batch * self.n_queries * self.n_heads * self.head_dim;
+        self.elements_read() + 2.0 * queries as f64
+    }
+
     fn args<'a, B: Backend>(
         &self,
         operands: &'a Operands<B>,

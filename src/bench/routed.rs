@@ -61,6 +61,42 @@ impl<B: Backend> Operands<B> {
 }
 
 impl RoutedShape {
+    /// Floating point operations of the frozen linear, and bytes of its weight.
+    pub fn frozen_work(&self) -> [f64; 2] {
+        let n = self.d_out as f64 * self.d_in as f64;
+        [2.0 * self.rows as f64 * n, n * self.weights.size_bytes() as f64]
+    }
+
+    /// With the tokens through their tasks' pairs, and the bytes of these: two products more.
+    pub fn routed_work(&self) -> [f64; 2] {
+        let [flops, bytes] = self.frozen_work();
+        let width = self.pair_elements();
+        [flops + 2.0 * self.rows as f64 * width, bytes + 4.0 * self.n_tasks as f64 * width]
+    }
+
+    /// [`RoutedShape::frozen_work`] of a forward and its backward.
+    pub fn frozen_step_work(&self) -> [f64; 2] {
+        self.frozen_work().map(|work| 2.0 * work)
+    }
+
+    /// With the routed LoRA: of the rank, two products of the tokens forward and four backward; of the bank, whose
+    /// bytes are read for both, one mixing forward and two backward, for A and B and for the weights.
+    pub fn routed_step_work(&self) -> [f64; 2] {
+        let [flops, bytes] = self.frozen_step_work();
+        let width = self.pair_elements();
+        let (rows, n_tasks, n_skills) =
+            (self.rows as f64, self.n_tasks as f64, self.n_skills as f64);
+        [
+            flops + 6.0 * rows * width + 6.0 * n_tasks * n_skills * width,
+            bytes + 8.0 * (n_tasks + n_skills) * width,
+        ]
+    }
+
+    /// Of A and B of a skill, or of a task.
+    fn pair_elements(&self) -> f64 {
+        ((self.d_in + self.d_out) * self.r) as f64
+    }
+
     fn bank(&self) -> Bank {
         let Self { r, n_skills, n_splits, d_in, d_out, .. } = *self;
         let b_start = n_skills * d_in * r;

@@ -383,6 +383,7 @@ pub fn run(kernels: &[verify::Kernel]) -> ExitCode {
     };
     let command = Cli::command().mut_subcommands(|verb| verb.mut_args(negative));
     let command = command.mut_subcommand("adapt", adapt::with_own_defaults);
+    let command = command.mut_subcommand("bench", bench::with_own_defaults);
     let cli =
         Cli::from_arg_matches(&command.get_matches_from(arguments)).unwrap_or_else(|e| e.exit());
     let common = cli.verb.common();

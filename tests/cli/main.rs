@@ -555,6 +555,64 @@ fn bench_prints_its_quantities() {
     }
 }
 
+/// Each kernel beside what bounds it.
+#[test]
+fn bench_times_kernels_beside_the_peaks() {
+    for (what, names) in [
+        ("routed", &["frozen", "routed", "frozen_step", "routed_step"][..]),
+        ("attention", &["forward", "backward"]),
+    ] {
+        let arguments =
+            ["bench", what, "--shapes", "flan-t5-base", "--rows", "5", "--seconds", "0"];
+        let printed = ok(&[&arguments[..], &["--json"]].concat());
+        let lines: Vec<Value> = printed.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let (last, shapes) = lines.split_last().unwrap();
+        assert_eq!(last["shapes"], shapes.len());
+        for shape in shapes {
+            let number = |field: &str| shape[field].as_f64();
+            for name in names {
+                let of = |field| number(&format!("{name}_{field}")).unwrap();
+                assert!(of("s") > 0.0, "{name}: {shape}");
+                let read = of("gb_per_s") / number("read_gb_per_s").unwrap();
+                let peaks = [number("fma_gflop_per_s"), number("amx_gflop_per_s")];
+                let is_share = |peak: f64| {
+                    let share = (of("gflop_per_s") / peak).max(read);
+                    (of("share_of_peak") / share - 1.0).abs() < 1e-9
+                };
+                assert!(peaks.into_iter().flatten().any(is_share), "{name}: {shape}");
+            }
+        }
+        assert!(ok(&arguments).contains(" GB/s"));
+    }
+    // Few rows say nothing of the products of many.
+    let few = ok(&["bench", "gemm", "--shapes", "flan-t5-base", "--rows", "1", "--seconds", "0"]);
+    assert!(few.ends_with("\n3 shapes\n"), "{few}");
+}
+
+#[test]
+fn bench_refuses_what_it_cannot_run() {
+    // From the repository's root, where tests run.
+    let base = |name: &str| format!("tests/data/parity/{name}/base");
+    for (arguments, message) in [
+        (format!("eval --src 500 --model {}", base("gpt2")), "has positions for 40"),
+        (format!("train --src 41 --model {}", base("gpt2")), "has positions for 40"),
+        (format!("generate --src 30 --new 12 --model {}", base("gpt2")), "--src and --new"),
+        (format!("generate --src 8 --new 33 --model {}", base("bart")), "has positions for 32"),
+        (format!("eval --src 8 --tgt 500 --model {}", base("bart")), "--src or --tgt"),
+        ("gemm --rows 9999999999999999".into(), "not a number from 1 to 1048576"),
+        ("gemm --rows 0".into(), "not a number from 1"),
+        ("gemm --rows 1048576".into(), "an input would have 1048576 x 768 elements"),
+        ("routed --r 1048576 --n-skills 1048576".into(), "not a number from 1 to 1024"),
+        ("routed --r 1024 --n-skills 1024".into(), "the bank would have"),
+        ("attention --rows 1048576".into(), "the queries would have"),
+    ] {
+        let arguments = format!("bench {arguments}");
+        fails(&arguments.split(' ').collect::<Vec<_>>(), 2, message);
+    }
+    let arguments = format!("bench generate --src 29 --new 12 --steps 1 --model {}", base("gpt2"));
+    ok(&arguments.split(' ').collect::<Vec<_>>());
+}
+
 /// Random bases are the same for a seed, and open.
 #[test]
 fn init_writes_a_base_that_opens() {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Command, ValueEnum};
 use serde_json::{Value, json};
 
 use crate::{
@@ -13,10 +13,11 @@ use crate::{
     },
     cli::{Common, Device, print, print_json},
     dtype::Dtype,
-    error::Result,
+    error::{Error, Result},
+    formats::poly_config::{MAX_RANK, MAX_SKILLS, MAX_SPLITS, MAX_TASKS},
     kernels::{
         Backend,
-        cpu::Cpu,
+        cpu::{Cpu, Peaks},
         cuda::{Cuda, catch_faults},
     },
 };
@@ -102,9 +103,98 @@ fn cpu(common: &Common, verb: &str) -> Result<Cpu> {
     Cpu::new(common.dtype().unwrap_or(Dtype::Bf16), common.n_threads())
 }
 
-/// Geometric mean.
-fn mean(values: &[f64]) -> f64 {
-    (values.iter().map(|v| v.ln()).sum::<f64>() / values.len().max(1) as f64).exp()
+/// What `--dtype` is where no base says it.
+pub(super) fn with_own_defaults(command: Command) -> Command {
+    command.mut_arg("dtype", |flag| flag.help("Compute type [default: bf16]"))
+}
+
+/// Geometric mean; none of nothing.
+fn mean(values: &[f64]) -> Option<f64> {
+    let sum: f64 = values.iter().map(|v| v.ln()).sum();
+    (!values.is_empty()).then(|| (sum / values.len() as f64).exp())
+}
+
+/// Reads a number of something of which there is one at least, and `max` at most.
+fn up_to(max: usize) -> impl Fn(&str) -> std::result::Result<usize, String> + Clone {
+    move |text| match text.parse() {
+        Ok(n) if (1..=max).contains(&n) => Ok(n),
+        _ => Err(format!("not a number from 1 to {max}")),
+    }
+}
+
+/// Rows, or sequences, at most.
+const MAX_ROWS: usize = 1 << 20;
+
+/// Elements of an operand at most: the check holds some of each in f64, which take 8 GiB then.
+const MAX_ELEMENTS: usize = 1 << 28;
+
+/// Refuses operands that there is no memory for, which an allocation would end the process by.
+fn check_size(what: &str, sizes: &[usize]) -> Result<()> {
+    let n = sizes.iter().fold(1_usize, |n, &size| n.saturating_mul(size));
+    if n > MAX_ELEMENTS {
+        let shape: Vec<_> = sizes.iter().map(usize::to_string).collect();
+        return Err(Error::Usage(format!(
+            "{what} would have {} elements, more than {MAX_ELEMENTS}: ask for less",
+            shape.join(" x ")
+        )));
+    }
+    Ok(())
+}
+
+/// What a run reached, beside what bounds it.
+struct Rates {
+    seconds: f64,
+    flop_per_s: f64,
+    /// Of what it reads at least. Operands that fit into a cache stay there from run to run, so it may be
+    /// more than memory gives.
+    bytes_per_s: f64,
+    /// What bounds [`Rates::flop_per_s`].
+    peak: f64,
+    /// What bounds [`Rates::bytes_per_s`].
+    read: f64,
+}
+
+impl Rates {
+    fn new(seconds: f64, [flops, bytes]: [f64; 2], peaks: &Peaks, on_tiles: bool) -> Self {
+        Self {
+            seconds,
+            flop_per_s: flops / seconds,
+            bytes_per_s: bytes / seconds,
+            peak: peaks.amx.filter(|_| on_tiles).unwrap_or(peaks.fma),
+            read: peaks.read,
+        }
+    }
+
+    /// The share of the peak that bounds it.
+    fn share(&self) -> f64 {
+        (self.flop_per_s / self.peak).max(self.bytes_per_s / self.read)
+    }
+
+    fn line(&self) -> String {
+        format!(
+            "{:>9.3} ms {:>7.1} of {:>6.1} GFLOP/s {:>6.2} of {:>5.1} GB/s {:>4.0} %",
+            1e3 * self.seconds,
+            self.flop_per_s / 1e9,
+            self.peak / 1e9,
+            self.bytes_per_s / 1e9,
+            self.read / 1e9,
+            100.0 * self.share(),
+        )
+    }
+
+    /// Adds the fields of what `name` names.
+    fn add_to(&self, line: &mut Value, name: &str) {
+        line[format!("{name}_gflop_per_s")] = (self.flop_per_s / 1e9).into();
+        line[format!("{name}_gb_per_s")] = (self.bytes_per_s / 1e9).into();
+        line[format!("{name}_share_of_peak")] = self.share().into();
+    }
+}
+
+/// Adds what was measured in the moments before.
+fn add_peaks(line: &mut Value, peaks: &Peaks) {
+    line["fma_gflop_per_s"] = (peaks.fma / 1e9).into();
+    line["amx_gflop_per_s"] = peaks.amx.map(|amx| amx / 1e9).into();
+    line["read_gb_per_s"] = (peaks.read / 1e9).into();
 }
 
 #[derive(Args)]
@@ -114,7 +204,7 @@ pub(super) struct Gemm {
     #[command(flatten)]
     kernels: Kernels,
     /// Rows of the input: tokens.
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 512, 1024, 4096])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 512, 1024, 4096], value_parser = up_to(MAX_ROWS))]
     rows: Vec<usize>,
 }
 
@@ -140,17 +230,21 @@ impl Gemm {
         if self.common.json {
             return print_json(&json!({
                 "what": "gemm", "isa": cpu.isa().name(), "threads": cpu.n_threads(), "shapes": n,
-                "geometric_mean_share_of_peak": (!shares.is_empty()).then_some(share),
+                "geometric_mean_share_of_peak": share,
             }));
         }
-        print(&format!("{n} shapes; those of many rows reach {:.0} % of the peak", 100.0 * share))
+        let of_many = share.map_or_else(String::new, |share| {
+            format!("; those of many rows reach {:.0} % of the peak", 100.0 * share)
+        });
+        print(&format!("{n} shapes{of_many}"))
     }
 
     /// Every shape that the flags ask for.
     fn each(&self, mut run: impl FnMut(Shapes, GemmShape) -> Result<()>) -> Result<()> {
         for &shapes in &self.kernels.shapes {
             for &(d_out, d_in) in shapes.linears() {
-                for &rows in self.rows.iter().filter(|&&rows| rows > 0) {
+                for &rows in &self.rows {
+                    check_size("an input", &[rows, d_out.max(d_in)])?;
                     for direction in [Direction::Forward, Direction::Backward] {
                         if rows <= 16 && direction == Direction::Backward {
                             continue; // Nothing trains on so few.
@@ -207,39 +301,31 @@ impl Gemm {
         let peaks = cpu.peaks();
         let timing = self.kernels.time(|| case.run());
         let on_tiles = cpu.compute_dtype() == Dtype::Bf16 && shape.weights == Dtype::Bf16;
-        let peak = peaks.amx.filter(|_| on_tiles && shape.rows > 16).unwrap_or(peaks.fma);
-        let flops = shape.flops() / timing.median_s;
-        let bytes = shape.weight_bytes() / timing.median_s;
-        let share = (flops / peak).max(bytes / peaks.read);
+        let work = [shape.flops(), shape.weight_bytes()];
+        let rates = Rates::new(timing.median_s, work, &peaks, on_tiles && shape.rows > 16);
         let direction = if shape.direction == Direction::Forward { "forward" } else { "backward" };
         if self.common.json {
-            print_json(&json!({
+            let mut line = json!({
                 "what": "gemm", "model": model.name(), "direction": direction, "rows": shape.rows,
                 "d_out": shape.d_out, "d_in": shape.d_in, "weights": shape.weights.to_string(),
                 "dtype": cpu.compute_dtype().to_string(), "isa": cpu.isa().name(),
                 "threads": cpu.n_threads(), "median_s": timing.median_s, "min_s": timing.min_s,
-                "gflop_per_s": flops / 1e9, "gb_per_s": bytes / 1e9,
-                "fma_gflop_per_s": peaks.fma / 1e9, "amx_gflop_per_s": peaks.amx.map(|p| p / 1e9),
-                "read_gb_per_s": peaks.read / 1e9, "share_of_peak": share,
-                "worst_error_in_bounds": worst,
-            }))?;
+                "gflop_per_s": rates.flop_per_s / 1e9, "gb_per_s": rates.bytes_per_s / 1e9,
+                "share_of_peak": rates.share(), "worst_error_in_bounds": worst,
+            });
+            add_peaks(&mut line, &peaks);
+            print_json(&line)?;
         } else {
             print(&format!(
-                "{:<13} {direction:<8} {:>5} x {:>4} x {:>4} {:>9.3} ms {:>7.1} of {:>6.1} GFLOP/s \
-                 {:>6.2} of {:>5.1} GB/s {:>4.0} %",
+                "{:<13} {direction:<8} {:>5} x {:>4} x {:>4} {}",
                 model.name(),
                 shape.rows,
                 shape.d_out,
                 shape.d_in,
-                1e3 * timing.median_s,
-                flops / 1e9,
-                peak / 1e9,
-                bytes / 1e9,
-                peaks.read / 1e9,
-                100.0 * share,
+                rates.line(),
             ))?;
         }
-        Ok(share)
+        Ok(rates.share())
     }
 }
 
@@ -250,27 +336,20 @@ pub(super) struct Routed {
     #[command(flatten)]
     kernels: Kernels,
     /// Tokens.
-    #[arg(long, value_delimiter = ',', default_values_t = [128, 1024, 4096], value_parser = positive)]
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 1024, 4096], value_parser = up_to(MAX_ROWS))]
     rows: Vec<usize>,
     /// Rank.
-    #[arg(long, default_value_t = 8, value_parser = positive)]
+    #[arg(long, default_value_t = 8, value_parser = up_to(MAX_RANK))]
     r: usize,
     /// Skills.
-    #[arg(long, default_value_t = 4, value_parser = positive)]
+    #[arg(long, default_value_t = 4, value_parser = up_to(MAX_SKILLS))]
     n_skills: usize,
     /// Splits; must divide the widths.
-    #[arg(long, default_value_t = 4, value_parser = positive)]
+    #[arg(long, default_value_t = 4, value_parser = up_to(MAX_SPLITS))]
     n_splits: usize,
     /// Tasks in the batch.
-    #[arg(long, default_value_t = 8, value_parser = positive)]
+    #[arg(long, default_value_t = 8, value_parser = up_to(MAX_TASKS))]
     n_tasks: usize,
-}
-
-fn positive(text: &str) -> std::result::Result<usize, String> {
-    match text.parse() {
-        Ok(n @ 1..=1_048_576) => Ok(n),
-        _ => Err("not a number from 1 to 1048576".into()),
-    }
 }
 
 impl Routed {
@@ -280,13 +359,17 @@ impl Routed {
         for &shapes in &self.kernels.shapes {
             for &(d_out, d_in) in shapes.linears() {
                 if d_out % self.n_splits != 0 || d_in % self.n_splits != 0 {
-                    return Err(crate::Error::Usage(format!(
+                    return Err(Error::Usage(format!(
                         "--n-splits {} divides not both widths of {d_in} -> {d_out}",
                         self.n_splits
                     )));
                 }
                 for &rows in &self.rows {
                     let Self { r, n_skills, n_splits, n_tasks, .. } = *self;
+                    check_size("an input", &[rows, d_out.max(d_in)])?;
+                    check_size("the bank", &[n_skills, d_in + d_out, r])?;
+                    check_size("the tasks' mixed pairs", &[n_tasks, d_in + d_out, r])?;
+                    check_size("the logits", &[n_tasks, n_splits, n_skills])?;
                     let weights = self.kernels.weights();
                     let shape =
                         RoutedShape { rows, d_out, d_in, r, n_skills, n_splits, n_tasks, weights };
@@ -304,7 +387,7 @@ impl Routed {
         print(&format!(
             "{} shapes; a step takes {:.3} times that of the frozen linear",
             overheads.len(),
-            overhead
+            overhead.unwrap_or(f64::NAN)
         ))
     }
 
@@ -312,6 +395,7 @@ impl Routed {
     fn shape(&self, cpu: &Cpu, model: Shapes, shape: RoutedShape) -> Result<f64> {
         let mut case = RoutedCase::new(cpu, shape);
         let worst = case.check()?;
+        let peaks = cpu.peaks();
         // In turns, so that a machine that slows down slows both.
         let mut ratios = [Vec::new(), Vec::new()];
         let mut last = [0.0; 4];
@@ -329,29 +413,42 @@ impl Routed {
             ratios.sort_by(f64::total_cmp);
             ratios[1]
         });
-        let values: [Value; 4] = last.map(Value::from);
-        let [frozen_s, routed_s, frozen_step_s, routed_step_s] = values;
+        let on_tiles = cpu.compute_dtype() == Dtype::Bf16 && shape.weights == Dtype::Bf16;
+        let [frozen, routed] = [shape.frozen_work(), shape.routed_work()];
+        let [frozen_step, routed_step] = [shape.frozen_step_work(), shape.routed_step_work()];
+        let rates = [
+            ("frozen", frozen, last[0]),
+            ("routed", routed, last[1]),
+            ("frozen_step", frozen_step, last[2]),
+            ("routed_step", routed_step, last[3]),
+        ]
+        .map(|(name, work, seconds)| (name, Rates::new(seconds, work, &peaks, on_tiles)));
         if self.common.json {
-            print_json(&json!({
+            let mut line = json!({
                 "what": "routed", "model": model.name(), "rows": shape.rows, "d_out": shape.d_out,
                 "d_in": shape.d_in, "r": shape.r, "n_skills": shape.n_skills,
                 "n_splits": shape.n_splits, "n_tasks": shape.n_tasks,
                 "weights": shape.weights.to_string(), "dtype": cpu.compute_dtype().to_string(),
-                "isa": cpu.isa().name(), "threads": cpu.n_threads(), "frozen_s": frozen_s,
-                "routed_s": routed_s, "frozen_step_s": frozen_step_s,
-                "routed_step_s": routed_step_s, "forward_over_frozen": forward,
+                "isa": cpu.isa().name(), "threads": cpu.n_threads(), "forward_over_frozen": forward,
                 "step_over_frozen": step, "worst_error_in_bounds": worst,
-            }))?;
-        } else {
+            });
+            for (name, rates) in &rates {
+                line[format!("{name}_s")] = rates.seconds.into();
+                rates.add_to(&mut line, name);
+            }
+            add_peaks(&mut line, &peaks);
+            print_json(&line)?;
+            return Ok(step);
+        }
+        for ((name, rates), times) in rates.iter().zip([1.0, forward, 1.0, step]) {
             print(&format!(
-                "{:<13} {:>5} x {:>4} x {:>4}  frozen {:>8.3} ms, step {:>8.3} ms; with routed LoRA \
-                 {forward:.3} and {step:.3} times that",
+                "{:<13} {:<11} {:>5} x {:>4} x {:>4} {} {times:>6.3} of frozen",
                 model.name(),
+                name.replace('_', " "),
                 shape.rows,
                 shape.d_out,
                 shape.d_in,
-                1e3 * last[0],
-                1e3 * last[2],
+                rates.line(),
             ))?;
         }
         Ok(step)
@@ -365,20 +462,21 @@ pub(super) struct Attention {
     #[command(flatten)]
     kernels: Kernels,
     /// Tokens of a sequence.
-    #[arg(long, value_delimiter = ',', default_values_t = [128, 512, 1024], value_parser = positive)]
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 512, 1024], value_parser = up_to(MAX_ROWS))]
     rows: Vec<usize>,
     /// Sequences.
-    #[arg(long, default_value_t = 4, value_parser = positive)]
+    #[arg(long, default_value_t = 4, value_parser = up_to(MAX_ROWS))]
     batch: usize,
 }
 
 impl Attention {
     pub(super) fn run(&self) -> Result<()> {
         let cpu = cpu(&self.common, "bench attention")?;
-        let mut shares = Vec::new();
+        let mut n = 0;
         for &shapes in &self.kernels.shapes {
             let (n_heads, n_kv_heads, head_dim) = shapes.heads();
             for &rows in &self.rows {
+                check_size("the queries", &[self.batch, rows, n_heads, head_dim])?;
                 let causal = shapes == Shapes::Llama1b;
                 let one = AttentionShape {
                     batch: self.batch,
@@ -389,53 +487,59 @@ impl Attention {
                     head_dim,
                     causal,
                 };
-                shares.push(self.shape(&cpu, shapes, one)?);
-                shares.push(self.shape(&cpu, shapes, AttentionShape { n_queries: 1, ..one })?);
+                self.shape(&cpu, shapes, one)?;
+                self.shape(&cpu, shapes, AttentionShape { n_queries: 1, ..one })?;
+                n += 2;
             }
         }
         if self.common.json {
             return print_json(&json!({
                 "what": "attention", "isa": cpu.isa().name(), "threads": cpu.n_threads(),
-                "shapes": shares.len(),
+                "shapes": n,
             }));
         }
-        print(&format!("{} shapes", shares.len()))
+        print(&format!("{n} shapes"))
     }
 
-    fn shape(&self, cpu: &Cpu, model: Shapes, shape: AttentionShape) -> Result<f64> {
+    fn shape(&self, cpu: &Cpu, model: Shapes, shape: AttentionShape) -> Result<()> {
         let case = AttentionCase::new(cpu, shape);
         let worst = case.check()?;
+        let peaks = cpu.peaks();
         let on_tiles = cpu.compute_dtype() == Dtype::Bf16 && shape.n_queries > 1;
-        let peak = cpu.amx_peak().filter(|_| on_tiles).unwrap_or_else(|| cpu.fma_peak());
+        let element = if cpu.compute_dtype() == Dtype::Bf16 { 2.0 } else { 4.0 };
         let forward = self.kernels.time(|| case.run());
         let backward = self.kernels.time(|| case.run_backward());
-        let flops = [shape.flops() / forward.median_s, 2.5 * shape.flops() / backward.median_s];
+        let rates = [
+            ("forward", [shape.flops(), element * shape.elements_read()], forward),
+            ("backward", [2.5 * shape.flops(), element * shape.elements_read_backward()], backward),
+        ]
+        .map(|(name, work, timing)| (name, Rates::new(timing.median_s, work, &peaks, on_tiles)));
         if self.common.json {
-            print_json(&json!({
+            let mut line = json!({
                 "what": "attention", "model": model.name(), "batch": shape.batch,
                 "n_queries": shape.n_queries, "n_keys": shape.n_keys, "n_heads": shape.n_heads,
                 "n_kv_heads": shape.n_kv_heads, "head_dim": shape.head_dim,
                 "causal": shape.causal, "dtype": cpu.compute_dtype().to_string(),
                 "isa": cpu.isa().name(), "threads": cpu.n_threads(),
-                "forward_s": forward.median_s, "backward_s": backward.median_s,
-                "forward_gflop_per_s": flops[0] / 1e9, "backward_gflop_per_s": flops[1] / 1e9,
-                "peak_gflop_per_s": peak / 1e9, "worst_error_in_bounds": worst,
-            }))?;
-        } else {
+                "peak_gflop_per_s": rates[0].1.peak / 1e9, "worst_error_in_bounds": worst,
+            });
+            for (name, rates) in &rates {
+                line[format!("{name}_s")] = rates.seconds.into();
+                rates.add_to(&mut line, name);
+            }
+            add_peaks(&mut line, &peaks);
+            return print_json(&line);
+        }
+        for (name, rates) in &rates {
             print(&format!(
-                "{:<13} {:>4} queries, {:>4} keys{}: forward {:>8.3} ms, {:>6.1} GFLOP/s; backward \
-                 {:>8.3} ms, {:>6.1} GFLOP/s (peak {:.0})",
+                "{:<13} {name:<8} {:>4} queries, {:>4} keys{} {}",
                 model.name(),
                 shape.n_queries,
                 shape.n_keys,
-                if shape.causal { ", causal" } else { "" },
-                1e3 * forward.median_s,
-                flops[0] / 1e9,
-                1e3 * backward.median_s,
-                flops[1] / 1e9,
-                peak / 1e9,
+                if shape.causal { ", causal" } else { "        " },
+                rates.line(),
             ))?;
         }
-        Ok(flops[0] / peak)
+        Ok(())
     }
 }

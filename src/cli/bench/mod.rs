@@ -3,7 +3,7 @@
 mod kernels;
 mod model;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Command, Subcommand};
 
 use super::Common;
 use crate::error::Result;
@@ -29,6 +29,13 @@ enum What {
     Routed(kernels::Routed),
     /// Attention, forward and backward.
     Attention(kernels::Attention),
+}
+
+/// Kernels have no base whose type decides.
+pub(super) fn with_own_defaults(command: Command) -> Command {
+    ["gemm", "routed", "attention"]
+        .into_iter()
+        .fold(command, |command, what| command.mut_subcommand(what, kernels::with_own_defaults))
 }
 
 impl Bench {

@@ -37,16 +37,16 @@ pub(super) struct ModelBench {
     #[arg(long)]
     model: PathBuf,
     /// Rows.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=MOST))]
     batch: u32,
     /// Source tokens of a row.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=MOST))]
     src: u32,
     /// Label tokens of a row; ignored by causal models.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=MOST))]
     tgt: u32,
     /// Tokens to generate.
-    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=MOST))]
     new: u32,
     /// Generate by draws, of the 50 most probable tokens up to 0.95 of their probability, instead of greedily.
     #[arg(long)]
@@ -101,6 +101,9 @@ enum AdapterFlag {
 
 const WARM_UP: u32 = 2;
 
+/// Rows, or tokens of a row, at most.
+const MOST: i64 = 1 << 20;
+
 impl ModelBench {
     pub(super) fn run(mut self, what: What) -> Result<()> {
         self.what = what;
@@ -111,6 +114,7 @@ impl ModelBench {
     }
 
     fn run_on<B: Described>(&self, model: Model<B>) -> Result<()> {
+        self.check_positions(&model)?;
         let adapter = match self.adapter {
             AdapterFlag::Poly => Some(self.adapter(&model)?),
             AdapterFlag::None => None,
@@ -142,7 +146,7 @@ impl ModelBench {
         print_json(&json!({
             "median_s": median,
             "min_s": min,
-            "tok_per_s": f64::from(self.batch * row_tokens) / median,
+            "tok_per_s": f64::from(self.batch) * f64::from(row_tokens) / median,
             "rss_mib": Memory::now().peak_rss_mib,
             "anon_mib": timer.anon_mib,
             "huge_mib": huge_mib(),
@@ -173,6 +177,23 @@ impl ModelBench {
             "steps": self.steps,
             "profile": entries.map(|(peaks, entries)| self.profile(&peaks, &entries, &timer)),
         }))
+    }
+
+    /// Refuses rows longer than the model has positions, which a generation would end before `--new`.
+    fn check_positions(&self, model: &Model<impl Backend>) -> Result<()> {
+        let (flags, longest) = match (self.what, model.layout()) {
+            // The last token is said, not read.
+            (What::Generate, Layout::Causal) => ("--src and --new", self.src + self.new - 1),
+            (What::Generate, _) => ("--src or --new", self.src.max(self.new)),
+            (_, Layout::Causal) => ("--src", self.src),
+            (_, Layout::EncoderDecoder { .. }) => ("--src or --tgt", self.src.max(self.tgt)),
+        };
+        match model.config().max_positions() {
+            Some(max) if longest as usize > max => Err(Error::Usage(format!(
+                "a row of {longest} tokens ({flags}) is too long: the model has positions for {max}"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Prints what operations took, the longest first.
