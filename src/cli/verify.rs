@@ -17,11 +17,12 @@ use std::{
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Common, check_writable, doctor, print, print_json};
+use super::{Common, Device, check_writable, doctor, print, print_json};
 use crate::{
+    dtype::Dtype,
     error::{Error, Result},
     formats::safetensors::write_atomically,
-    kernels::cpu::isa::Isa,
+    kernels::{cpu::isa::Isa, cuda::Cuda},
 };
 
 /// An operation with its random cases.
@@ -77,6 +78,20 @@ impl Verify {
         if !(0.0..=1e6).contains(&self.minutes) {
             let found = self.minutes;
             return Err(Error::Usage(format!("--minutes must be in 0..1000000, not {found}")));
+        }
+        self.common.no_dtype("verify", "every kernel runs in both types")?;
+        for (flag, is_given, why) in [
+            ("--threads", self.common.threads.is_some(), "every kernel runs on several numbers"),
+            ("--no-mmap", self.common.no_mmap, "there is no base to read"),
+        ] {
+            if is_given {
+                return Err(Error::Usage(format!("verify takes no {flag}: {why}; leave it out")));
+            }
+        }
+        let needs_gpu = matches!(self.common.device, Device::Cuda);
+        if needs_gpu {
+            // A GPU is verified wherever there is one, so that its lack would not be noticed.
+            Cuda::new(Dtype::F32)?;
         }
         if kernels.is_empty() {
             return Err(Error::Device("this build has no kernel tests: they need Unix".into()));
@@ -136,6 +151,9 @@ impl Verify {
             self.print_text(&tallies, &failures, &report)?;
         }
         match n_failures {
+            0 if needs_gpu && !tallies.keys().any(|(_, backend)| backend.starts_with("cuda")) => {
+                Err(Error::Device("no case ran on the GPU".into()))
+            }
             0 => Ok(()),
             n => {
                 Err(Error::Fault(format!("{n} cases failed; a report of this helps to repair it")))

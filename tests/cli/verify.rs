@@ -1,5 +1,7 @@
 //! The kernels' tests inside the binary.
 
+use std::process::Command;
+
 use serde_json::Value;
 
 use crate::{fails, ok, scratch, str, text};
@@ -33,4 +35,21 @@ fn verify_reports_every_kernel_on_every_instruction_set() {
     assert!(!printed.contains("\nlinear "), "{printed}");
     fails(&["verify", "--case", "softmax/1"], 2, "a kernel of linear, linear_backward");
     fails(&["verify", "--minutes=-1"], 2, "--minutes");
+}
+
+/// Flags of every verb that would do nothing here, and a GPU that is not there.
+#[test]
+fn verify_refuses_what_it_would_ignore() {
+    fails(&["verify", "--dtype", "f32"], 2, "verify takes no --dtype");
+    fails(&["verify", "--threads", "1"], 2, "verify takes no --threads");
+    fails(&["verify", "--no-mmap"], 2, "verify takes no --no-mmap");
+    // Where there is a GPU, it is hidden.
+    let output = Command::new(env!("CARGO_BIN_EXE_polytape"))
+        .args(["verify", "--minutes", "0", "--device", "cuda"])
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{stderr}");
+    assert!(stderr.contains("use --device cpu"), "{stderr}");
 }
