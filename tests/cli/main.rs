@@ -402,6 +402,32 @@ fn a_missing_device_is_4() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("POLYTAPE_ISA=mmx"));
 }
 
+/// Each instruction set that `doctor` lists can be forced, and is what then computes.
+#[test]
+fn every_available_instruction_set_can_be_forced() {
+    let run = |arguments: &[&str], isa: Option<&str>| -> Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polytape"));
+        command.args(arguments).arg("--json").env_remove("POLYTAPE_ISA");
+        let output = command.envs(isa.map(|isa| ("POLYTAPE_ISA", isa))).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?} on {isa:?}: {stderr}");
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        serde_json::from_str(stdout.lines().last().unwrap()).unwrap()
+    };
+    let free = run(&["doctor"], None);
+    assert_eq!(free["isa_forced"], Value::Null);
+    let isas = free["isa_available"].as_array().unwrap();
+    assert!(isas.contains(&json!("scalar")) && isas.contains(&free["isa"]), "{free}");
+    let base = fixture("base");
+    let eval = ["bench", "eval", "--model", str(&base), "--adapter", "none", "--steps", "1"];
+    let eval = [&eval[..], &["--batch", "1", "--src", "3", "--tgt", "2"]].concat();
+    for isa in isas {
+        let forced = run(&["doctor"], isa.as_str());
+        assert_eq!((&forced["isa"], &forced["isa_forced"]), (isa, isa));
+        assert_eq!(&run(&eval, isa.as_str())["isa"], isa);
+    }
+}
+
 /// A folder that cannot be written: failed (1), and nothing half-written.
 #[test]
 fn an_unwritable_output_is_1() {
