@@ -19,6 +19,7 @@ use crate::{
 pub fn check(data: &[u8]) {
     let Some((&operation, rest)) = data.split_first() else { return };
     let random = Gen::steered(rest);
+    // A new operation comes last: the corpus's files begin with these numbers.
     match operation % 15 {
         0 => check_steered(random, linear),
         1 => check_steered(random, linear_backward),
@@ -34,6 +35,6 @@ pub fn check(data: &[u8]) {
         11 => check_steered(random, add),
         12 => check_steered(random, sum_of_squares),
         13 => check_steered(random, sample),
-        _ => check_steered(random, adamw),
+        _ => check_steered(random, adamw), // 14
     }
 }
