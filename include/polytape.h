@@ -1,9 +1,10 @@
 // polytape: trains and runs Poly / MHR adapters over a frozen, memory-mapped transformer.
 //
-// Every function returns a status; after one that is not POLYTAPE_OK, polytape_last_error says what
-// was wrong. Objects are handles: what was freed or is of another kind is noticed, not followed.
-// Structures begin with their size. Memory is the caller's, and nothing keeps a pointer after its
-// function returned. Objects may be shared by threads, as each says.
+// Every function but polytape_abi_version, polytape_version and polytape_last_error returns a status;
+// after one that is not POLYTAPE_OK, polytape_last_error says what was wrong. Objects are handles: what
+// was freed or is of another kind is noticed, not followed. Structures begin with their size. Memory is
+// the caller's, and nothing keeps a pointer after its function returned. Objects may be shared by
+// threads, as each says.
 //
 // Made from src/capi by cbindgen; a test compares them.
 
@@ -191,7 +192,8 @@ typedef struct polytape_generate_options {
 } polytape_generate_options;
 
 // Sees each token as it is made: the example's index and the id. Not 0: stop. It runs in one of
-// polytape's threads, one call at a time, and must return (no longjmp, no C++ exception).
+// polytape's threads, one call at a time, and must return (no longjmp, no C++ exception). It must not
+// wait for another thread's call on the same model: that may wait for this one.
 typedef int (*polytape_on_token)(void *user, size_t example, uint32_t token);
 
 // How kernels compute. All zero but `size` is the default.
@@ -202,7 +204,8 @@ typedef struct polytape_kernels_options {
     uint32_t dtype;
     // Threads; 0: one a core.
     uint32_t n_threads;
-    // "scalar", "avx2", "avx512" or "amx"; null: the fastest that this CPU has.
+    // "scalar", "avx2", "avx512" or "amx"; null: what the environment variable POLYTAPE_ISA names, or
+    // where it is not set the fastest that this CPU has.
     const char *isa;
 } polytape_kernels_options;
 
@@ -504,6 +507,9 @@ int32_t polytape_route_backward(const struct polytape_kernels *kernels,
 
 // The forward. `y` is [n_tokens, d_out]; with `add` not 0 the result is added to what is in it. `z`
 // [n_tokens, rank] is what the backward wants; null: it is not wanted.
+// A routing row's A and B are mixed first, or its tokens go through all skills, whichever is less work
+// for the numbers of tokens, routing rows and skills of the call. The two sum in another order, so a
+// token's last bits may depend on how many are beside it. Those of an engine never do.
 int32_t polytape_routed_linear_forward(const struct polytape_kernels *kernels,
                                        const struct polytape_routed_linear *linear,
                                        int32_t add,

@@ -378,7 +378,8 @@ pub unsafe extern "C" fn polytape_generate_options_init(
 }
 
 /// Sees each token as it is made: the example's index and the id. Not 0: stop. It runs in one of
-/// polytape's threads, one call at a time, and must return (no longjmp, no C++ exception).
+/// polytape's threads, one call at a time, and must return (no longjmp, no C++ exception). It must not
+/// wait for another thread's call on the same model: that may wait for this one.
 pub type polytape_on_token =
     Option<unsafe extern "C" fn(user: *mut c_void, example: usize, token: u32) -> c_int>;
 

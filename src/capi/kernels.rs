@@ -47,7 +47,8 @@ pub struct polytape_kernels_options {
     pub dtype: u32,
     /// Threads; 0: one a core.
     pub n_threads: u32,
-    /// "scalar", "avx2", "avx512" or "amx"; null: the fastest that this CPU has.
+    /// "scalar", "avx2", "avx512" or "amx"; null: what the environment variable POLYTAPE_ISA names, or
+    /// where it is not set the fastest that this CPU has.
     pub isa: *const c_char,
 }
 
@@ -546,6 +547,9 @@ fn activations(
 
 /// The forward. `y` is [n_tokens, d_out]; with `add` not 0 the result is added to what is in it. `z`
 /// [n_tokens, rank] is what the backward wants; null: it is not wanted.
+/// A routing row's A and B are mixed first, or its tokens go through all skills, whichever is less work
+/// for the numbers of tokens, routing rows and skills of the call. The two sum in another order, so a
+/// token's last bits may depend on how many are beside it. Those of an engine never do.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn polytape_routed_linear_forward(
     kernels: *const polytape_kernels,

@@ -5,8 +5,8 @@
 //!   <─ status, message ─ Error, panic, wrong handle, wrong size
 //! ```
 //!
-//! Every function returns a status; the message of the last failure of a thread is
-//! [`polytape_last_error`]. What can be noticed gives a status and nothing else happens: a null
+//! Every function but those that give a version or a message returns a status; the message of the last
+//! failure of a thread is [`polytape_last_error`]. What can be noticed gives a status and nothing else happens: a null
 //! pointer, an object that was freed or is of another kind, a structure of another size, memory that
 //! is too small, misaligned or overlaps, an object that another thread is using and that only one may
 //! use, a process that was forked, a panic.
