@@ -3,6 +3,9 @@
 //! `POLYTAPE_SHARED` to a folder that has `models/<name>`, or these tests skip with a line.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/skipped.rs"]
+mod skipped;
+
 use std::path::{Path, PathBuf};
 
 use polytape::{
@@ -22,7 +25,8 @@ fn folder(name: &str) -> Option<PathBuf> {
     if folder.exists() {
         return Some(folder);
     }
-    println!("skipped: {} is not there (set POLYTAPE_SHARED)", folder.display());
+    let folder = folder.display();
+    skipped::skipped(format_args!("{folder} is not there (set POLYTAPE_SHARED)"));
     None
 }
 

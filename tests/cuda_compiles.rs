@@ -8,6 +8,9 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/skipped.rs"]
+mod skipped;
+
 use std::collections::BTreeMap;
 
 use polytape::kernels::cuda::compile;
@@ -25,7 +28,7 @@ fn has_nvrtc() -> bool {
         Err(error) => {
             let required = std::env::var_os("POLYTAPE_NVRTC_REQUIRED").is_some_and(|v| v == "1");
             assert!(!required, "{error}");
-            eprintln!("skipped: {error}");
+            skipped::skipped(error);
             false
         }
     }

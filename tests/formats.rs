@@ -5,6 +5,8 @@
 
 #[path = "common/folder.rs"]
 mod folder;
+#[path = "common/skipped.rs"]
+mod skipped;
 
 use std::{
     collections::BTreeMap,
@@ -326,7 +328,8 @@ fn the_shared_t5_is_read() {
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
     let folder = shared.join("models/superni-t5-mini");
     if !folder.exists() {
-        println!("skipped: {} is not there (set POLYTAPE_SHARED)", folder.display());
+        let folder = folder.display();
+        skipped::skipped(format_args!("{folder} is not there (set POLYTAPE_SHARED)"));
         return;
     }
     let model = ModelConfig::open(&folder).unwrap();

@@ -6,6 +6,8 @@
 
 #[path = "cuda_emulator/mod.rs"]
 mod cuda_emulator;
+#[path = "common/skipped.rs"]
+mod skipped;
 #[path = "common/wanted.rs"]
 mod wanted;
 #[path = "x86_emulator/mod.rs"]
@@ -502,6 +504,7 @@ mod cuda {
 
     use super::{
         cuda_emulator::{Emulator, Event},
+        skipped::skipped,
         wanted::is_wanted,
         *,
     };
@@ -526,7 +529,7 @@ mod cuda {
             Ok(device) => return Some(Arc::new(device)),
             Err(why) => why,
         };
-        eprintln!("skipped: the CUDA kernels on the emulator: {why}");
+        skipped(format_args!("the CUDA kernels on the emulator: {why}"));
         None
     }
 
@@ -539,7 +542,7 @@ mod cuda {
         if is_wanted("gpu") {
             match Cuda::new(compute) {
                 Ok(cuda) => backends.push(("gpu", cuda)),
-                Err(why) => eprintln!("skipped: the CUDA kernels on a GPU: {why}"),
+                Err(why) => skipped(format_args!("the CUDA kernels on a GPU: {why}")),
             }
         }
         backends
@@ -925,7 +928,7 @@ mod cuda {
         if is_wanted("gpu") {
             match plain_gpu(compute).and_then(|plain| Ok([plain, Cuda::new(compute)?])) {
                 Ok(pair) => pairs.push(("gpu", pair)),
-                Err(why) => eprintln!("skipped: graphs on a GPU: {why}"),
+                Err(why) => skipped(format_args!("graphs on a GPU: {why}")),
             }
         }
         pairs

@@ -11,12 +11,16 @@ mod corpus;
 mod examples;
 mod misuse;
 mod same;
+#[path = "../common/skipped.rs"]
+mod skipped;
 
 use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
+
+use skipped::skipped;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -69,7 +73,7 @@ fn library_dir() -> PathBuf {
 /// A program of `examples/c`, built; none where there is no C compiler, or not this system's.
 fn program(name: &str, to: &Path) -> Option<PathBuf> {
     if !cfg!(target_os = "linux") || !is_there("cc") {
-        eprintln!("skipped: the C programs: no C compiler `cc` on Linux");
+        skipped("the C programs: no C compiler `cc` on Linux");
         return None;
     }
     let (library, program) = (library_dir(), to.join(name));
@@ -100,7 +104,7 @@ fn printed(program: &Path, args: &[&Path], same_under_valgrind: bool) -> String 
     let native = run(Command::new(program).args(args).env("RAYON_NUM_THREADS", "2"));
     let native = String::from_utf8(native.stdout).unwrap();
     if !is_there("valgrind") {
-        eprintln!("skipped: {} under valgrind: it is not installed", program.display());
+        skipped(format_args!("{} under valgrind: it is not installed", program.display()));
         return native;
     }
     // Valgrind knows AVX2 at most.
@@ -128,7 +132,7 @@ fn printed(program: &Path, args: &[&Path], same_under_valgrind: bool) -> String 
 fn the_header_is_cpp_and_c() {
     for (compiler, language) in [("c++", "c++"), ("cc", "c")] {
         if !is_there(compiler) {
-            eprintln!("skipped: the header in {language}: no {compiler}");
+            skipped(format_args!("the header in {language}: no {compiler}"));
             continue;
         }
         run(Command::new(compiler)
@@ -148,7 +152,7 @@ fn the_header_is_cpp_and_c() {
 #[test]
 fn the_library_has_what_the_header_declares() {
     if !cfg!(target_os = "linux") {
-        eprintln!("skipped: the library's symbols: not on Linux");
+        skipped("the library's symbols: not on Linux");
         return;
     }
     let header = fs::read_to_string(root().join("include/polytape.h")).unwrap();
