@@ -102,6 +102,12 @@ impl<B: Backend> Operands<B> {
     }
 }
 
+/// Every element's magnitude.
+fn magnitudes(tensor: &Tensor<Oracle>) -> Tensor<Oracle> {
+    let values = abs(&tensor.buffer);
+    Oracle.upload(&values, tensor.rows(), tensor.cols(), Precision::Activation)
+}
+
 /// An [`AttentionShape`] with operands.
 pub struct AttentionCase<'a> {
     cpu: &'a Cpu,
@@ -122,41 +128,54 @@ impl<'a> AttentionCase<'a> {
         Self { cpu, shape, operands, queries, keys, forward }
     }
 
-    /// Compares the first sequence with the oracle. Outputs are averages of values below 1, so the error
-    /// of a softmax over `n` keys of scores up to `√head_dim` is bounded by that of its exponents. The
-    /// largest error in units of its bound.
+    /// Compares the first sequence with the oracle. An output is an average of values, so its error is
+    /// bounded by that of the softmax's exponents, in units of the average of the values' magnitudes;
+    /// so is the values' gradient, and those of queries and keys in units of their largest. The largest error
+    /// in units of its bound.
     ///
     /// # Errors
     /// If it is above 1.
     pub fn check(&self) -> Result<f64> {
         let Self { cpu, shape, .. } = self;
         let one = Operands::new(&Oracle, shape, 1);
+        let (q, k) = (one.q.clone(), one.k.clone());
+        let size = Operands { q, k, v: magnitudes(&one.v), d_o: magnitudes(&one.d_o) };
         let (queries, keys) = (Spans::packed(&[shape.n_queries]), Spans::packed(&[shape.n_keys]));
         let want = Oracle.attention(&shape.args(&one, &queries, &keys));
         let got = cpu.download(&self.forward.o);
         let got = &got[..want.o.len()];
-        // In f32 a score's absolute error is some 2^-24 √head_dim; bf16 rounds probabilities, too.
-        let exponent = 64.0 * (shape.head_dim as f64).sqrt();
-        let unit = if cpu.compute_dtype() == Dtype::Bf16 { 2.0_f64.powi(15) } else { exponent };
-        let magnitude = vec![unit; want.o.len()];
+        // In f32 a score's absolute error is some 2^-24 √head_dim; bf16 rounds probabilities, too, but
+        // where a sequence has one query.
         let dtype = cpu.compute_dtype();
+        let unit = |rounds: bool| match rounds && dtype == Dtype::Bf16 {
+            true => 2.0_f64.powi(15),
+            false => 64.0 * (shape.head_dim as f64).sqrt(),
+        };
+        let times = |unit: f64, sizes: &[f64]| sizes.iter().map(|v| unit * v).collect::<Vec<_>>();
+        let sizes = Oracle.attention(&shape.args(&size, &queries, &keys));
+        let magnitude = times(unit(shape.n_queries > 1), &sizes.o.buffer);
         let checked =
             Checked { got, want: &want.o.buffer, magnitude: &magnitude, dtype, units: UNITS };
         let worst = checked.worst(&format!("o of {shape:?}"))?;
 
-        let backward = AttentionBackward {
-            forward: &shape.args(&one, &queries, &keys),
-            o: &want.o,
-            lse: &want.lse,
-            d_o: &one.d_o,
+        let forward = &shape.args(&one, &queries, &keys);
+        let backward = |d_o: &Tensor<Oracle>| {
+            let (o, lse) = (&want.o, &want.lse);
+            Oracle.attention_backward(AttentionBackward { forward, o, lse, d_o })
         };
-        let want = Oracle.attention_backward(backward);
+        let [_, _, size] = backward(&size.d_o);
+        let want = backward(&one.d_o);
         let got = self.backward();
         let mut all = worst;
         for ((got, want), what) in got.iter().zip(&want).zip(["d_q", "d_k", "d_v"]) {
             let got = cpu.download(got);
-            let largest = abs(&want.buffer).into_iter().fold(1.0, f64::max);
-            let magnitude = vec![unit * largest; want.len()];
+            let magnitude = match what {
+                "d_v" => times(unit(true), &size.buffer),
+                _ => {
+                    let largest = abs(&want.buffer).into_iter().fold(1.0, f64::max);
+                    vec![unit(true) * largest; want.len()]
+                }
+            };
             let got = &got[..want.len()];
             let checked =
                 Checked { got, want: &want.buffer, magnitude: &magnitude, dtype, units: UNITS };
