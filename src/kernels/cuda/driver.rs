@@ -791,14 +791,30 @@ unsafe impl Device for Driver {
     }
 }
 
+/// The file of a library that this process has loaded, whose name begins so; where Linux lists it. The name
+/// that a library is opened by does not say where the loader found it.
+fn loaded_file(name: &str) -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let mut files = maps.lines().filter_map(|line| Some(&line[line.find('/')?..]));
+    let is_it = |file: &&str| file.rsplit('/').next().is_some_and(|last| last.starts_with(name));
+    files.find(is_it).map(str::to_owned)
+}
+
 /// See [`probe`](super::probe).
 pub(super) fn probe() -> Vec<(&'static str, String)> {
     let driver = match driver_version() {
-        Ok(version) => format!("CUDA {}.{}", version / 1000, version % 1000 / 10),
+        Ok(version) => {
+            let file =
+                loaded_file("libcuda.so").map_or_else(String::new, |file| format!("{file}, "));
+            format!("{file}CUDA {}.{}", version / 1000, version % 1000 / 10)
+        }
         Err(error) => error.to_string(),
     };
     let nvrtc = match compile::find() {
-        Ok(nvrtc) => format!("{} ({}.{})", nvrtc.library, nvrtc.version.0, nvrtc.version.1),
+        Ok(nvrtc) => {
+            let file = loaded_file("libnvrtc.so").unwrap_or_else(|| nvrtc.library.clone());
+            format!("{file} ({}.{})", nvrtc.version.0, nvrtc.version.1)
+        }
         Err(error) => error.to_string(),
     };
     let device = Driver::open().and_then(|driver| {
