@@ -8,7 +8,7 @@
 use std::{env, path::Path, process::ExitCode};
 
 use polytape::{
-    Error, Result,
+    Result,
     formats::{poly_config::PolyConfig, rows::Targets, tasks::TaskNames},
     generate::Engine,
     model::{
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
 }
 
 fn train(model: &str, data: &Path, output: &str) -> Result<()> {
-    // The base is mapped: opening reads headers only, and nothing of it is ever copied.
+    // The base is mapped: its weights are read where they are when they are needed.
     let model = Model::open(model, &Options::default())?;
 
     // Rows become examples; the tasks' names become ids in order of first appearance.
@@ -76,14 +76,8 @@ fn train(model: &str, data: &Path, output: &str) -> Result<()> {
     let mut trainer = Trainer::new(&model, adapter, settings)?;
     for _ in 0..N_EPOCHS {
         for batch in examples.chunks(BATCH_SIZE) {
-            let report = match trainer.step(batch) {
-                // Nothing of a step that fails is kept.
-                Err(Error::NotFinite(why)) => {
-                    eprintln!("{why}");
-                    break;
-                }
-                report => report?,
-            };
+            // An error, too, where the loss is not finite: then nothing is saved.
+            let report = trainer.step(batch)?;
             println!("step {} loss {:.6}", report.step, report.loss);
         }
         model.verify_unchanged()?; // Nobody wrote into the mapped files meanwhile.
