@@ -24,8 +24,8 @@
 //! Data flows one way:
 //!
 //! ```text
-//! bytes on disk -> formats -> model -> tape -> kernels (oracle | cpu)
-//!                          train, generate, cli sit on top
+//! bytes on disk -> formats -> model -> tape -> kernels (oracle | cpu | cuda)
+//!                          train, generate, cli, capi sit on top
 //! ```
 //!
 //! Reading order: [`formats`] (untrusted bytes become checked views), [`tensor`], [`kernels`] (the seam:
@@ -33,8 +33,9 @@
 //! [`model`] (architectures as calls on the tape, and the adapter), [`train`], [`generate`].
 //!
 //! What holds everywhere: a batch is ragged, no kernel sees padding; the same inputs give the same bits
-//! for any number of threads; in inference a row's bits do not depend on its neighbours; a frozen
-//! weight is read in place and never copied; a file's content can make an error, not a crash.
+//! for any number of threads; in inference a row's bits do not depend on its neighbours; a CPU reads a frozen
+//! weight in place (GPT-2's linears and Gemma's norms are changed, so these are copied when the base is opened),
+//! and a GPU has a copy; a file's content can make an error, not a crash.
 //!
 //! Left out on purpose: a general tensor library, gradients of base weights, and f16 arithmetic (T5
 //! overflows in it).

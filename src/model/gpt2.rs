@@ -7,8 +7,8 @@
 //! head    norm(x) · embeddingᵀ
 //! ```
 //!
-//! Its linears are `Conv1D`s: weights lie transposed, `[d_in, d_out]`. They are the one kind of weight
-//! that is copied when a model is opened: kernels read a row for each output. PEFT's Poly names
+//! Its linears are `Conv1D`s: weights lie transposed, `[d_in, d_out]`. They are
+//! copied when a model is opened, as Gemma's norms are: kernels read a row for each output. PEFT's Poly names
 //! `c_attn` in its table of default targets and then refuses it, as it adapts `torch.nn.Linear` alone;
 //! here a `Conv1D` is a linear like others, whose adapter PEFT would load if it did. What `export`
 //! makes of one is a LoRA, and that PEFT does load. (`modeling_gpt2.py` of transformers 5.17.)
