@@ -19,7 +19,10 @@ use super::{
 use crate::{
     error::{Error, Result},
     formats::{adapter::AdapterFiles, json::list_names, rows::Targets, tasks::TaskNames},
-    model::{Adapter, Model, dataset::Routes},
+    model::{
+        Adapter, Model,
+        dataset::{Dataset, Routes},
+    },
     train::{
         RouterSampling, Trainer,
         adapt::{self, Kept, Tune},
@@ -150,6 +153,10 @@ impl Adapt {
                 Targets::Required,
             )
         };
+        let rank = |data: &Dataset, evaluating| {
+            let routes = Some(Routes::tasks(&tasks));
+            self.data.choices(data, &recipe, &model, tokenizer.as_ref(), routes, evaluating)
+        };
         let files = self.draw(self.of_task(self.data.read(Targets::Required)?, &tasks)?)?;
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
         let mut data = encode(files)?;
@@ -161,30 +168,27 @@ impl Adapt {
             (None, Some(files)) => Some(encode(files)?),
             (None, None) => None,
         };
-        let evaluator = eval_data.map(|data| Evaluator {
-            model: &model,
-            data,
-            decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
-            tasks: &tasks,
-            batch_size: self.learning.batch_size(&recipe),
-            metric: self.evaluating.metric(),
-        });
+        let evaluator = eval_data
+            .map(|data| {
+                let choices = rank(&data, true)?;
+                let evaluator = Evaluator {
+                    model: &model,
+                    data,
+                    choices,
+                    decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
+                    tasks: &tasks,
+                    batch_size: self.learning.batch_size(&recipe),
+                    metric: self.evaluating.metric(),
+                };
+                evaluator.checked()
+            })
+            .transpose()?;
 
         let per_step = self.learning.per_step(&recipe);
         let batches = self.learning.batches(&mut data, &recipe, self.common.seed)?;
         let choices = match self.learning.loss {
             LossFlag::Lm => None,
-            LossFlag::TFew => {
-                let tokenizer = tokenizer.as_ref();
-                Some(self.data.choices(
-                    &data,
-                    &recipe,
-                    &model,
-                    tokenizer,
-                    Some(Routes::tasks(&tasks)),
-                    false,
-                )?)
-            }
+            LossFlag::TFew => Some(rank(&data, false)?),
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
         let weighting = adapter.config().weighting;
@@ -205,7 +209,7 @@ impl Adapt {
             &self.learning,
             &data,
             choices.as_ref(),
-            evaluator.as_ref().map(|e| (&e.data, e.metric)),
+            evaluator.as_ref(),
         );
         arguments.insert("adapter_fingerprint".into(), json!(source));
         arguments.insert("tune".into(), json!(tune));

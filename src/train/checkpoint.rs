@@ -295,7 +295,8 @@ pub fn restore_best(checkpoint_dir: &Path, best: &Path, state: &mut TrainerState
 /// Names the first argument that differs.
 pub fn check_arguments(checkpoint_dir: &Path, now: &Map<String, Value>) -> Result<()> {
     let path = checkpoint_dir.join(ARGUMENTS_FILE);
-    let then: Map<String, Value> = read_json(&path, MAX_FILE_BYTES)?;
+    let mut then: Map<String, Value> = read_json(&path, MAX_FILE_BYTES)?;
+    modernise(&mut then, now);
     for key in then.keys().chain(now.keys()) {
         let (then, now) =
             (&then.get(key).unwrap_or(&Value::Null), &now.get(key).unwrap_or(&Value::Null));
@@ -311,6 +312,15 @@ pub fn check_arguments(checkpoint_dir: &Path, now: &Map<String, Value>) -> Resul
         }
     }
     Ok(())
+}
+
+/// Turns the arguments of a checkpoint that an earlier version made into what this one would have written.
+fn modernise(then: &mut Map<String, Value>, now: &Map<String, Value>) {
+    // The rows are the same, or their own fingerprint differs; nothing was noted of their choices.
+    const CHOICES: &str = "eval_choices_fingerprint";
+    if !then.contains_key(CHOICES) {
+        then.insert(CHOICES.to_owned(), now.get(CHOICES).cloned().unwrap_or_default());
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,11 @@ pub struct Choices {
 }
 
 impl Choices {
+    /// Whether no row lists choices.
+    pub fn is_empty(&self) -> bool {
+        self.wrong.iter().all(Vec::is_empty)
+    }
+
     /// A fingerprint of the wrong choices' ids, in order.
     pub fn fingerprint(&self) -> Fingerprint {
         let mut print = Fingerprint::default();

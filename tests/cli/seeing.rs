@@ -139,35 +139,40 @@ fn files_are_tasks() {
     );
 }
 
+/// A row with three choices.
+fn line(i: usize) -> Value {
+    let choices = [vec![10, 11, 1], vec![20, 1], vec![30, 31, 32, 1]];
+    let answer = &choices[i % 3];
+    json!({"task": "t", "input_ids": [40 + i % 3, 50 + i, 7], "label_ids": answer, "choice_ids": choices})
+}
+
+/// What makes the ranking of nine such rows right.
+const RANKING: [&str; 16] = [
+    "--max-steps",
+    "60",
+    "--loss",
+    "t-few",
+    "--learning-rate",
+    "0.03",
+    "--dropout",
+    "0",
+    "--router-sampling",
+    "off",
+    "--target-modules",
+    "all-linear",
+    "--batch-size",
+    "9",
+    "--lr-scheduler-type",
+    "constant",
+];
+
 /// Rows with choices: their ranking is scored, and T-Few's losses make it right.
 #[test]
 fn choices_are_ranked_and_learned() {
     let dir = scratch("choices");
     let (path, base, out) = (dir.join("choices.jsonl"), fixture("base"), dir.join("out"));
-    let choices = [vec![10, 11, 1], vec![20, 1], vec![30, 31, 32, 1]];
-    let line = |i: usize| {
-        let answer = &choices[i % 3];
-        json!({"task": "t", "input_ids": [40 + i % 3, 50 + i, 7], "label_ids": answer, "choice_ids": choices})
-    };
     fs::write(&path, (0..9).map(|i| format!("{}\n", line(i))).collect::<String>()).unwrap();
-    let flags = [
-        "--max-steps",
-        "60",
-        "--loss",
-        "t-few",
-        "--learning-rate",
-        "0.03",
-        "--dropout",
-        "0",
-        "--router-sampling",
-        "off",
-        "--target-modules",
-        "all-linear",
-        "--batch-size",
-        "9",
-        "--lr-scheduler-type",
-        "constant",
-    ];
+    let flags = RANKING;
     ok(&train(&path, &out, &flags));
     let accuracy = |adapter: Option<&str>| {
         let mut flags =
@@ -211,6 +216,59 @@ fn choices_are_ranked_and_learned() {
     fails(&train(&path, &out, &flags), 3, "choices.jsonl:1: a choice is empty");
     with(json!("x"));
     fails(&train(&path, &out, &flags), 3, "choices.jsonl:1: field choice_ids: expected a list");
+}
+
+/// How well choices are ranked is evaluated in training, and may decide which adapter is best.
+#[test]
+fn the_best_adapter_may_be_the_one_that_ranks_best() {
+    let dir = scratch("rank-accuracy");
+    let (path, out) = (dir.join("choices.jsonl"), dir.join("out"));
+    fs::write(&path, (0..9).map(|i| format!("{}\n", line(i))).collect::<String>()).unwrap();
+    let held_out = dir.join("held-out.jsonl");
+    fs::copy(&path, &held_out).unwrap();
+    let judged = ["--eval-data", str(&held_out), "--metric-for-best-model", "rank_accuracy"];
+    let flags = [&RANKING[..], &judged, &["--eval-steps", "20", "--save-steps", "20"]].concat();
+    ok(&train(&path, &out, &[&flags[..], &["--report-to", "tensorboard"]].concat()));
+    let log = lines(&out.join("log.jsonl"));
+    let ranked: Vec<f64> =
+        log.iter().filter_map(|line| line["eval_rank_accuracy"].as_f64()).collect();
+    assert!(ranked.len() == 3 && ranked[2] == 1.0, "{ranked:?}");
+    assert!(log.iter().all(|line| line.get("eval_rouge_l").is_none()), "nothing was generated");
+    let state: Value =
+        serde_json::from_str(&text(&out.join("checkpoint-60/trainer_state.json"))).unwrap();
+    let best = ranked.iter().position(|&accuracy| accuracy == 1.0).unwrap();
+    assert_eq!(
+        (&state["best_metric"], &state["best_global_step"]),
+        (&json!(1.0), &json!(20 * (best + 1)))
+    );
+    let history = state["log_history"].as_array().unwrap();
+    assert_eq!(history.iter().filter(|entry| entry["eval_rank_accuracy"].is_number()).count(), 3);
+    let events = fs::read_dir(out.join("runs")).unwrap().next().unwrap().unwrap().path();
+    let (bytes, tag) = (fs::read(events).unwrap(), b"eval/rank_accuracy");
+    assert_eq!(bytes.windows(tag.len()).filter(|part| part == tag).count(), 3);
+
+    // Other choices would be another run; an earlier version noted nothing of them.
+    let other: String = (0..9)
+        .map(|i| {
+            let mut row = line(i);
+            row["choice_ids"][(i + 1) % 3] = json!([77, 1]);
+            format!("{row}\n")
+        })
+        .collect();
+    fs::write(&held_out, other).unwrap();
+    let resume = train(&path, &out, &[&flags[..], &["--resume"]].concat());
+    fails(&resume, 3, "eval_choices_fingerprint was");
+    let arguments = out.join("checkpoint-60/training_args.json");
+    let mut known: Value = serde_json::from_str(&text(&arguments)).unwrap();
+    known.as_object_mut().unwrap().remove("eval_choices_fingerprint").unwrap();
+    fs::write(&arguments, known.to_string()).unwrap();
+    ok(&resume);
+
+    // Without choices there is nothing to judge by, which is said before anything is written.
+    let (none, plain) = (dir.join("none"), data(&dir, 6));
+    let judged = ["--eval-data", str(&plain), "--metric-for-best", "rank_accuracy"];
+    fails(&train(&plain, &none, &judged), 2, "rank_accuracy needs rows to evaluate on that have");
+    assert!(!none.join("log.jsonl").exists());
 }
 
 /// What is learned is smoothed, what is reported is not. (That the gradient is right is tested with

@@ -368,6 +368,8 @@ pub(in crate::cli) enum Metric {
     ExactMatch,
     #[value(name = "rouge_l", aliases = ["rouge-l", "eval_rouge_l"])]
     RougeL,
+    #[value(name = "rank_accuracy", aliases = ["rank-accuracy", "eval_rank_accuracy"])]
+    RankAccuracy,
 }
 
 impl Evaluating {
@@ -456,7 +458,13 @@ impl Metric {
             Self::Loss => "loss",
             Self::ExactMatch => "exact_match",
             Self::RougeL => "rouge_l",
+            Self::RankAccuracy => "rank_accuracy",
         }
+    }
+
+    /// Whether it is of generated outputs.
+    pub(in crate::cli) fn is_generated(self) -> bool {
+        matches!(self, Self::ExactMatch | Self::RougeL)
     }
 
     /// Its value.
@@ -466,6 +474,7 @@ impl Metric {
             Self::Loss => scores.loss,
             Self::ExactMatch => scores.exact_match.unwrap_or(0.0),
             Self::RougeL => scores.rouge_l.unwrap_or(0.0),
+            Self::RankAccuracy => scores.rank_accuracy.unwrap_or(0.0),
         }
     }
 

@@ -134,6 +134,10 @@ impl Train {
                 Targets::Required,
             )
         };
+        let rank = |data: &Dataset, evaluating| {
+            let routes = Some(Routes::tasks(&tasks));
+            self.data.choices(data, &recipe, &model, tokenizer.as_ref(), routes, evaluating)
+        };
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
         let mut data = encode(files)?;
         let eval_data = match (&self.evaluating.eval_data, held_out) {
@@ -141,30 +145,27 @@ impl Train {
             (None, Some(files)) => Some(encode(files)?),
             (None, None) => None,
         };
-        let evaluator = eval_data.map(|data| Evaluator {
-            model: &model,
-            data,
-            decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
-            tasks: &tasks,
-            batch_size: self.learning.batch_size(&recipe),
-            metric: self.evaluating.metric(),
-        });
+        let evaluator = eval_data
+            .map(|data| {
+                let choices = rank(&data, true)?;
+                let evaluator = Evaluator {
+                    model: &model,
+                    data,
+                    choices,
+                    decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
+                    tasks: &tasks,
+                    batch_size: self.learning.batch_size(&recipe),
+                    metric: self.evaluating.metric(),
+                };
+                evaluator.checked()
+            })
+            .transpose()?;
 
         let per_step = self.learning.per_step(&recipe);
         let batches = self.learning.batches(&mut data, &recipe, self.common.seed)?;
         let choices = match self.learning.loss {
             LossFlag::Lm => None,
-            LossFlag::TFew => {
-                let tokenizer = tokenizer.as_ref();
-                Some(self.data.choices(
-                    &data,
-                    &recipe,
-                    &model,
-                    tokenizer,
-                    Some(Routes::tasks(&tasks)),
-                    false,
-                )?)
-            }
+            LossFlag::TFew => Some(rank(&data, false)?),
         };
         let n_steps = self.learning.n_steps(batches.steps_per_epoch(), recipe.length)?;
         let weighting = adapter.config().weighting;
@@ -192,10 +193,15 @@ impl Train {
         );
         let trainer = Trainer::new(&model, adapter, config)?;
         let interrupted = run::interruption();
-        let evaluated = evaluator.as_ref().map(|e| (&e.data, e.metric));
         let choices = choices.as_ref();
-        let arguments =
-            settings::arguments(&trainer, per_step, &self.learning, &data, choices, evaluated);
+        let arguments = settings::arguments(
+            &trainer,
+            per_step,
+            &self.learning,
+            &data,
+            choices,
+            evaluator.as_ref(),
+        );
         let plan = Plan {
             common: &self.common,
             evaluating: &self.evaluating,

@@ -45,6 +45,8 @@ const MAX_TASKS_IN_LOG: usize = 256;
 pub(in crate::cli) struct Evaluator<'a, B: Backend> {
     pub(in crate::cli) model: &'a Model<B>,
     pub(in crate::cli) data: Dataset,
+    /// The wrong choices of the rows that have choices.
+    pub(in crate::cli) choices: Choices,
     pub(in crate::cli) decoder: Option<&'a dyn Decode>,
     pub(in crate::cli) tasks: &'a TaskNames,
     pub(in crate::cli) batch_size: usize,
@@ -52,12 +54,24 @@ pub(in crate::cli) struct Evaluator<'a, B: Backend> {
 }
 
 impl<B: Backend> Evaluator<'_, B> {
+    /// This, if the rows have what the metric needs.
+    pub(in crate::cli) fn checked(self) -> Result<Self> {
+        if self.metric == Metric::RankAccuracy && self.choices.is_empty() {
+            return Err(Error::Usage(
+                "--metric-for-best rank_accuracy needs rows to evaluate on that have choices or choice_ids beside their target"
+                    .into(),
+            ));
+        }
+        Ok(self)
+    }
+
     fn run(&self, adapter: &Adapter<B>) -> Result<Evaluation> {
         let present = self.data.examples.iter().map(|example| example.task);
         let engine = Engine::new(self.model, Some(adapter), present, self.batch_size);
         let options = GenerateOptions::default();
-        let generate = (self.metric != Metric::Loss).then_some(&options);
-        evaluate(&engine, &self.data, generate, self.decoder, None, |_, example| {
+        let generate = self.metric.is_generated().then_some(&options);
+        let choices = Some(&self.choices);
+        evaluate(&engine, &self.data, generate, self.decoder, choices, |_, example| {
             task_name(Some(self.tasks), example.task)
         })
     }
@@ -322,6 +336,9 @@ impl<'a, B: Described> Run<'a, B> {
         if let (Some(exact), Some(rouge)) = (scores.exact_match, scores.rouge_l) {
             line["eval_exact_match"] = json!(exact);
             line["eval_rouge_l"] = json!(rouge);
+        }
+        if let Some(ranked) = scores.rank_accuracy {
+            line["eval_rank_accuracy"] = json!(ranked);
         }
         let modules = self.plan.trainer.adapter().modules(evaluator.model.backend());
         let Sharpness { discreteness, sparsity, usage } =

@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{Described, shown},
-    flags::{Evaluating, Learning, Metric, Saving},
+    flags::{Evaluating, Learning, Saving},
+    run::Evaluator,
 };
 use crate::{
     error::Result,
@@ -23,13 +24,13 @@ fn object(value: Value) -> Map<String, Value> {
 }
 
 /// What a resumed run must share, so that it is the same run.
-pub(in crate::cli) fn arguments(
-    trainer: &Trainer<'_, impl Described>,
+pub(in crate::cli) fn arguments<B: Described>(
+    trainer: &Trainer<'_, B>,
     per_step: usize,
     learning: &Learning,
     data: &Dataset,
     choices: Option<&Choices>,
-    evaluated: Option<(&Dataset, Metric)>,
+    evaluator: Option<&Evaluator<'_, B>>,
 ) -> Map<String, Value> {
     let (model, config) = (trainer.model(), trainer.config());
     let backend = model.backend();
@@ -39,8 +40,11 @@ pub(in crate::cli) fn arguments(
         "model_fingerprint": model.fingerprint().to_string(),
         "data_fingerprint": data.fingerprint().to_string(),
         "choices_fingerprint": choices.map(|choices| choices.fingerprint().to_string()),
-        "eval_data_fingerprint": evaluated.map(|(data, _)| data.fingerprint().to_string()),
-        "metric_for_best": evaluated.map(|(_, metric)| metric.name()),
+        "eval_data_fingerprint": evaluator.map(|e| e.data.fingerprint().to_string()),
+        "eval_choices_fingerprint": evaluator
+            .filter(|e| !e.choices.is_empty())
+            .map(|e| e.choices.fingerprint().to_string()),
+        "metric_for_best": evaluator.map(|e| e.metric.name()),
         "isa": backend.hardware(),
         "dtype": backend.compute().to_string(),
         "adapter_config": adapter,
