@@ -179,6 +179,7 @@ impl Adapt {
                     tasks: &tasks,
                     batch_size: self.learning.batch_size(&recipe),
                     metric: self.evaluating.metric(),
+                    options: self.evaluating.outputs.options(),
                 };
                 evaluator.checked()
             })

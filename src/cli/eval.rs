@@ -42,12 +42,49 @@ pub(super) struct Eval {
     /// Whether outputs are generated and scored; without, exact_match and rouge_l are null.
     #[arg(long, default_value = "on")]
     generate: OnOff,
-    /// The most tokens of an output.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
-    max_new_tokens: u32,
+    #[command(flatten)]
+    outputs: Outputs,
     /// Rows that are computed together.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
+}
+
+/// How the outputs that are scored are generated, whatever the model's folder asks for.
+#[derive(Args)]
+pub(super) struct Outputs {
+    /// The most tokens of an output that is scored [default: 128].
+    #[arg(
+        long, visible_alias = "generation-max-length",
+        value_parser = clap::value_parser!(u32).range(1..=1 << 16)
+    )]
+    max_new_tokens: Option<u32>,
+    /// Sequences that a beam search for such an output follows [default: 1, no search].
+    #[arg(
+        long, visible_alias = "generation-num-beams",
+        value_parser = clap::value_parser!(u32).range(1..=1024)
+    )]
+    num_beams: Option<u32>,
+}
+
+impl Outputs {
+    pub(super) fn options(&self) -> GenerateOptions {
+        let own = GenerateOptions::default();
+        let size = |flag: Option<u32>, or: usize| flag.map_or(or, |n| n as usize);
+        GenerateOptions {
+            max_new_tokens: size(self.max_new_tokens, own.max_new_tokens),
+            num_beams: size(self.num_beams, own.num_beams),
+            ..own
+        }
+    }
+
+    /// The first of the flags that was given.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let given = [
+            ("--max-new-tokens", self.max_new_tokens.is_some()),
+            ("--num-beams", self.num_beams.is_some()),
+        ];
+        given.into_iter().find_map(|(flag, is_given)| is_given.then_some(flag))
+    }
 }
 
 impl Eval {
@@ -90,10 +127,7 @@ impl Eval {
             &data.examples,
             self.batch_size as usize,
         )?;
-        let options = GenerateOptions {
-            max_new_tokens: self.max_new_tokens as usize,
-            ..GenerateOptions::default()
-        };
+        let options = self.outputs.options();
         let evaluation = evaluate(
             &engine,
             &data,

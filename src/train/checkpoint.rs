@@ -321,6 +321,11 @@ fn modernise(then: &mut Map<String, Value>, now: &Map<String, Value>) {
     if !then.contains_key(CHOICES) {
         then.insert(CHOICES.to_owned(), now.get(CHOICES).cloned().unwrap_or_default());
     }
+    let metric = then.get("metric_for_best").and_then(Value::as_str);
+    if metric.is_some_and(|metric| ["exact_match", "rouge_l"].contains(&metric)) {
+        then.entry("max_new_tokens").or_insert(json!(128));
+        then.entry("num_beams").or_insert(json!(1));
+    }
 }
 
 #[cfg(test)]

@@ -115,7 +115,7 @@ impl Sums {
     }
 }
 
-/// Evaluates a data set; `choices` adds the accuracy of ranking them, `generate` adds exact match and Rouge-L of greedy outputs. `name_of` names
+/// Evaluates a data set; `choices` adds the accuracy of ranking them, `generate` adds exact match and Rouge-L of outputs. `name_of` names
 /// the task of a row.
 ///
 /// # Errors

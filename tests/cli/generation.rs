@@ -84,6 +84,57 @@ fn generate_searches_as_told() {
     fails(&command, 3, "generation_config.json: field guidance_scale");
 }
 
+/// Evaluations generate as `generate` does, and a resumed run's as before.
+#[test]
+fn evaluations_search_as_told() {
+    let dir = scratch("eval-beams");
+    let (base, adapter, output) = (fixture("base"), fixture("adapter"), dir.join("out.jsonl"));
+    let data = dir.join("rows.jsonl");
+    let common = ["--dtype", "f32", "--model", str(&base), "--data", str(&data)];
+    let adapted = [&common[..], &["--adapter", str(&adapter)]].concat();
+    let choice = ["--max-new-tokens", "9", "--num-beams", "4"];
+    let write = |rows: Vec<Value>| {
+        fs::write(&data, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+    };
+    write(rows());
+    let generated = [&["generate", "--output", str(&output)], &adapted[..], &choice].concat();
+    ok(&generated);
+    // What a search finds, as targets: the same search gets all of them right, another one does not.
+    let found = lines(&output);
+    write(
+        rows()
+            .into_iter()
+            .zip(found)
+            .map(|(mut row, found)| {
+                row["label_ids"] = found["output_ids"].clone();
+                row
+            })
+            .collect(),
+    );
+    let exact_match = |choice: &[&str]| {
+        let said = ok(&[&["eval"], &adapted[..], choice].concat());
+        let said: Value = serde_json::from_str(said.trim()).unwrap();
+        said["exact_match"].as_f64().unwrap()
+    };
+    assert_eq!(exact_match(&choice), 1.0);
+    assert!(exact_match(&["--max-new-tokens", "9"]) < 1.0);
+    assert!(exact_match(&["--max-new-tokens", "1"]) < 1.0);
+
+    // In training: an adapter that does not learn is evaluated as `eval` does it.
+    let out = dir.join("trained");
+    let still = "--max-steps 1 --learning-rate 0 --router-learning-rate 0 --save-steps 1";
+    let judged = "--metric-for-best exact_match --generation_max_length 9";
+    let still: Vec<&str> = still.split(' ').chain(judged.split(' ')).collect();
+    let begun = ["--adapter-init", str(&adapter), "--eval-data", str(&data)];
+    let run = [&["train", "--output-dir", str(&out)], &common[..], &still, &begun].concat();
+    ok(&[&run[..], &["--generation_num_beams", "4"]].concat());
+    let log = lines(&out.join("log.jsonl"));
+    assert_eq!(log.last().unwrap()["eval_exact_match"], 1.0);
+    let state = out.join("checkpoint-1/trainer_state.json");
+    assert!(super::text(&state).contains("eval_exact_match"));
+    fails(&[&run[..], &["--resume"]].concat(), 3, "num_beams was 4 in the run that is to be");
+}
+
 /// Of a causal model a whole length counts the prompt.
 #[test]
 fn whole_lengths_end_rows_by_their_prompts() {

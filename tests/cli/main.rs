@@ -671,6 +671,8 @@ fn flags_that_would_be_ignored_are_refused() {
         ),
         ("--validation-split 0.5 --early-stopping-threshold 0.1", "--early-stopping-patience"),
         ("--metric-for-best exact_match", "--metric-for-best needs rows to evaluate on"),
+        ("--validation-split 0.5 --max-new-tokens 9", "--max-new-tokens is for evaluations that"),
+        ("--num-beams 2", "--num-beams is for evaluations that generate"),
         ("--scale-parameter on", "--scale-parameter is for --optim adafactor"),
         ("--sampling-temperature 9", "is for --task-sampling temperature"),
         ("--routing private --router-sampling hard", "--router-sampling is for a router that"),

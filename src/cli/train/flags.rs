@@ -9,7 +9,7 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::super::{OnOff, data::DataFile};
+use super::super::{OnOff, data::DataFile, eval::Outputs};
 use crate::{
     error::{Error, Result},
     formats::{disk, poly_config, rows::Row},
@@ -352,6 +352,8 @@ pub(in crate::cli) struct Evaluating {
     /// What decides which adapter is best [default: loss].
     #[arg(long, visible_alias = "metric-for-best-model")]
     metric_for_best: Option<Metric>,
+    #[command(flatten)]
+    pub(in crate::cli) outputs: Outputs,
     /// Stop after so many evaluations in a row that are not better than the best.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(in crate::cli) early_stopping_patience: Option<u64>,
@@ -401,6 +403,11 @@ impl Evaluating {
                     "{flag} needs rows to evaluate on: --eval-data FILE or --validation-split SHARE"
                 )));
             }
+        }
+        if let Some(flag) = self.outputs.given().filter(|_| !self.metric().is_generated()) {
+            return Err(Error::Usage(format!(
+                "{flag} is for evaluations that generate: give --metric-for-best exact_match or rouge_l"
+            )));
         }
         if !self.threshold().is_finite() {
             let found = self.threshold();

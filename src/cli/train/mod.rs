@@ -156,6 +156,7 @@ impl Train {
                     tasks: &tasks,
                     batch_size: self.learning.batch_size(&recipe),
                     metric: self.evaluating.metric(),
+                    options: self.evaluating.outputs.options(),
                 };
                 evaluator.checked()
             })

@@ -51,6 +51,8 @@ pub(in crate::cli) struct Evaluator<'a, B: Backend> {
     pub(in crate::cli) tasks: &'a TaskNames,
     pub(in crate::cli) batch_size: usize,
     pub(in crate::cli) metric: Metric,
+    /// How outputs are generated where the metric is of some.
+    pub(in crate::cli) options: GenerateOptions,
 }
 
 impl<B: Backend> Evaluator<'_, B> {
@@ -68,8 +70,7 @@ impl<B: Backend> Evaluator<'_, B> {
     fn run(&self, adapter: &Adapter<B>) -> Result<Evaluation> {
         let present = self.data.examples.iter().map(|example| example.task);
         let engine = Engine::new(self.model, Some(adapter), present, self.batch_size);
-        let options = GenerateOptions::default();
-        let generate = self.metric.is_generated().then_some(&options);
+        let generate = self.metric.is_generated().then_some(&self.options);
         let choices = Some(&self.choices);
         evaluate(&engine, &self.data, generate, self.decoder, choices, |_, example| {
             task_name(Some(self.tasks), example.task)

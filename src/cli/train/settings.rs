@@ -34,6 +34,7 @@ pub(in crate::cli) fn arguments<B: Described>(
 ) -> Map<String, Value> {
     let (model, config) = (trainer.model(), trainer.config());
     let backend = model.backend();
+    let generated = evaluator.filter(|e| e.metric.is_generated()).map(|e| &e.options);
     let adapter: Value =
         serde_json::from_str(&trainer.adapter().config().to_json()).unwrap_or_default();
     object(json!({
@@ -45,6 +46,8 @@ pub(in crate::cli) fn arguments<B: Described>(
             .filter(|e| !e.choices.is_empty())
             .map(|e| e.choices.fingerprint().to_string()),
         "metric_for_best": evaluator.map(|e| e.metric.name()),
+        "max_new_tokens": generated.map(|options| options.max_new_tokens),
+        "num_beams": generated.map(|options| options.num_beams),
         "isa": backend.hardware(),
         "dtype": backend.compute().to_string(),
         "adapter_config": adapter,
