@@ -65,9 +65,10 @@ pub struct TrainerState {
     pub eval_steps: u64,
     /// Steps done.
     pub global_step: u64,
-    /// Evaluations, and the training loss of each checkpoint; every step is in `log.jsonl`.
+    /// Evaluations, and the training loss of every `logging_steps` steps and of each checkpoint; every
+    /// step is in `log.jsonl`.
     pub log_history: Vec<Value>,
-    /// Steps between lines of `log.jsonl`.
+    /// Steps between training losses in `log_history`.
     pub logging_steps: u64,
     /// Steps in all.
     pub max_steps: u64,
@@ -83,7 +84,20 @@ pub struct TrainerState {
 
 const EARLY_STOPPING: &str = "EarlyStoppingCallback";
 
+/// The most lines of `log_history` to which a training loss is added: each checkpoint has all of them.
+const MAX_HISTORY: usize = 100_000;
+
 impl TrainerState {
+    /// Adds a training loss to `log_history`, where in a very long run the earliest one makes room.
+    pub fn note_loss(&mut self, line: Value) {
+        if self.log_history.len() >= MAX_HISTORY
+            && let Some(first) = self.log_history.iter().position(|line| !line["loss"].is_null())
+        {
+            self.log_history.remove(first);
+        }
+        self.log_history.push(line);
+    }
+
     /// Evaluations in a row that were not better than the best.
     pub fn patience_used(&self) -> u64 {
         self.stateful_callbacks
@@ -366,6 +380,16 @@ mod tests {
         assert_eq!(state.patience_used(), 2);
         let text = serde_json::to_string(&state).unwrap();
         assert_eq!(serde_json::from_str::<TrainerState>(&text).unwrap(), state);
+    }
+
+    #[test]
+    fn of_a_very_long_run_the_latest_losses_are_noted() {
+        let mut state = TrainerState::default();
+        state.log_history.push(json!({"step": 0, "eval_loss": 1.0}));
+        (1..=MAX_HISTORY + 4).for_each(|step| state.note_loss(json!({"step": step, "loss": 0.5})));
+        assert_eq!(state.log_history.len(), MAX_HISTORY);
+        assert_eq!(state.log_history[0]["step"], 0);
+        assert_eq!(state.log_history[1]["step"], 6);
     }
 
     #[test]

@@ -292,6 +292,48 @@ fn only_the_last_checkpoints_are_kept() {
     assert_eq!(state["epoch"], 7.0 / 2.0);
 }
 
+/// Losses are noted as often as told, at checkpoints, and once each in a run that was resumed.
+#[test]
+fn the_state_has_the_losses_of_the_run() {
+    let dir = scratch("log-history");
+    let (rows, out, again) = (data(&dir, 9), dir.join("out"), dir.join("again"));
+    let common = ["--max-steps", "9", "--save-steps", "5", "--eval-data", str(&rows)];
+    let flags = [&common[..], &["--eval-steps", "4", "--logging_steps", "2"]].concat();
+    ok(&train(&rows, &out, &flags));
+    let state = |out: &Path| -> Value {
+        serde_json::from_str(&text(&out.join("checkpoint-9/trainer_state.json"))).unwrap()
+    };
+    let found = state(&out);
+    assert_eq!(found["logging_steps"], 2);
+    let history = |state: &Value, field: &str| -> Vec<(u64, u64)> {
+        let lines = state["log_history"].as_array().unwrap().iter();
+        let value = |line: &Value| Some((line["step"].as_u64()?, line[field].as_f64()?.to_bits()));
+        lines.filter_map(value).collect()
+    };
+    let logged = |steps: &[u64]| -> Vec<(u64, u64)> {
+        let lines = lines(&out.join("log.jsonl"));
+        let lines = lines.iter().filter(|line| line["loss"].is_number());
+        let losses = lines
+            .map(|line| (line["step"].as_u64().unwrap(), line["loss"].as_f64().unwrap().to_bits()));
+        losses.filter(|(step, _)| steps.contains(step)).collect()
+    };
+    assert_eq!(history(&found, "loss"), logged(&[2, 4, 5, 6, 8, 9]));
+    let evaluated: Vec<u64> = history(&found, "eval_loss").iter().map(|(step, _)| *step).collect();
+    assert_eq!(evaluated, [4, 8, 9]);
+    let from = out.join("checkpoint-5");
+    ok(&train(&rows, &again, &[&flags[..], &["--resume", str(&from)]].concat()));
+    assert_eq!(state(&again)["log_history"], found["log_history"]);
+    // Every tenth, if nothing is said; the log has a line a step either way.
+    let plain = dir.join("plain");
+    ok(&train(&rows, &plain, &["--max-steps", "11", "--save-steps", "11"]));
+    let path = plain.join("checkpoint-11/trainer_state.json");
+    let steps: Vec<u64> = history(&serde_json::from_str(&text(&path)).unwrap(), "loss")
+        .iter()
+        .map(|(step, _)| *step)
+        .collect();
+    assert_eq!((steps, lines(&plain.join("log.jsonl")).len()), (vec![10, 11], 11));
+}
+
 /// Without learning no evaluation is better than the first.
 #[test]
 fn patience_ends_a_run() {

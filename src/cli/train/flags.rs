@@ -504,6 +504,9 @@ pub(in crate::cli) struct Saving {
     /// is none).
     #[arg(long, visible_alias = "resume", value_name = "DIR", num_args = 0..=1)]
     resume_from_checkpoint: Option<Option<PathBuf>>,
+    /// Note every so many steps' loss in a checkpoint's trainer_state.json; log.jsonl has every step.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(in crate::cli) logging_steps: u64,
     /// Also write TensorBoard event files, to runs/ in --output-dir.
     #[arg(long, default_value = "none")]
     pub(in crate::cli) report_to: ReportTo,

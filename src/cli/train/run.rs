@@ -228,6 +228,9 @@ impl<'a, B: Described> Run<'a, B> {
             let (report, seconds) = self.step()?;
             last = Some(report);
             self.log_step(&report, seconds)?;
+            if due(Some(self.plan.saving.logging_steps), report.step) {
+                self.note_loss(&report);
+            }
             let speed = report.n_tokens as f64 / seconds;
             bar.set_message(format!("loss {:.4} {speed:.0} tokens/s", report.loss));
             bar.inc(1);
@@ -320,6 +323,16 @@ impl<'a, B: Described> Run<'a, B> {
         events.scalars(step, &values)
     }
 
+    /// A step's loss, as transformers notes it.
+    fn note_loss(&mut self, report: &StepReport) {
+        let line = json!({
+            "step": report.step, "epoch": self.epoch(), "loss": report.loss,
+            "learning_rate": report.lr, "router_learning_rate": report.router_lr,
+            "grad_norm": report.grad_norm,
+        });
+        self.state.note_loss(line);
+    }
+
     fn epoch(&self) -> f64 {
         self.plan.trainer.steps_done() as f64 / self.plan.batches.steps_per_epoch() as f64
     }
@@ -394,18 +407,16 @@ impl<'a, B: Described> Run<'a, B> {
 
     fn checkpoint(&mut self, report: &StepReport) -> Result<()> {
         self.log.sync()?;
-        self.state.log_history.push(json!({
-            "step": report.step, "epoch": self.epoch(), "loss": report.loss,
-            "learning_rate": report.lr, "router_learning_rate": report.router_lr,
-            "grad_norm": report.grad_norm,
-        }));
+        if !due(Some(self.plan.saving.logging_steps), report.step) {
+            self.note_loss(report);
+        }
         let Plan { saving, eval_steps, n_steps, trainer, output_dir, .. } = &self.plan;
         let per_epoch = self.plan.batches.steps_per_epoch();
         self.state = TrainerState {
             epoch: self.epoch(),
             eval_steps: eval_steps.unwrap_or(0),
             global_step: report.step,
-            logging_steps: 1,
+            logging_steps: saving.logging_steps,
             max_steps: *n_steps,
             num_train_epochs: n_steps.div_ceil(per_epoch),
             save_steps: saving.save_steps.unwrap_or(0),
