@@ -24,8 +24,8 @@ use crate::{
 #[derive(Args)]
 pub(super) struct AdapterFlags {
     /// The adapter's folder, Poly or plain LoRA [default: the base alone]. Of several (DIR, NAME=DIR, or
-    /// a folder of named sub-folders) a row uses what its field `adapter` names, of a list the sum;
-    /// without the field the first.
+    /// a folder of named sub-folders) a row uses what its field `adapter` names, of a list the sum, of an
+    /// empty list the base alone; without the field the first.
     #[arg(long, num_args = 1..)]
     adapter: Vec<PathBuf>,
     /// How rows are mixed that do not say it themselves, as a row's field `routing` says it: average, or
@@ -39,15 +39,17 @@ pub(super) struct Opened<B: Backend> {
     pub(super) adapter: Option<Adapter<B>>,
     pub(super) tasks: Option<TaskNames>,
     members: Vec<Member>,
+    /// For rows, where the adapter is a plain LoRA and has none.
+    no_tasks: TaskNames,
     routing: Option<Value>,
 }
 
 impl<B: Backend> Opened<B> {
     /// What rows may say of routing.
     pub(super) fn routes(&self) -> Option<Routes<'_>> {
-        let (adapter, tasks) = (self.adapter.as_ref()?, self.tasks.as_ref()?);
+        let adapter = self.adapter.as_ref()?;
         Some(Routes {
-            tasks,
+            tasks: self.tasks.as_ref().unwrap_or(&self.no_tasks),
             mixes: Some(adapter.config()),
             members: &self.members,
             routing: self.routing.as_ref(),
@@ -58,11 +60,12 @@ impl<B: Backend> Opened<B> {
 impl AdapterFlags {
     /// Opens them on a base.
     pub(super) fn open<B: Backend>(&self, base: &Model<B>) -> Result<Opened<B>> {
+        let no_tasks = TaskNames::unnamed(1);
         let mut named: Vec<(String, PathBuf)> = Vec::new();
         for value in &self.adapter {
             named.extend(expand(value)?);
         }
-        if let [(_, dir)] = &named[..] {
+        if let [(name, dir)] = &named[..] {
             let (adapter, tasks) = Adapter::open_any(base, dir)?;
             let routing = self.routing()?;
             if let (Some(_), None) = (&routing, &tasks) {
@@ -71,10 +74,13 @@ impl AdapterFlags {
                     dir.display()
                 )));
             }
-            return Ok(Opened { adapter: Some(adapter), tasks, members: Vec::new(), routing });
+            let only = Member::alone(name.clone(), adapter.config().clone(), tasks.clone());
+            let adapter = Some(adapter);
+            return Ok(Opened { adapter, tasks, members: vec![only], no_tasks, routing });
         }
         if named.is_empty() {
-            return Ok(Opened { adapter: None, tasks: None, members: Vec::new(), routing: None });
+            let members = Vec::new();
+            return Ok(Opened { adapter: None, tasks: None, members, no_tasks, routing: None });
         }
         let mut all = Vec::with_capacity(named.len());
         let mut are_loras = Vec::with_capacity(named.len());
@@ -97,7 +103,8 @@ impl AdapterFlags {
         }
         let adapter = Adapter::from_files(base, files, Routing::default())?;
         let tasks = Some(adapter.task_names());
-        Ok(Opened { adapter: Some(adapter), tasks, members, routing: self.routing()? })
+        let routing = self.routing()?;
+        Ok(Opened { adapter: Some(adapter), tasks, members, no_tasks, routing })
     }
 
     fn routing(&self) -> Result<Option<Value>> {

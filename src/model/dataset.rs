@@ -54,8 +54,8 @@ pub struct Routes<'a> {
     pub tasks: &'a TaskNames,
     /// The adapter whose mixtures they may name in a field `routing`; none: they may not.
     pub mixes: Option<&'a PolyConfig>,
-    /// The adapters that `mixes` is made of, of which rows name some in a field `adapter`; none: there
-    /// is one.
+    /// The adapters that `mixes` is made of, or the only one, of which rows name some in a field
+    /// `adapter`; none: it has no name.
     pub members: &'a [Member],
     /// What rows mix that have no field `routing`; none: their task's mixture.
     pub routing: Option<&'a Value>,
@@ -214,12 +214,21 @@ fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixi
     let fail = |detail| Error::Line { path: path.to_path_buf(), line: row.line, detail };
     let used = match mixes {
         Some(_) => used_members(row, members).map_err(|e| fail(format!("field adapter: {e}")))?,
-        None => Vec::new(), // In training the field is one of the row's own.
+        None => None, // In training the field is one of the row's own.
     };
-    let Some(config) = mixes.filter(|_| !used.is_empty()) else {
-        let mixing = explicit(row, routing, tasks, mixes).map_err(fail)?;
-        let task = if mixing.is_some() { 0 } else { resolve(row, tasks, path)? };
-        return Ok((task, mixing));
+    let (config, used) = match (mixes, used, members) {
+        (Some(config), Some(used), _) if used.is_empty() => {
+            let none = Mixing::Weights(vec![0.0; config.n_splits * config.n_skills]);
+            return Ok((0, Some(none)));
+        }
+        // A plain LoRA by itself is the same for every row that uses it.
+        (_, Some(used), [Member { tasks: None, .. }]) if used.len() == 1 => return Ok((0, None)),
+        (Some(config), Some(used), _) if members.len() > 1 || used.len() > 1 => (config, used),
+        _ => {
+            let mixing = explicit(row, routing, tasks, mixes).map_err(fail)?;
+            let task = if mixing.is_some() { 0 } else { resolve(row, tasks, path)? };
+            return Ok((task, mixing));
+        }
     };
     let mut parts = Vec::with_capacity(used.len());
     for member in used {
@@ -238,8 +247,9 @@ fn route(row: &Row, routes: Routes<'_>, path: &Path) -> Result<(u32, Option<Mixi
     Ok((0, Some(mixing)))
 }
 
-/// The adapters that a row uses: those of its field `adapter`, else the first.
-fn used_members<'m>(row: &Row, members: &'m [Member]) -> Result<Vec<&'m Member>, String> {
+/// The adapters that a row uses: those of its field `adapter` (of an empty list none: the base alone),
+/// else the first; nothing where the only one has no name.
+fn used_members<'m>(row: &Row, members: &'m [Member]) -> Result<Option<Vec<&'m Member>>, String> {
     let named = |name: &Value| -> Result<&'m Member, String> {
         let name = name.as_str().ok_or("expected a name or a list of names")?;
         members.iter().find(|member| member.name == name).ok_or_else(|| {
@@ -248,13 +258,9 @@ fn used_members<'m>(row: &Row, members: &'m [Member]) -> Result<Vec<&'m Member>,
         })
     };
     match row.raw.get("adapter").filter(|value| !value.is_null()) {
-        None => Ok(members.first().into_iter().collect()),
-        Some(_) if members.is_empty() => {
-            Err("rows choose where there are several, --adapter NAME=DIR NAME=DIR".to_owned())
-        }
-        Some(Value::Array(names)) if names.is_empty() => Err("the list is empty".to_owned()),
-        Some(Value::Array(names)) => names.iter().map(named).collect(),
-        Some(name) => Ok(vec![named(name)?]),
+        None => Ok(members.first().map(|first| vec![first])),
+        Some(Value::Array(names)) => names.iter().map(named).collect::<Result<_, _>>().map(Some),
+        Some(name) => Ok(Some(vec![named(name)?])),
     }
 }
 

@@ -7,6 +7,7 @@
 //! | blend | Σ share·w\[task\] / Σ share | `{"blend": {"a": 1, "b": 3}}` |
 //! | average | the mean of w over all tasks | `"average"` |
 //! | sum | the sum of others' | `"adapter": ["a", "b"]` ([`super::united`]) |
+//! | none: weights of zero | zeros, the base alone | `"adapter": []` |
 //!
 //! Weights are used as they are: those of a task sum to 1 in each split, and all zeros leave the base
 //! alone. A blend is of mixing weights, not of outputs: A and B are mixed before they are multiplied.

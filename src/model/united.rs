@@ -38,6 +38,11 @@ pub struct Member {
 }
 
 impl Member {
+    /// An adapter that is the only one.
+    pub fn alone(name: String, config: PolyConfig, tasks: Option<TaskNames>) -> Self {
+        Self { name, config, tasks, first_task: 0, first_skill: 0 }
+    }
+
     /// A mixture of its own as one of all, `all` being their configuration.
     pub fn among(&self, mixing: Mixing, all: &PolyConfig) -> Mixing {
         let first = self.first_task as u32;

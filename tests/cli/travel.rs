@@ -602,6 +602,20 @@ fn rows_choose_their_adapters() {
         assert_near(&got, &want, 1e-5, &fields.to_string());
         each.push((fields, got));
     }
+    // None: the base alone, beside several adapters and beside one of either kind.
+    let base_alone = nll(&dir, &base, None, &with(json!({})));
+    let none = with(json!({"adapter": []}));
+    let first = format!("first={}", str(&poly));
+    let plain = format!("plain={}", str(&one));
+    for adapters in [&several[..], &[first.as_str()], &[str(&poly)], &[plain.as_str()]] {
+        assert_near(&eval(&none, adapters), &base_alone, 1e-6, &format!("{adapters:?} left out"));
+    }
+    each.push((json!({"adapter": []}), eval(&none, &several)));
+    // One that is the only one has a name as well; of a plain LoRA the task does not matter.
+    let named = with(json!({"adapter": "first", "task_id": 1}));
+    assert_eq!(eval(&named, &[first.as_str()]), of_poly);
+    let named = with(json!({"adapter": "plain", "task": "of no account"}));
+    assert_near(&eval(&named, &[plain.as_str()]), &lora_nll("one"), 1e-5, "a LoRA by its name");
     // The sum of two: the one merged into the base, the other on it.
     let merged = dir.join("merged");
     let mut flags = vec!["export", "--merged", "--model", str(&base), "--adapter", str(&poly)];
@@ -639,7 +653,6 @@ fn rows_choose_their_adapters() {
         3,
         &format!("rows.jsonl:1: field adapter: \"x\" is not known; {known}"),
     );
-    bad(json!({"adapter": []}), &several, 3, "rows.jsonl:1: field adapter: the list is empty");
     bad(json!({"adapter": 1}), &several, 3, "expected a name or a list of names");
     bad(
         json!({"adapter": "poly"}),
@@ -651,7 +664,7 @@ fn rows_choose_their_adapters() {
         json!({"adapter": "poly", "task_id": 0}),
         &[str(&poly)],
         3,
-        "rows choose where there are several",
+        "field adapter: \"poly\" is not known; known: \"adapter\"",
     );
     bad(json!({"task_id": 0}), &[str(&poly), str(&poly)], 2, "two adapters are called \"adapter\"");
     let empty = dir.join("empty");
