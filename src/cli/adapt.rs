@@ -242,6 +242,7 @@ impl Adapt {
             ("data".to_owned(), self.data.paths().iter().map(|path| shown(path)).collect()),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
+        known.extend(self.data.settings(&recipe));
         settings::write(&self.output_dir, known, arguments)?;
         let outcome = run.go(&interrupted)?;
         let steps = match outcome.state.best_global_step {

@@ -6,8 +6,9 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::train::flags::spelling;
 use crate::{
     error::{Error, Result},
     formats::{
@@ -172,6 +173,16 @@ impl DataFlags {
     /// The files, for messages and settings.
     pub(super) fn paths(&self) -> &[PathBuf] {
         &self.data
+    }
+
+    /// Length limits, for the settings.
+    pub(super) fn settings(&self, recipe: &Recipe) -> [(String, Value); 3] {
+        let limits = self.limits.with_defaults(recipe);
+        [
+            ("max_source_length".to_owned(), json!(limits.max_source_length)),
+            ("max_target_length".to_owned(), json!(limits.max_target_length)),
+            ("overlong".to_owned(), json!(spelling(limits.overlong))),
+        ]
     }
 
     /// The first file, for messages about all.

@@ -340,6 +340,42 @@ fn modernise(then: &mut Map<String, Value>, now: &Map<String, Value>) {
         then.entry("max_new_tokens").or_insert(json!(128));
         then.entry("num_beams").or_insert(json!(1));
     }
+    // Some values were spelled as Rust's `Debug` has them.
+    let text = |key: &str| then.get(key).and_then(Value::as_str).unwrap_or_default();
+    let loss = match text("loss") {
+        "Lm" => Some("lm"),
+        "TFew" => Some("t-few"),
+        _ => None,
+    };
+    let optimizer = match text("optim") {
+        "AdamW" => Some(("adamw", None)),
+        "Adafactor(Adafactor { scale_parameter: false })" => Some(("adafactor", Some(false))),
+        "Adafactor(Adafactor { scale_parameter: true })" => Some(("adafactor", Some(true))),
+        _ => None,
+    };
+    let router = text("trainable").split_once("router: ").map(|(_, router)| {
+        match router.trim_end_matches(" }") {
+            "None" => json!("none"),
+            "All" => json!("dense"),
+            "Present" => json!("lazy"),
+            // Only([3]); whether the skills learn goes with `tune`.
+            only => {
+                let tasks = only.trim_start_matches("Only(").trim_end_matches(')');
+                serde_json::from_str(tasks).unwrap_or_default()
+            }
+        }
+    });
+    if let Some(loss) = loss {
+        then.insert("loss".to_owned(), json!(loss));
+    }
+    if let Some((optim, scale_parameter)) = optimizer {
+        then.insert("optim".to_owned(), json!(optim));
+        then.insert("scale_parameter".to_owned(), json!(scale_parameter));
+    }
+    if let Some(router) = router {
+        then.remove("trainable");
+        then.insert("router_updates".to_owned(), router);
+    }
 }
 
 #[cfg(test)]
@@ -380,6 +416,34 @@ mod tests {
         assert_eq!(state.patience_used(), 2);
         let text = serde_json::to_string(&state).unwrap();
         assert_eq!(serde_json::from_str::<TrainerState>(&text).unwrap(), state);
+    }
+
+    #[test]
+    fn arguments_of_earlier_versions_are_understood() {
+        let map = |value: Value| value.as_object().unwrap().clone();
+        for (mut then, now) in [
+            (
+                json!({"loss": "Lm", "optim": "AdamW", "metric_for_best": "rouge_l",
+                    "trainable": "Trainable { bank: true, router: Present }"}),
+                json!({"loss": "lm", "optim": "adamw", "scale_parameter": null, "max_new_tokens": 128,
+                    "num_beams": 1, "metric_for_best": "rouge_l", "router_updates": "lazy",
+                    "eval_choices_fingerprint": "ab"}),
+            ),
+            (
+                json!({"loss": "TFew", "optim": "Adafactor(Adafactor { scale_parameter: true })",
+                    "trainable": "Trainable { bank: false, router: Only([3]) }"}),
+                json!({"loss": "t-few", "optim": "adafactor", "scale_parameter": true,
+                    "router_updates": [3], "eval_choices_fingerprint": null}),
+            ),
+        ] {
+            let now = map(now);
+            let then = then.as_object_mut().unwrap();
+            modernise(then, &now);
+            assert_eq!(*then, now);
+            // What this version wrote stays as it is.
+            modernise(then, &Map::new());
+            assert_eq!(*then, now);
+        }
     }
 
     #[test]

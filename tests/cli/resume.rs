@@ -8,7 +8,7 @@ use std::{
 };
 
 use polytape::{formats::safetensors::SafetensorsFile, train::checkpoint};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{data, fails, lines, ok, scratch, str, text, text_or_empty, train};
 
@@ -290,6 +290,49 @@ fn only_the_last_checkpoints_are_kept() {
         serde_json::from_str(&text(&out.join("checkpoint-7/trainer_state.json"))).unwrap();
     assert_eq!((state["global_step"].as_u64(), state["max_steps"].as_u64()), (Some(7), Some(7)));
     assert_eq!(state["epoch"], 7.0 / 2.0);
+}
+
+/// The settings are spelled as the flags are, and what an earlier version wrote otherwise means the same.
+#[test]
+fn settings_are_spelled_as_flags() {
+    let dir = scratch("spelling");
+    let (rows, out) = (data(&dir, 9), dir.join("out"));
+    let flags = ["--max-steps", "2", "--save-steps", "1", "--router-updates", "lazy", "--resume"];
+    ok(&train(&rows, &out, &[&flags[..], &["--overlong", "skip", "--init", "authors"]].concat()));
+    let config: Value = serde_json::from_str(&text(&out.join("config.json"))).unwrap();
+    for (key, value) in [
+        ("loss", "lm"),
+        ("optim", "adamw"),
+        ("router_updates", "lazy"),
+        ("overlong", "skip"),
+        ("init", "authors"),
+        ("report_to", "none"),
+    ] {
+        assert_eq!(config[key], value, "{key}");
+    }
+    assert_eq!(
+        (&config["max_target_length"], &config["init_weights"]),
+        (&json!(128), &json!(true))
+    );
+    assert_eq!(
+        (&config["load_best_model_at_end"], &config["logging_steps"]),
+        (&json!(false), &json!(10))
+    );
+    assert!(config["scale_parameter"].is_null() && config["max_source_length"].is_null());
+
+    let path = out.join("checkpoint-2/training_args.json");
+    let mut known: Value = serde_json::from_str(&text(&path)).unwrap();
+    let arguments = known.as_object_mut().unwrap();
+    for key in ["scale_parameter", "router_updates", "max_new_tokens", "num_beams"] {
+        arguments.remove(key).unwrap();
+    }
+    arguments.insert("loss".into(), "Lm".into());
+    arguments.insert("optim".into(), "AdamW".into());
+    arguments.insert("trainable".into(), "Trainable { bank: true, router: Present }".into());
+    fs::write(&path, known.to_string()).unwrap();
+    ok(&train(&rows, &out, &flags));
+    let dense = ["--max-steps", "2", "--resume"];
+    fails(&train(&rows, &out, &dense), 3, "router_updates was \"lazy\" in the run");
 }
 
 /// Losses are noted as often as told, at checkpoints, and once each in a run that was resumed.

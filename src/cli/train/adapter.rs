@@ -6,8 +6,12 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
 
-use super::{super::OnOff, flags::Resumed};
+use super::{
+    super::OnOff,
+    flags::{Resumed, spelling},
+};
 use crate::{
     error::{Error, Result},
     formats::{
@@ -117,6 +121,20 @@ pub(super) struct Data<'a> {
 }
 
 impl AdapterFlags {
+    /// How a fresh adapter begins, for the settings.
+    pub(super) fn settings(&self, recipe: &Recipe) -> [(String, Value); 2] {
+        let is_fresh = self.adapter_init.is_none();
+        let init = self.init.unwrap_or(match recipe.init_a {
+            InitA::Peft => InitFlag::Peft,
+            InitA::Authors => InitFlag::Authors,
+        });
+        let b_is_zero = self.init_weights.is_none_or(OnOff::is_on);
+        [
+            ("init".to_owned(), json!(is_fresh.then(|| spelling(init)))),
+            ("init_weights".to_owned(), json!(is_fresh.then_some(b_is_zero))),
+        ]
+    }
+
     /// The adapter to start from. `tasks` are those of the data.
     pub(super) fn adapter<B: Backend>(
         &self,

@@ -242,11 +242,10 @@ impl Learning {
 
     /// How rows are drawn, for the settings.
     pub(in crate::cli) fn sampling(&self) -> Value {
-        let name = self.task_sampling.to_possible_value().map(|v| v.get_name().to_owned());
         let temperature =
             (self.task_sampling == SamplingFlag::Temperature).then_some(self.temperature());
         json!({
-            "task_sampling": name, "sampling_temperature": temperature,
+            "task_sampling": spelling(self.task_sampling), "sampling_temperature": temperature,
             "num_tasks_per_batch": self.num_tasks_per_batch,
         })
     }
@@ -332,6 +331,11 @@ impl Learning {
             ..defaults
         })
     }
+}
+
+/// A choice as its flag has it, for the settings.
+pub(in crate::cli) fn spelling(choice: impl ValueEnum) -> Option<String> {
+    choice.to_possible_value().map(|choice| choice.get_name().to_owned())
 }
 
 /// What is evaluated, and what follows from it.

@@ -231,6 +231,8 @@ impl Train {
             ("preset".to_owned(), json!(self.preset)),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
+        known.extend(self.data.settings(&recipe));
+        known.extend(self.adapter.settings(&recipe));
         settings::write(&self.output_dir, known, arguments)?;
         let outcome = run.go(&interrupted)?;
         self.report(&outcome, &data)

@@ -6,14 +6,14 @@ use serde_json::{Map, Value, json};
 
 use super::{
     super::{Described, shown},
-    flags::{Evaluating, Learning, Saving},
+    flags::{Evaluating, Learning, Saving, spelling},
     run::Evaluator,
 };
 use crate::{
     error::Result,
     formats::safetensors::write_atomically,
     model::{Model, dataset::Dataset},
-    train::{Trainer, choices::Choices},
+    train::{Optimizer, RouterRows, Trainer, choices::Choices},
 };
 
 fn object(value: Value) -> Map<String, Value> {
@@ -35,6 +35,10 @@ pub(in crate::cli) fn arguments<B: Described>(
     let (model, config) = (trainer.model(), trainer.config());
     let backend = model.backend();
     let generated = evaluator.filter(|e| e.metric.is_generated()).map(|e| &e.options);
+    let (optim, scale_parameter) = match config.optimizer {
+        Optimizer::AdamW => ("adamw", None),
+        Optimizer::Adafactor(adafactor) => ("adafactor", Some(adafactor.scale_parameter)),
+    };
     let adapter: Value =
         serde_json::from_str(&trainer.adapter().config().to_json()).unwrap_or_default();
     object(json!({
@@ -64,9 +68,15 @@ pub(in crate::cli) fn arguments<B: Described>(
         "shuffle": learning.shuffle.is_on(),
         "sampling": learning.sampling(),
         "label_smoothing_factor": config.label_smoothing,
-        "loss": format!("{:?}", learning.loss),
-        "optim": format!("{:?}", config.optimizer),
-        "trainable": format!("{:?}", config.trainable),
+        "loss": spelling(learning.loss),
+        "optim": optim,
+        "scale_parameter": scale_parameter,
+        "router_updates": match &config.trainable.router {
+            RouterRows::None => json!("none"),
+            RouterRows::All => json!("dense"),
+            RouterRows::Present => json!("lazy"),
+            RouterRows::Only(tasks) => json!(tasks),
+        },
         "ibp_prior": config.ibp_prior,
         "routing": trainer.adapter().routing(),
         "dropout": config.dropout.unwrap_or(model.dropout_rate()),
@@ -89,8 +99,11 @@ pub(in crate::cli) fn settings(
         "eval_steps": evaluating.eval_steps,
         "early_stopping_patience": evaluating.early_stopping_patience,
         "early_stopping_threshold": evaluating.threshold(),
+        "load_best_model_at_end": evaluating.load_best_model_at_end.is_on(),
         "save_steps": saving.save_steps,
         "save_total_limit": saving.save_total_limit,
+        "logging_steps": saving.logging_steps,
+        "report_to": spelling(saving.report_to),
         "checkpointing": learning.checkpointing(),
     }))
 }
