@@ -177,7 +177,7 @@ impl Adapt {
                     choices,
                     decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
                     tasks: &tasks,
-                    batch_size: self.learning.batch_size(&recipe),
+                    batch_size: self.evaluating.batch_size(self.learning.batch_size(&recipe)),
                     metric: self.evaluating.metric(),
                     options: self.evaluating.outputs.options(),
                 };

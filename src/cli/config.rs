@@ -6,14 +6,19 @@
 //! router_sampling = false           ->  --router-sampling=off
 //! ```
 //!
-//! The keys are the flags in Hugging Face's spelling, aliases included. What the file says stands
-//! before what the command line says, where the last word counts.
+//! The keys are the flags in Hugging Face's spelling, aliases included, and those of its
+//! `TrainingArguments` that are none. What the file says stands before what the command line says, where
+//! the last word counts.
+
+mod training_arguments;
 
 use std::{ffi::OsString, path::Path};
 
 use clap::{Arg, ArgAction, Command, error::ErrorKind};
 use toml::de::{DeTable, DeValue};
 
+use self::training_arguments::{Beside, Meaning, meaning};
+use super::tell;
 use crate::error::{Error, Result};
 
 /// The most bytes of a file.
@@ -39,7 +44,8 @@ pub(super) fn expand(arguments: Vec<OsString>, cli: &Command) -> Result<Vec<OsSt
         given.any(|name| names(flag).any(|known| known == name))
     };
     let mut expanded = arguments[..2].to_vec();
-    let from_file = read(Path::new(&path), cli, verb, is_given)?;
+    let is_quiet = arguments.iter().any(|argument| argument == "-q");
+    let from_file = read(Path::new(&path), cli, verb, is_given, is_quiet)?;
     expanded.extend(from_file.into_iter().map(OsString::from));
     expanded.extend_from_slice(&arguments[2..]);
     Ok(expanded)
@@ -60,6 +66,7 @@ fn read(
     cli: &Command,
     verb: &Command,
     is_given: impl Fn(&Arg) -> bool,
+    is_quiet: bool,
 ) -> Result<Vec<String>> {
     let bytes = crate::formats::json::read_capped(path, MAX_BYTES)?;
     let text = String::from_utf8(bytes)
@@ -73,11 +80,35 @@ fn read(
     let table = DeTable::parse(&text).map_err(|error| {
         fail(error.span().map_or(0, |span| span.start), error.message().to_owned())
     })?;
-    let mut arguments = Vec::new();
+    let in_file = |flag: &str| {
+        let flag = find(verb, flag)?;
+        table.get_ref().iter().find_map(|(key, value)| {
+            let name = key.get_ref().replace('_', "-");
+            names(flag).any(|known| known == name).then(|| scalar(value.get_ref()))?
+        })
+    };
+    let given = |flag: &str| find(verb, flag).is_some_and(&is_given);
+    let beside = Beside { in_file: &in_file, is_given: &given };
+    let (mut arguments, mut without_effect) = (Vec::new(), Vec::new());
     for (key, value) in table.get_ref() {
         let (name, at) = (key.get_ref().replace('_', "-"), key.span().start);
         if name == "config" {
             return Err(fail(at, "a file of settings cannot name another".to_owned()));
+        }
+        let said = scalar(value.get_ref()).unwrap_or_default();
+        match meaning(&name, &said, &beside) {
+            Some(Meaning::Flags(new)) => {
+                arguments.extend(new);
+                continue;
+            }
+            Some(Meaning::NoEffect) => {
+                without_effect.push(key.get_ref().as_ref());
+                continue;
+            }
+            Some(Meaning::Refused(why)) => {
+                return Err(fail(at, format!("key {}: {why}", key.get_ref())));
+            }
+            None => {}
         }
         let Some(flag) = find(verb, &name) else {
             let near = nearest(&name, verb.get_arguments().flat_map(names));
@@ -121,6 +152,11 @@ fn read(
         if !(matches!(flag.get_action(), ArgAction::Append) && is_given(flag)) {
             arguments.extend(new);
         }
+    }
+    if !without_effect.is_empty() && !is_quiet {
+        // The log is not there yet: its level is a flag, too.
+        let (path, keys) = (path.display(), without_effect.join(", "));
+        tell(&format!("WARN {path}: of no effect here: {keys}"));
     }
     Ok(arguments)
 }

@@ -3,9 +3,9 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use polytape::formats::adapter::AdapterFiles;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{data, fails, lines, ok, scratch, str, text, train};
+use crate::{data, fails, lines, ok, polytape, scratch, str, text, train};
 
 /// The router logits of each linear, as bits.
 fn routers(out: &Path) -> BTreeMap<String, Vec<u32>> {
@@ -362,6 +362,41 @@ fn a_config_file_is_flags() {
         ("zzzzzz = 1\n", "run.toml:1: unknown key zzzzzz"),
         ("seed = \n", "run.toml:1: "),
         ("seed = { a = 1 }\n", "run.toml:1: key seed: found a table or a date"),
+    ] {
+        fs::write(&file, content).unwrap();
+        fails(&train(&rows, &out, &["--config", str(&file)]), 3, message);
+    }
+    // A file of transformers' TrainingArguments: what means something is done, what does not is named.
+    let settings = "adam_beta1 = 0.9\nbf16 = true\ndataloader_num_workers = 4\ndisable_tqdm = true\n\
+         eval_steps = 2\neval_strategy = \"steps\"\ngreater_is_better = false\nlogging_steps = 5\n\
+         max_steps = -1\nmetric_for_best_model = \"eval_loss\"\nnum_train_epochs = 1\n\
+         per_device_eval_batch_size = 2\nreport_to = [\"none\"]\nrun_name = \"x\"\n\
+         save_only_model = false\nsave_strategy = \"no\"\n";
+    fs::write(&file, settings).unwrap();
+    let trained = dir.join("trained");
+    let command = train(&rows, &trained, &["--config", str(&file), "--eval-data", str(&rows)]);
+    let output = polytape(&command);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let warning = "of no effect here: dataloader_num_workers, disable_tqdm, run_name";
+    assert!(
+        said.lines().any(|line| line.starts_with("WARN ") && line.ends_with(warning)),
+        "{said}"
+    );
+    let log = lines(&trained.join("log.jsonl"));
+    let evaluated = log.iter().filter(|line| line.get("eval_loss").is_some());
+    assert_eq!((log.len(), evaluated.count()), (3, 1), "one epoch: two steps");
+    let config: Value = serde_json::from_str(&text(&trained.join("config.json"))).unwrap();
+    assert_eq!((&config["dtype"], &config["logging_steps"]), (&json!("bf16"), &json!(5)));
+    for (content, message) in [
+        ("adam_beta2 = 0.95\n", "run.toml:1: key adam_beta2: AdamW has 0.999 here"),
+        (
+            "seed = 1\neval_strategy = \"steps\"\n",
+            "run.toml:2: key eval_strategy: eval_steps must say",
+        ),
+        ("save_strategy = \"epoch\"\n", "key save_strategy: only steps are counted"),
+        ("greater_is_better = true\n", "key greater_is_better: of loss less is better"),
+        ("fp16 = true\n", "key fp16: there are f32 and bf16"),
     ] {
         fs::write(&file, content).unwrap();
         fails(&train(&rows, &out, &["--config", str(&file)]), 3, message);

@@ -347,6 +347,12 @@ pub(in crate::cli) struct Evaluating {
     /// Evaluate every so many steps [default: at the end].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(in crate::cli) eval_steps: Option<u64>,
+    /// Rows that are evaluated together [default: --batch-size].
+    #[arg(
+        long, visible_alias = "per-device-eval-batch-size",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    eval_batch_size: Option<u32>,
     /// Evaluate on this share of each task's rows instead, drawn by --seed, and train on the rest.
     #[arg(long, conflicts_with = "eval_data")]
     pub(in crate::cli) validation_split: Option<f64>,
@@ -379,6 +385,11 @@ pub(in crate::cli) enum Metric {
 }
 
 impl Evaluating {
+    /// Rows that are evaluated together, where `batch_size` are learned from together.
+    pub(in crate::cli) fn batch_size(&self, batch_size: usize) -> usize {
+        self.eval_batch_size.map_or(batch_size, |n| n as usize)
+    }
+
     /// What decides which adapter is best.
     pub(in crate::cli) fn metric(&self) -> Metric {
         self.metric_for_best.unwrap_or(Metric::Loss)
