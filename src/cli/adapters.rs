@@ -58,6 +58,12 @@ impl<B: Backend> Opened<B> {
 }
 
 impl AdapterFlags {
+    /// The folders, as far as they are there.
+    pub(super) fn dirs(&self) -> Vec<PathBuf> {
+        let named = self.adapter.iter().filter_map(|value| expand(value).ok()).flatten();
+        named.map(|(_, dir)| dir).collect()
+    }
+
     /// Opens them on a base.
     pub(super) fn open<B: Backend>(&self, base: &Model<B>) -> Result<Opened<B>> {
         let no_tasks = TaskNames::unnamed(1);

@@ -1,14 +1,14 @@
 //! `eval`: loss, exact match and Rouge-L.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::PathBuf};
 
 use clap::Args;
 
 use super::{
-    Common, Described, OnOff, adapters::AdapterFlags, check_writable, data, print_json,
+    Common, Described, OnOff,
+    adapters::AdapterFlags,
+    data, print_json,
+    results::{ResultFlags, Sources},
     run_on_device,
 };
 use crate::{
@@ -39,6 +39,8 @@ pub(super) struct Eval {
     /// Writes the scores of each task as a table in Markdown.
     #[arg(long)]
     markdown: Option<PathBuf>,
+    #[command(flatten)]
+    results: ResultFlags,
     /// Whether outputs are generated and scored; without, exact_match and rouge_l are null.
     #[arg(long, default_value = "on")]
     generate: OnOff,
@@ -90,26 +92,8 @@ impl Outputs {
 impl Eval {
     pub(super) fn run(&self) -> Result<()> {
         let outputs: Vec<&PathBuf> = self.per_example.iter().chain(&self.markdown).collect();
-        for (i, path) in outputs.iter().enumerate() {
-            check_writable(path)?;
-            // Another name of the same file may be given.
-            let same = |other: &Path| match (other.canonicalize(), path.canonicalize()) {
-                (Ok(other), Ok(path)) => other == path,
-                _ => other == path.as_path(),
-            };
-            let inputs = self.data.paths().iter();
-            if let Some(other) = inputs.chain(outputs[..i].iter().copied()).find(|p| same(p)) {
-                return Err(Error::Usage(format!(
-                    "{} is given twice: as an output and as {}",
-                    path.display(),
-                    if i > 0 && outputs[..i].contains(&other) {
-                        "another output"
-                    } else {
-                        "--data"
-                    }
-                )));
-            }
-        }
+        let sources = Sources { model: &self.model, adapters: &self.adapters, data: &self.data };
+        self.results.check(&outputs, &sources)?;
         run_on_device!(self, &self.model)
     }
 

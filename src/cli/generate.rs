@@ -6,7 +6,10 @@ use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use super::{
-    Common, Described, OnOff, adapters::AdapterFlags, check_writable, data, print, print_json,
+    Common, Described, OnOff,
+    adapters::AdapterFlags,
+    data, print, print_json,
+    results::{ResultFlags, Sources},
     run_on_device,
 };
 use crate::{
@@ -30,6 +33,8 @@ pub(super) struct Generate {
     /// Where the rows go, each with output and output_ids.
     #[arg(long)]
     output: PathBuf,
+    #[command(flatten)]
+    results: ResultFlags,
     #[command(flatten)]
     choice: Choice,
     /// Rows that are computed together.
@@ -137,7 +142,8 @@ impl Choice {
 
 impl Generate {
     pub(super) fn run(&self) -> Result<()> {
-        check_writable(&self.output)?;
+        let sources = Sources { model: &self.model, adapters: &self.adapters, data: &self.data };
+        self.results.check(&[&self.output], &sources)?;
         run_on_device!(self, &self.model)
     }
 

@@ -15,6 +15,7 @@ mod init;
 mod inspect;
 mod preview;
 mod report;
+mod results;
 mod train;
 pub mod verify;
 

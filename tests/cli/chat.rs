@@ -60,7 +60,7 @@ fn conversations_are_what_their_ids_are() {
     let evaluated = |data: &Path| {
         let out = dir.join("nll.jsonl");
         let flags = ["eval", "--model", str(&base), "--data", str(data), "--generate", "off"];
-        ok(&[&flags[..], &["--per-example", str(&out)]].concat());
+        ok(&[&flags[..], &["--per-example", str(&out), "--overwrite"]].concat());
         lines(&out).iter().map(|row| row["nll"].as_f64().unwrap()).collect::<Vec<_>>()
     };
     assert_eq!(evaluated(&chats_file), evaluated(&ids_file));
@@ -70,7 +70,7 @@ fn conversations_are_what_their_ids_are() {
     let generated = |data: &Path| {
         let out = dir.join("out.jsonl");
         let flags = ["generate", "--model", str(&base), "--data", str(data), "--output", str(&out)];
-        ok(&[&flags[..], &["--max-new-tokens", "4"]].concat());
+        ok(&[&flags[..], &["--max-new-tokens", "4", "--overwrite"]].concat());
         lines(&out)
     };
     let answers = generated(&written(&dir, "open.jsonl", &[open.clone(), chats[0].clone()]));

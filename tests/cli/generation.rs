@@ -50,7 +50,8 @@ fn generate_searches_as_told() {
     let adapter = ["--adapter", str(&adapter), "--data", str(&data), "--output", str(&output)];
     let generate = |base: &Path, more: &str| {
         let more: Vec<&str> = more.split_whitespace().collect();
-        ok(&[&["generate", "--dtype", "f32", "--model", str(base)], &adapter[..], &more].concat());
+        let flags = ["generate", "--dtype", "f32", "--overwrite", "--model", str(base)];
+        ok(&[&flags, &adapter[..], &more].concat());
         lines(&output)
     };
 
@@ -80,7 +81,7 @@ fn generate_searches_as_told() {
     assert_ne!(generate(&model, "--num-beams 1 --do-sample --temperature 2 --seed 3"), greedy);
 
     base_that_asks_for(&model, &json!({"guidance_scale": 1.5}));
-    let command = [&["generate", "--model", str(&model)], &adapter[..]].concat();
+    let command = [&["generate", "--overwrite", "--model", str(&model)], &adapter[..]].concat();
     fails(&command, 3, "generation_config.json: field guidance_scale");
 }
 
@@ -152,7 +153,7 @@ fn whole_lengths_end_rows_by_their_prompts() {
         fs::write(model.join("generation_config.json"), wish.to_string()).unwrap();
         let output = dir.join("out.jsonl");
         let common = ["--model", str(&model), "--data", str(&data), "--output", str(&output)];
-        ok(&[&["generate"], &common[..], flags].concat());
+        ok(&[&["generate", "--overwrite"], &common[..], flags].concat());
         lines(&output).iter().map(|row| row["output_ids"].as_array().unwrap().len()).collect()
     };
     let wish = || json!({"eos_token_id": null, "max_length": 10});
@@ -213,4 +214,56 @@ fn generate_says_which_choice_is_wrong() {
         fails(&[&["generate"], &common[..], &flags].concat(), 2, message);
     }
     assert!(!output.exists());
+}
+
+/// Another file is replaced when that is asked for, and what is read never; a device has nothing to lose.
+#[test]
+fn results_replace_nothing_unasked() {
+    let dir = scratch("results");
+    let (model, adapter) = (dir.join("model"), dir.join("adapter"));
+    for (from, to, file) in [
+        ("base", &model, "config.json"),
+        ("base", &model, "model.safetensors"),
+        ("adapter", &adapter, "adapter_config.json"),
+        ("adapter", &adapter, "adapter_model.safetensors"),
+    ] {
+        fs::create_dir_all(to).unwrap();
+        fs::copy(fixture(from).join(file), to.join(file)).unwrap();
+    }
+    let (data, kept) = (dir.join("rows.jsonl"), dir.join("kept"));
+    let row = "{\"input_ids\": [7], \"label_ids\": [8, 1], \"task_id\": 0}\n";
+    fs::write(&data, row).unwrap();
+    fs::write(&kept, "mine").unwrap();
+    let common = ["--model", str(&model), "--adapter", str(&adapter), "--data", str(&data)];
+    let (config, tensors) = (model.join("config.json"), adapter.join("adapter_model.safetensors"));
+    let same = dir.join("model/../rows.jsonl");
+    for (verb, flag) in
+        [("generate", "--output"), ("eval", "--per-example"), ("eval", "--markdown")]
+    {
+        let to = |path: &Path, more: &[&str]| -> Vec<String> {
+            let flags = [&[verb], &common[..], &[flag, str(path)], more].concat();
+            flags.into_iter().map(str::to_owned).collect()
+        };
+        let refused = |path: &Path, more: &[&str], message: &str| {
+            let before = fs::read(path).unwrap();
+            let flags = to(path, more);
+            fails(&flags.iter().map(String::as_str).collect::<Vec<_>>(), 2, message);
+            assert!(fs::read(path).unwrap() == before, "{}", path.display());
+        };
+        refused(&kept, &[], "kept is there already: replace it with --overwrite");
+        for more in [&[][..], &["--overwrite"]] {
+            refused(&same, more, "is given twice: as an output and as --data");
+            refused(&config, more, "config.json is a file of --model");
+            refused(&tensors, more, "adapter_model.safetensors is a file of --adapter");
+        }
+        let short = ["--max-new-tokens", "2"];
+        let run = |path: &Path, more: &[&str]| {
+            let flags = to(path, &[&short[..], more].concat());
+            ok(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+        };
+        run(Path::new("/dev/null"), &[]);
+        run(&kept, &["--overwrite"]);
+        assert_ne!(fs::read(&kept).unwrap(), b"mine");
+        fs::write(&kept, "mine").unwrap();
+    }
 }

@@ -128,7 +128,7 @@ fn a_causal_base_from_train_to_generate() {
     let too_long = dir.join("long.jsonl");
     fs::write(&too_long, format!("{}\n", json!({"task_id": 0, "input_ids": long}))).unwrap();
     let mut arguments = vec!["generate", "--model", base, "--data", str(&too_long)];
-    arguments.extend(["--output", str(&alone)]);
+    arguments.extend(["--output", str(&alone), "--overwrite"]);
     fails(&arguments, 3, "long.jsonl:1: the row has 70 tokens, but the model has positions for 64");
 
     let bench = ok(&[
@@ -272,6 +272,7 @@ fn rows_do_not_depend_on_their_neighbours() {
                 batch,
                 "--max-new-tokens",
                 "6",
+                "--overwrite",
             ];
             ok(&[&["eval", "--generate", "off", "--per-example", str(&out)], &common[..]].concat());
             text(&out)

@@ -24,7 +24,8 @@ fn rows() -> Vec<Value> {
 fn evaluated(dir: &Path, base: &Path, data: &Path, more: &[&str]) -> (Vec<Value>, String) {
     let out = dir.join("nll.jsonl");
     let flags = ["eval", "--model", str(base), "--data", str(data), "--generate", "off"];
-    let output = polytape(&[&flags[..], &["--per-example", str(&out)], more].concat());
+    let output =
+        polytape(&[&flags[..], &["--per-example", str(&out), "--overwrite"], more].concat());
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
     (lines(&out), said)

@@ -28,7 +28,7 @@ fn rows_of(dir: &Path, name: &str, more: impl Fn(usize, &mut Value)) -> std::pat
 fn nll(dir: &Path, model: &Path, adapter: Option<&Path>, rows: &Path) -> Vec<f64> {
     let per_example = dir.join("nll.jsonl");
     let mut flags = vec!["eval", "--model", str(model), "--data", str(rows), "--dtype", "f32"];
-    flags.extend(["--generate", "off", "--per-example", str(&per_example)]);
+    flags.extend(["--generate", "off", "--per-example", str(&per_example), "--overwrite"]);
     flags.extend(adapter.iter().flat_map(|dir| ["--adapter", str(dir)]));
     ok(&flags);
     lines(&per_example).iter().map(|row| row["nll"].as_f64().unwrap()).collect()
@@ -237,7 +237,8 @@ fn rows_are_mixed_as_they_say() {
     let out = dir.join("all.jsonl");
     let common = ["eval", "--model", str(&base), "--adapter", str(&adapter), "--dtype", "f32"];
     let evaluated = |data: &Path, more: &[&str]| {
-        let flags = ["--generate", "off", "--per-example", str(&out), "--data", str(data)];
+        let flags =
+            ["--generate", "off", "--overwrite", "--per-example", str(&out), "--data", str(data)];
         ok(&[&common[..], &flags, more].concat());
         lines(&out).iter().map(|row| row["nll"].as_f64().unwrap()).collect::<Vec<_>>()
     };
@@ -573,6 +574,7 @@ fn rows_choose_their_adapters() {
     let eval = |rows: &Path, adapters: &[&str]| -> Vec<f64> {
         let per_example = dir.join("nll.jsonl");
         let mut flags = vec!["eval", "--model", str(&base), "--data", str(rows), "--dtype", "f32"];
+        flags.push("--overwrite");
         flags.extend(["--generate", "off", "--per-example", str(&per_example), "--adapter"]);
         flags.extend(adapters);
         ok(&flags);
