@@ -108,14 +108,8 @@ impl Adapt {
     }
 
     pub(super) fn run(&self) -> Result<()> {
-        if let (Ok(model), Ok(out)) = (self.model.canonicalize(), self.output_dir.canonicalize())
-            && model == out
-        {
-            return Err(Error::Usage(
-                "--output-dir is the folder of the base: name another".into(),
-            ));
-        }
         check_apart("--adapter", &self.adapter, &self.output_dir)?;
+        self.saving.check_replaceable(&self.output_dir)?;
         run_on_device!(self, &self.model)
     }
 

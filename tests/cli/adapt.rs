@@ -256,3 +256,42 @@ fn what_a_run_begins_with_is_not_in_its_folder() {
     fs::write(&few, row(0) + &row(1)).unwrap();
     fails(&adapt(&few, &dir.join("none"), &[]), 3, "have 2 different task_ids");
 }
+
+/// What no run made stays: a model always, an adapter unless it may go.
+#[test]
+fn what_no_run_made_is_not_replaced() {
+    let dir = scratch("adapt-replaces");
+    let (rows, of_all) = (data(&dir, 9), crate::data(&dir, 9));
+    let copied = |to: &str, from: &str, files: &[&str]| {
+        let to = dir.join(to);
+        fs::create_dir_all(&to).unwrap();
+        for file in files {
+            fs::copy(fixture(from).join(file), to.join(file)).unwrap();
+        }
+        to
+    };
+    let config = copied("config", "base", &["config.json"]);
+    let weights = copied("weights", "base", &["model.safetensors"]);
+    let adapter = ["adapter_config.json", "adapter_model.safetensors"];
+    let (foreign, best) = (copied("foreign", "adapter", &adapter), dir.join("other"));
+    copied("other/best", "adapter", &adapter);
+    let pickled = dir.join("pickled");
+    fs::create_dir(&pickled).unwrap();
+    fs::write(pickled.join("pytorch_model-00001-of-00002.bin"), "x").unwrap();
+    for (out, message) in [
+        (&config, "is a model folder (it has config.json with model_type)"),
+        (&weights, "is a model folder (it has model.safetensors)"),
+        (&pickled, "is a model folder (it has pytorch_model-00001-of-00002.bin)"),
+        (&foreign, "has an adapter, but no log.jsonl of a run that made it"),
+        (&best, "has an adapter, but no log.jsonl of a run that made it"),
+    ] {
+        fails(&adapt(&rows, out, &["--max-steps", "1"]), 2, message);
+        fails(&crate::train(&of_all, out, &["--max-steps", "1", "--resume"]), 2, message);
+    }
+    let over = ["--max-steps", "1", "--overwrite-output-dir"];
+    fails(&crate::train(&of_all, &config, &over), 2, "is a model folder");
+    assert!(weights.join("model.safetensors").exists() && foreign.join(adapter[0]).exists());
+    ok(&crate::train(&of_all, &foreign, &over));
+    ok(&adapt(&rows, &foreign, &["--max-steps", "1"])); // Now it is a run's.
+    ok(&adapt(&rows, &best, &over));
+}

@@ -365,7 +365,7 @@ fn bad_input_is_3_and_names_its_place() {
     }
     let mut own = train(&rows, &copy, &[]);
     own[2] = str(&copy);
-    fails(&own, 2, "the model's own folder");
+    fails(&own, 2, "base is a model folder (it has config.json with model_type)");
 }
 
 #[cfg(not(feature = "parquet"))]

@@ -9,7 +9,10 @@ use std::{
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::super::{OnOff, data::DataFile, eval::Outputs};
+use super::{
+    super::{OnOff, data::DataFile, eval::Outputs},
+    folder,
+};
 use crate::{
     error::{Error, Result},
     formats::{disk, poly_config, rows::Row},
@@ -525,7 +528,8 @@ pub(in crate::cli) struct Saving {
     /// Also write TensorBoard event files, to runs/ in --output-dir.
     #[arg(long, default_value = "none")]
     pub(in crate::cli) report_to: ReportTo,
-    /// Replace an earlier run in --output-dir that has checkpoints: they go when this one begins.
+    /// Replace an earlier run in --output-dir that has checkpoints, or an adapter that no run left there: they go when this
+    /// one begins.
     #[arg(long)]
     overwrite_output_dir: bool,
 }
@@ -552,6 +556,11 @@ pub(in crate::cli) fn folder_of(checkpoint_dir: &Path) -> &Path {
 }
 
 impl Saving {
+    /// Refuses a folder of files that no run made, and that this one would replace.
+    pub(in crate::cli) fn check_replaceable(&self, output_dir: &Path) -> Result<()> {
+        folder::check_replaceable(output_dir, self.overwrite_output_dir)
+    }
+
     /// The checkpoint to go on from, if that was asked for and there is one.
     pub(in crate::cli) fn resumed(&self, output_dir: &Path) -> Result<Option<Resumed>> {
         checkpoint::remove_leftovers(output_dir)?;

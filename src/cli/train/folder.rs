@@ -5,7 +5,56 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::error::{Error, Result};
+use super::log;
+use crate::{
+    error::{Error, Result},
+    formats::{
+        json::{MAX_CONFIG_BYTES, UniqueObject, read_json},
+        poly_config,
+    },
+    train::checkpoint::{self, BEST_DIR},
+};
+
+/// Refuses a folder whose files a run would replace and that no run made: a model's always, an adapter's unless that is asked
+/// for. Nothing has been read or removed before.
+pub(in crate::cli) fn check_replaceable(output_dir: &Path, overwrite: bool) -> Result<()> {
+    if let Some(file) = model_file(output_dir) {
+        return Err(Error::Usage(format!(
+            "{} is a model folder (it has {file}), whose config.json this run would replace: name another --output-dir",
+            output_dir.display()
+        )));
+    }
+    let has_adapter = |dir: &Path| dir.join(poly_config::FILE_NAME).exists();
+    if !overwrite
+        && (has_adapter(output_dir) || has_adapter(&output_dir.join(BEST_DIR)))
+        && !output_dir.join(log::FILE_NAME).exists()
+        && checkpoint::list(output_dir)?.is_empty()
+    {
+        return Err(Error::Usage(format!(
+            "{} has an adapter, but no {} of a run that made it: replace it with --overwrite-output-dir, or name another --output-dir",
+            output_dir.display(),
+            log::FILE_NAME
+        )));
+    }
+    Ok(())
+}
+
+/// What shows that a folder is a model's. The `config.json` of a run names no architecture.
+fn model_file(dir: &Path) -> Option<String> {
+    let config = dir.join("config.json");
+    if config.exists()
+        && read_json::<UniqueObject>(&config, MAX_CONFIG_BYTES)
+            .is_ok_and(|UniqueObject(fields)| fields.contains_key("model_type"))
+    {
+        return Some("config.json with model_type".to_owned());
+    }
+    let names = dir.read_dir().ok()?.flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.into_string().ok()).find(|name| {
+        name.starts_with("pytorch_model")
+            || (name.starts_with("model")
+                && (name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")))
+    })
+}
 
 /// A folder that this run alone writes, until it is dropped.
 pub(in crate::cli) struct OutputFolder {

@@ -13,7 +13,7 @@ use crate::{
     formats::safetensors::write_atomically,
 };
 
-const FILE_NAME: &str = "log.jsonl";
+pub(super) const FILE_NAME: &str = "log.jsonl";
 
 /// The log of a run in progress.
 pub(super) struct Log {

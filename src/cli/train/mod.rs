@@ -85,16 +85,10 @@ enum RouterUpdates {
 
 impl Train {
     pub(super) fn run(&self) -> Result<()> {
-        if let (Ok(model), Ok(out)) = (self.model.canonicalize(), self.output_dir.canonicalize())
-            && model == out
-        {
-            return Err(Error::Usage(
-                "--output-dir is the model's own folder: its config.json would be replaced".into(),
-            ));
-        }
         if let Some(source) = &self.adapter.adapter_init {
             check_apart("--adapter-init", source, &self.output_dir)?;
         }
+        self.saving.check_replaceable(&self.output_dir)?;
         run_on_device!(self, &self.model)
     }
 
