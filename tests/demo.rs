@@ -78,3 +78,30 @@ fn progress_can_end_it() {
     assert!(matches!(ended, Err(Error::Interrupted)));
     fs::remove_dir_all(&options.output_dir).unwrap();
 }
+
+#[test]
+fn what_no_demo_wrote_stays() {
+    let options = short("demo-taken");
+    let dir = &options.output_dir;
+    let refused = |path: &str| {
+        let error = run(&options, &mut |_| Ok(())).unwrap_err();
+        let message = error.to_string();
+        assert!(error.exit_code() == 2 && message.contains("no demo wrote it"), "{message}");
+        assert_eq!(fs::read(dir.join(path)).unwrap(), b"mine");
+    };
+    for path in ["data/train.jsonl", "mhr/adapter_config.json", "base/config.json"] {
+        fs::create_dir_all(dir.join(path).parent().unwrap()).unwrap();
+        fs::write(dir.join(path), "mine").unwrap();
+        refused(path);
+        fs::remove_file(dir.join(path)).unwrap();
+    }
+    // Beside other files it finds room; and one that was interrupted is replaced, but for a base that has changed.
+    fs::write(dir.join("notes"), "mine").unwrap();
+    for _ in 0..2 {
+        let ended = run(&options, &mut |_| Err(Error::Interrupted));
+        assert!(matches!(ended, Err(Error::Interrupted)));
+    }
+    fs::write(dir.join("base/model.safetensors"), "mine").unwrap();
+    refused("base/model.safetensors");
+    fs::remove_dir_all(dir).unwrap();
+}

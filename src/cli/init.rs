@@ -33,9 +33,9 @@ impl Init {
         if self.untied {
             preset = preset.untied()?;
         }
-        if self.output_dir.join("model.safetensors").exists() {
+        if let Some(file) = self.taken() {
             return Err(Error::Usage(format!(
-                "{} already holds a model: remove it first",
+                "{} already holds {file}: nothing is overwritten; remove it or name another folder",
                 self.output_dir.display()
             )));
         }
@@ -50,5 +50,15 @@ impl Init {
             }));
         }
         print(&format!("{} in {dtype}: {}", preset.name, self.output_dir.display()))
+    }
+
+    /// A file in the folder that would be replaced, or be taken for one of the new model's. A tokenizer may lie there.
+    fn taken(&self) -> Option<String> {
+        let names = self.output_dir.read_dir().ok()?.flatten().map(|entry| entry.file_name());
+        names.filter_map(|name| name.into_string().ok()).find(|name| {
+            name == "config.json"
+                || name.ends_with(".safetensors")
+                || name.ends_with(".safetensors.index.json")
+        })
     }
 }

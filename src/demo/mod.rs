@@ -29,7 +29,7 @@ pub use report::{AdaptationScore, DemoReport, MethodReport, Score};
 use crate::{
     dtype::Dtype,
     error::{Error, Result},
-    formats::{safetensors::write_atomically, tasks::TaskNames},
+    formats::{folder::check_free, safetensors::write_atomically, tasks::TaskNames},
     generate::{Engine, GenerateOptions},
     kernels::cpu::Cpu,
     model::{Adapter, Example, Model, Options},
@@ -85,10 +85,11 @@ pub type OnProgress<'a> = &'a mut dyn FnMut(Progress<'_>) -> Result<()>;
 /// Runs the demo.
 ///
 /// # Errors
-/// If the output folder cannot be written, or `progress` says so.
+/// If the output folder cannot be written or has what no demo wrote, or `progress` says so.
 pub fn run(options: &DemoOptions, progress: OnProgress<'_>) -> Result<DemoReport> {
     let start = Instant::now();
     let DemoOptions { output_dir, seed, n_threads, plan } = options;
+    check_replaceable(output_dir)?;
     let base_dir = output_dir.join("base");
     write_files(&base_dir, &BASE)?;
     let base = Model::open(
@@ -227,6 +228,27 @@ fn score(base: &Model, adapter: Option<&Adapter<Cpu>>, rows: &[Example]) -> Scor
     let outputs = engine.generate(&rows, &options, |_, _| ());
     let n_right = outputs.iter().zip(&rows).filter(|(output, row)| **output == row.labels).count();
     Score { loss: nll / n_labels as f64, exact_match: n_right as f64 / rows.len() as f64 }
+}
+
+/// Refuses a folder whose files the demo would replace, unless a demo wrote them: then its base is there, or the first file of
+/// it where it was interrupted.
+fn check_replaceable(dir: &Path) -> Result<()> {
+    let base = dir.join("base");
+    let is_own = |(name, bytes): &(&str, &[u8])| {
+        let path = base.join(name);
+        fs::metadata(&path).is_ok_and(|found| found.len() == bytes.len() as u64)
+            && fs::read(&path).is_ok_and(|found| found == *bytes)
+    };
+    let is_demo =
+        is_own(&BASE[0]) && BASE.iter().all(|file| is_own(file) || !base.join(file.0).exists());
+    let names = ["base", "data"].into_iter().chain(Method::ALL.iter().map(|method| method.name()));
+    match names.map(|name| dir.join(name)).find(|path| !is_demo && check_free(path).is_err()) {
+        None => Ok(()),
+        Some(taken) => Err(Error::Usage(format!(
+            "{} is there, and no demo wrote it: nothing is overwritten; remove it or name another --output-dir",
+            taken.display()
+        ))),
+    }
 }
 
 fn write_files(dir: &Path, files: &[(&str, &[u8])]) -> Result<()> {

@@ -647,11 +647,17 @@ fn init_writes_a_base_that_opens() {
     let out = dir.join("small");
     ok(&["init", "--preset", "flan-t5-small", "--output-dir", str(&out), "--seed", "3"]);
     assert!(ok(&["inspect", str(&out)]).contains("76961152"));
-    fails(
-        &["init", "--preset", "flan-t5-small", "--output-dir", str(&out)],
-        2,
-        "already holds a model",
-    );
+    let again = ["init", "--preset", "flan-t5-small", "--output-dir", str(&out)];
+    fails(&again, 2, "small already holds ");
+    for file in ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    {
+        let out = dir.join(file);
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join(file), "mine").unwrap();
+        let flags = ["init", "--preset", "flan-t5-small", "--output-dir", str(&out)];
+        fails(&flags, 2, &format!("already holds {file}: nothing is overwritten"));
+        assert_eq!(text(&out.join(file)), "mine");
+    }
 }
 
 /// Flags that would do nothing, and values out of range.
