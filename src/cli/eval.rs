@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf};
 use clap::Args;
 
 use super::{
-    Common, Described, OnOff,
+    Common, Described, Invariance, OnOff,
     adapters::AdapterFlags,
     data, print_json,
     results::{ResultFlags, Sources},
@@ -49,6 +49,8 @@ pub(super) struct Eval {
     /// Rows that are computed together.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
+    #[command(flatten)]
+    invariance: Invariance,
 }
 
 /// How the outputs that are scored are generated, whatever the model's folder asks for.

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
 use super::{
-    Common, Described, OnOff,
+    Common, Described, Invariance, OnOff,
     adapters::AdapterFlags,
     data, print, print_json,
     results::{ResultFlags, Sources},
@@ -40,6 +40,8 @@ pub(super) struct Generate {
     /// Rows that are computed together.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     batch_size: u32,
+    #[command(flatten)]
+    invariance: Invariance,
 }
 
 /// How tokens are chosen: transformers' names. What is not given is as `generation_config.json` of the

@@ -106,6 +106,15 @@ struct Common {
     quiet: bool,
 }
 
+/// A flag of the verbs that infer.
+#[derive(Args)]
+struct Invariance {
+    /// Whether a row's tokens and bits do not depend on the rows beside it. Off allows more; today there is nothing that it
+    /// would speed up, so it does the same.
+    #[arg(long, default_value = "on")]
+    batch_invariant: OnOff,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum ComputeDtype {
     F32,
