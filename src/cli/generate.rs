@@ -92,8 +92,11 @@ struct Choice {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum EarlyStoppingFlag {
+    #[value(aliases = ["False", "FALSE"])]
     False,
+    #[value(aliases = ["True", "TRUE"])]
     True,
+    #[value(aliases = ["Never", "NEVER"])]
     Never,
 }
 

@@ -117,7 +117,9 @@ struct Invariance {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ComputeDtype {
+    #[value(alias = "float32")]
     F32,
+    #[value(alias = "bfloat16")]
     Bf16,
 }
 
@@ -127,11 +129,12 @@ enum Device {
     Cuda,
 }
 
+/// The other words are those that Hugging Face's parser takes.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum OnOff {
-    #[value(alias = "true")]
+    #[value(aliases = ["On", "ON", "true", "True", "TRUE", "yes", "Yes", "YES", "1"])]
     On,
-    #[value(alias = "false")]
+    #[value(aliases = ["Off", "OFF", "false", "False", "FALSE", "no", "No", "NO", "0"])]
     Off,
 }
 
@@ -472,5 +475,28 @@ mod tests {
         assert_eq!(kebab("--max_steps".into()), "--max-steps");
         assert_eq!(kebab("--model=my_dir".into()), "--model=my_dir");
         assert_eq!(kebab("my_file".into()), "my_file");
+    }
+
+    #[test]
+    fn values_in_hugging_faces_spelling_are_accepted() {
+        let check =
+            |line: &str| check_arguments(&line.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let (train, generate) = (
+            "polytape train --model m --data d --output-dir o",
+            "polytape generate --model m --data d --output o",
+        );
+        for (verb, flags) in [
+            (train, "--gradient_checkpointing --max_steps 2"),
+            (train, "--gradient_checkpointing True --shuffle False --load_best_model_at_end yes"),
+            (train, "--checkpointing=FALSE --init_weights No --dtype bfloat16"),
+            (generate, "--do_sample True --early_stopping True --dtype float32"),
+            (generate, "--early_stopping Never"),
+            (generate, "--do_sample false --early_stopping False"),
+        ] {
+            assert_eq!(check(&format!("{verb} {flags}")), Ok(()));
+        }
+        for (verb, flags) in [(train, "--shuffle maybe"), (generate, "--dtype float16")] {
+            assert!(check(&format!("{verb} {flags}")).is_err(), "{flags}");
+        }
     }
 }

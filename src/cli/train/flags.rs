@@ -104,7 +104,7 @@ pub(in crate::cli) struct Learning {
     /// Whether activations are computed again in the backward instead of kept.
     #[arg(
         long, visible_aliases = ["gradient-checkpointing", "activation-checkpointing"],
-        default_value = "off"
+        default_value = "off", num_args = 0..=1, default_missing_value = "on"
     )]
     checkpointing: OnOff,
     /// Dropout of the base [default: its configuration's dropout_rate].
