@@ -1,6 +1,10 @@
 //! `generate`: an output for every row.
 
-use std::{io::Write, path::PathBuf, time::Instant};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
@@ -14,7 +18,11 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    formats::{config::GENERATION_FILE, rows::Targets, safetensors::write_atomically},
+    formats::{
+        config::{GENERATION_FILE, GenerationDefaults},
+        rows::Targets,
+        safetensors::write_atomically,
+    },
     generate::{EarlyStopping, Engine, GenerateOptions, Generated},
     model::{Example, Model},
 };
@@ -103,10 +111,11 @@ enum EarlyStoppingFlag {
 impl Choice {
     fn options<B: Described>(&self, model: &Model<B>, seed: u64) -> Result<GenerateOptions> {
         let generation = model.generation();
+        let own = model.dir().join(GENERATION_FILE);
+        let path = if own.exists() { own } else { model.dir().join("config.json") };
         if let [key, ..] = &generation.unsupported[..] {
-            let own = model.dir().join(GENERATION_FILE);
             return Err(Error::file(
-                if own.exists() { own } else { model.dir().join("config.json") },
+                path,
                 format!("field {key} would change the outputs and is not supported; remove it"),
             ));
         }
@@ -140,8 +149,51 @@ impl Choice {
             no_repeat_ngram_size: size(self.no_repeat_ngram_size, own.no_repeat_ngram_size),
             seed,
         };
-        options.check()?;
+        options.check().map_err(|error| self.with_origin(error, &generation.defaults, &path))?;
         Ok(options)
+    }
+
+    /// What is wrong with the options, and which of those that are named nobody gave: they are of the model's file.
+    fn with_origin(&self, error: Error, of_file: &GenerationDefaults, path: &Path) -> Error {
+        let Error::Usage(mut detail) = error else { return error };
+        let Self { do_sample, num_beams, num_return_sequences, min_new_tokens, .. } = self;
+        let is_more = |n: Option<usize>| n.is_some_and(|n| n > 1);
+        let origins = [
+            ("do_sample", do_sample.is_none() && of_file.do_sample == Some(true), "off"),
+            ("num_beams", num_beams.is_none() && is_more(of_file.num_beams), "1"),
+            (
+                "num_return_sequences",
+                num_return_sequences.is_none() && is_more(of_file.num_return_sequences),
+                "1",
+            ),
+            ("min_new_tokens", min_new_tokens.is_none() && of_file.min_new_tokens.is_some(), "0"),
+            ("temperature", self.temperature.is_none() && of_file.temperature.is_some(), "1"),
+            ("top_p", self.top_p.is_none() && of_file.top_p.is_some(), "1"),
+            ("min_p", self.min_p.is_none() && of_file.min_p.is_some(), "0"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty.is_none() && of_file.repetition_penalty.is_some(),
+                "1",
+            ),
+            (
+                "length_penalty",
+                self.length_penalty.is_none() && of_file.length_penalty.is_some(),
+                "1",
+            ),
+        ];
+        let message = detail.clone();
+        for (key, is_of_file, neutral) in origins {
+            let flag = format!("--{}", key.replace('_', "-"));
+            if is_of_file && message.contains(&flag) {
+                let key =
+                    if key == "min_new_tokens" { "min_new_tokens or min_length" } else { key };
+                detail += &format!(
+                    "; {key} comes from {}, and {flag} {neutral} wins over it",
+                    path.display()
+                );
+            }
+        }
+        Error::Usage(detail)
     }
 }
 

@@ -80,6 +80,35 @@ fn generate_searches_as_told() {
     assert_eq!(generate(&model, "--num-beams 1"), greedy);
     assert_ne!(generate(&model, "--num-beams 1 --do-sample --temperature 2 --seed 3"), greedy);
 
+    // Of a choice that nobody gave the file is named, and the flag that wins over it.
+    let file = model.join("generation_config.json");
+    for (wish, flags, origin) in [
+        (
+            json!({"do_sample": true}),
+            "--num-beams 4",
+            "do_sample comes from FILE, and --do-sample off wins",
+        ),
+        (
+            json!({"num_beams": 4}),
+            "--do-sample",
+            "num_beams comes from FILE, and --num-beams 1 wins",
+        ),
+        (
+            json!({"min_length": 30, "max_new_tokens": 9}),
+            "",
+            "min_new_tokens or min_length comes from FILE, and --min-new-tokens 0 wins",
+        ),
+        (json!({"top_p": 1.5}), "--do-sample", "top_p comes from FILE, and --top-p 1 wins"),
+    ] {
+        base_that_asks_for(&model, &wish);
+        let flags: Vec<&str> = flags.split_whitespace().collect();
+        let command = ["generate", "--overwrite", "--model", str(&model)];
+        let origin = origin.replace("FILE", str(&file));
+        fails(&[&command, &adapter[..], &flags].concat(), 2, &origin);
+    }
+    base_that_asks_for(&model, &json!({"do_sample": true}));
+    generate(&model, "--num-beams 4 --do-sample off --max-new-tokens 3");
+
     base_that_asks_for(&model, &json!({"guidance_scale": 1.5}));
     let command = [&["generate", "--overwrite", "--model", str(&model)], &adapter[..]].concat();
     fails(&command, 3, "generation_config.json: field guidance_scale");
