@@ -405,3 +405,43 @@ fn a_config_file_is_flags() {
     fails(&train(&rows, &out, &["--config", str(&file)]), 3, "many");
     fails(&train(&rows, &out, &["--config", "/nowhere.toml"]), 3, "/nowhere.toml");
 }
+
+/// What is left out stays left out, in the files as in PEFT, and a repeated flag must say the same.
+#[test]
+fn excluded_modules_are_not_adapted() {
+    let dir = scratch("excluded");
+    let rows = data(&dir, 9);
+    let adapted = |out: &Path| -> Vec<String> {
+        AdapterFiles::open(out).unwrap().modules.into_keys().collect()
+    };
+    let whole = dir.join("whole");
+    let common = ["--max-steps", "1", "--target-modules", "q,v"];
+    ok(&train(&rows, &whole, &common));
+    for (name, given, written, is_left_out) in [
+        (
+            "list",
+            "EncDecAttention.q",
+            json!(["EncDecAttention.q"]),
+            (|path| path.ends_with("EncDecAttention.q")) as fn(&str) -> bool,
+        ),
+        ("pattern", r"decoder\..*", json!(r"decoder\..*"), |path| path.starts_with("decoder.")),
+    ] {
+        let out = dir.join(name);
+        ok(&train(&rows, &out, &[&common[..], &["--exclude-modules", given]].concat()));
+        let left: Vec<String> =
+            adapted(&whole).into_iter().filter(|path| !is_left_out(path)).collect();
+        assert!(!left.is_empty() && left.len() < adapted(&whole).len());
+        assert_eq!(adapted(&out), left);
+        let config: Value = serde_json::from_str(&text(&out.join("adapter_config.json"))).unwrap();
+        assert_eq!(config["exclude_modules"], written);
+        let on = ["--adapter-init", str(&out), "--max-steps", "1", "--exclude-modules"];
+        ok(&train(&rows, &dir.join(format!("{name}-on")), &[&on[..], &[given]].concat()));
+        let other = [&on[..], &["v"]].concat();
+        let message = "--exclude-modules v differs from that of --adapter-init";
+        fails(&train(&rows, &dir.join("no"), &other), 2, message);
+    }
+    let (file, out) = (dir.join("run.toml"), dir.join("of-file"));
+    fs::write(&file, "exclude_modules = [\"EncDecAttention.q\"]\n").unwrap();
+    ok(&train(&rows, &out, &[&common[..], &["--config", str(&file)]].concat()));
+    assert_eq!(adapted(&out), adapted(&dir.join("list")));
+}

@@ -51,6 +51,9 @@ pub(super) struct AdapterFlags {
     /// Names (q,v), a regular expression, or all-linear [default: the architecture's].
     #[arg(long)]
     target_modules: Option<String>,
+    /// What is not adapted although it is a target: names, or a regular expression [default: nothing].
+    #[arg(long)]
+    exclude_modules: Option<String>,
     /// Whether B starts at zero.
     #[arg(long)]
     init_weights: Option<OnOff>,
@@ -223,6 +226,7 @@ impl AdapterFlags {
             task_type: Some(model.task_type().into()),
             base_model_name_or_path: Some(data.model_dir.display().to_string()),
             target_modules: targets.map(parse_targets),
+            exclude_modules: self.exclude_modules.as_deref().map(parse_targets),
             init_weights: self.init_weights.is_none_or(OnOff::is_on),
             r: self.r.unwrap_or(recipe.r),
             n_tasks,
@@ -291,12 +295,19 @@ impl AdapterFlags {
                 "--average-correction differs from that of {whose}: leave it out"
             )));
         }
-        if let Some(given) = &self.target_modules {
-            let asked = PolyConfig { target_modules: Some(parse_targets(given)), ..config.clone() };
+        let (targets, excluded) = (&self.target_modules, &self.exclude_modules);
+        let modules = |given: &Option<String>| given.as_deref().map(parse_targets);
+        let with_targets = PolyConfig { target_modules: modules(targets), ..config.clone() };
+        let with_excluded = PolyConfig { exclude_modules: modules(excluded), ..config.clone() };
+        for (flag, given, asked) in [
+            ("--target-modules", targets, with_targets),
+            ("--exclude-modules", excluded, with_excluded),
+        ] {
+            let Some(given) = given else { continue };
             let (targets, _) = resolve(&asked, model.modules(), model.default_targets())?;
             if targets != adapter.targets() {
                 return Err(Error::Usage(format!(
-                    "--target-modules {given} differs from that of {whose}: leave it out"
+                    "{flag} {given} differs from that of {whose}: leave it out"
                 )));
             }
         }
