@@ -238,7 +238,7 @@ impl LoraConfig {
 }
 
 /// Keys that must be off, and what they are when they are not.
-const NOT_PLAIN: [(&str, &str); 17] = [
+const NOT_PLAIN: [(&str, &str); 16] = [
     ("use_dora", "is DoRA"),
     ("bias", "trains biases"),
     ("lora_bias", "has a bias"),
@@ -254,17 +254,17 @@ const NOT_PLAIN: [(&str, &str); 17] = [
     ("velora_config", "changes the product"),
     ("use_bdlora", "has blocks"),
     ("megatron_config", "is of a divided base"),
-    ("layers_pattern", "names layers by a pattern"),
     ("loftq_config", "is of a quantised base"),
 ];
 
-const UNUSED: [&str; 14] = [
+const UNUSED: [&str; 15] = [
     "auto_mapping",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
+    "layers_pattern",
     "layers_to_transform",
     "lora_dropout",
     "lora_ga_config",

@@ -497,6 +497,27 @@ fn loras_that_are_not_plain_are_refused() {
     fails(&eval, 3, "field peft_type: expected \"POLY\", found \"IA3\"");
 }
 
+/// Which layers a LoRA adapts is what its tensors say.
+#[test]
+fn layers_of_a_lora_are_those_of_its_tensors() {
+    let dir = scratch("lora-layers");
+    let (base, some) = (case("tiny").join("base"), dir.join("some"));
+    fs::create_dir_all(&some).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(lora("one").join(file), some.join(file)).unwrap();
+    }
+    let path = some.join("adapter_config.json");
+    for pattern in [json!("block"), json!(["block", "layer"])] {
+        let mut config: Value = serde_json::from_str(&text(&path)).unwrap();
+        config["layers_to_transform"] = json!([0]);
+        config["layers_pattern"] = pattern;
+        fs::write(&path, config.to_string()).unwrap();
+        let rows = rows_of(&dir, "tiny", |_, _| ());
+        let of = |lora: &Path| nll(&dir, &base, Some(lora), &rows);
+        assert_eq!(of(&some), of(&lora("one")));
+    }
+}
+
 /// What `inspect` says of an adapter holds together.
 #[test]
 fn an_adapter_is_looked_into() {
