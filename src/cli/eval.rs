@@ -143,7 +143,8 @@ impl Eval {
         }
         if let Some(path) = &self.per_example {
             write_atomically(path, |file| {
-                evaluation.rows.iter().try_for_each(|(nll, n_tokens)| {
+                data.in_order().try_for_each(|(_, place)| {
+                    let (nll, n_tokens) = place.map(|place| evaluation.rows[place]).unzip();
                     writeln!(file, "{}", serde_json::json!({"nll": nll, "n_tokens": n_tokens}))
                 })
             })?;

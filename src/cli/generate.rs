@@ -227,8 +227,18 @@ impl Generate {
         model.verify_unchanged()?;
         let seconds = started.elapsed().as_secs_f64();
 
-        let mut lines = Vec::with_capacity(outputs.len());
-        for (row, sequences) in data.rows.iter().zip(&outputs) {
+        let mut lines = Vec::with_capacity(outputs.len() + data.n_skipped);
+        for (row, place) in data.in_order() {
+            let Some(sequences) = place.map(|place| &outputs[place]) else {
+                let mut fields = row.raw.clone();
+                let text = tokenizer.is_some().then_some("output");
+                let several = (options.num_return_sequences > 1).then_some("sequences");
+                for name in text.into_iter().chain(["output_ids"]).chain(several) {
+                    fields.insert(name.into(), Value::Null); // It was left out (--overlong skip).
+                }
+                lines.push(Value::Object(fields));
+                continue;
+            };
             let mut all = Vec::with_capacity(sequences.len());
             for Generated { ids, score } in sequences {
                 let mut fields = Map::new();
@@ -256,7 +266,8 @@ impl Generate {
         if self.common.json {
             return print_json(&serde_json::json!({
                 "n_rows": outputs.len(), "n_tokens": n_tokens, "seconds": seconds,
-                "tok_per_s": tok_per_s, "output": self.output,
+                "tok_per_s": tok_per_s, "n_truncated": data.n_truncated,
+                "n_skipped": data.n_skipped, "output": self.output,
             }));
         }
         print(&format!(

@@ -107,6 +107,8 @@ pub struct Dataset {
     pub n_truncated: usize,
     /// Rows that were left out.
     pub n_skipped: usize,
+    /// The rows that were left out, each with the number of rows that stand before it in `rows`.
+    skipped: Vec<(usize, Row)>,
     /// The files, each with the number of rows up to its end.
     files: Vec<(PathBuf, usize)>,
 }
@@ -131,7 +133,10 @@ impl Dataset {
         for (row, encoded) in rows.into_iter().zip(encoded) {
             let Encoded { example, is_cut } = encoded?;
             match encoding.overlong {
-                Overlong::Skip if is_cut => dataset.n_skipped += 1,
+                Overlong::Skip if is_cut => {
+                    dataset.n_skipped += 1;
+                    dataset.skipped.push((dataset.rows.len(), row));
+                }
                 _ => {
                     dataset.n_truncated += usize::from(is_cut);
                     dataset.examples.push(example);
@@ -153,6 +158,7 @@ impl Dataset {
         self.examples.extend(more.examples);
         self.n_truncated += more.n_truncated;
         self.n_skipped += more.n_skipped;
+        self.skipped.extend(more.skipped.into_iter().map(|(before, row)| (n + before, row)));
         self.files.extend(more.files.into_iter().map(|(path, end)| (path, n + end)));
     }
 
@@ -161,9 +167,23 @@ impl Dataset {
         self.files.iter().find(|(_, end)| row < *end).map(|(path, _)| path.as_path())
     }
 
+    /// All rows of the files in their order, those that were left out, too: a row and its place in `rows`, if it has one.
+    pub fn in_order(&self) -> impl Iterator<Item = (&Row, Option<usize>)> {
+        let mut skipped = self.skipped.iter().peekable();
+        let mut kept = self.rows.iter().enumerate().peekable();
+        std::iter::from_fn(move || {
+            let place = kept.peek().map_or(self.rows.len(), |(place, _)| *place);
+            match skipped.next_if(|(before, _)| *before <= place) {
+                Some((_, row)) => Some((row, None)),
+                None => kept.next().map(|(place, row)| (row, Some(place))),
+            }
+        })
+    }
+
     /// Leaves these rows, by their places in increasing order.
     pub fn keep(&mut self, kept: &[usize]) {
-        for (_, end) in &mut self.files {
+        let ends = self.files.iter_mut().map(|(_, end)| end);
+        for end in ends.chain(self.skipped.iter_mut().map(|(before, _)| before)) {
             *end = kept.partition_point(|place| place < end);
         }
         let mut flags = vec![false; self.rows.len()];
@@ -543,7 +563,19 @@ mod tests {
         assert_eq!(dataset.examples[0].input, [97, 98, 99, 1]);
         assert_eq!(dataset.examples[1].input, [5, 6, 7, 8]);
         assert_eq!((dataset.n_truncated, dataset.examples.len()), (2, 3));
-        assert_eq!(encode(ROWS, 4, Overlong::Skip).unwrap().n_skipped, 2);
+        let mut dataset = encode(ROWS, 4, Overlong::Skip).unwrap();
+        assert_eq!(dataset.n_skipped, 2);
+        // What is left out keeps its place among the others.
+        dataset.extend(encode(ROWS, 4, Overlong::Skip).unwrap());
+        let order = |dataset: &Dataset| -> Vec<(usize, Option<usize>)> {
+            dataset.in_order().map(|(row, place)| (row.line, place)).collect()
+        };
+        let first = [(1, None), (2, None), (3, Some(0))];
+        let both = [first, [(1, None), (2, None), (3, Some(1))]].concat();
+        assert_eq!(order(&dataset), both);
+        dataset.keep(&[1]);
+        let left = [(1, None), (2, None), (1, None), (2, None), (3, Some(0))];
+        assert_eq!(order(&dataset), left);
         let error = encode(ROWS, 4, Overlong::Error).unwrap_err().to_string();
         assert_eq!(error, "rows.jsonl:1: the row has 7 tokens where 4 are allowed");
     }

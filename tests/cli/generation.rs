@@ -296,3 +296,42 @@ fn results_replace_nothing_unasked() {
         fs::write(&kept, "mine").unwrap();
     }
 }
+
+/// A line a row, also of what is left out.
+#[test]
+fn rows_that_are_left_out_have_a_line() {
+    let dir = scratch("left-out");
+    let (base, data) = (fixture("base"), dir.join("rows.jsonl"));
+    let is_long = |i: usize| i.is_multiple_of(2);
+    let rows = (0..5).map(|i| {
+        let ids = vec![7 + i; if is_long(i) { 4 } else { 2 }];
+        format!("{}\n", json!({"input_ids": ids, "label_ids": [8, 1], "own": i}))
+    });
+    fs::write(&data, rows.collect::<String>()).unwrap();
+    let (out, nll) = (dir.join("out.jsonl"), dir.join("nll.jsonl"));
+    let common = ["--model", str(&base), "--data", str(&data), "--overwrite"];
+    let limit = ["--max-source-length", "3", "--max-new-tokens", "3", "--overlong"];
+    let run = |overlong: &str| -> (Value, Vec<Value>) {
+        let generate = ["generate", "--json", "--output", str(&out)];
+        let said = ok(&[&generate, &common[..], &limit, &[overlong]].concat());
+        (serde_json::from_str(said.lines().last().unwrap()).unwrap(), lines(&out))
+    };
+    let counts = |said: &Value| ["n_rows", "n_truncated", "n_skipped"].map(|key| said[key].clone());
+    let (said, cut) = run("truncate");
+    assert_eq!(counts(&said), [5, 3, 0].map(Value::from));
+    let (said, left) = run("skip");
+    assert_eq!(counts(&said), [2, 0, 3].map(Value::from));
+    assert_eq!(left.len(), 5);
+    for (i, row) in left.iter().enumerate() {
+        assert_eq!(row["own"], i);
+        match is_long(i) {
+            true => assert_eq!(row.get("output_ids"), Some(&Value::Null)),
+            false => assert_eq!(row, &cut[i]),
+        }
+    }
+    let eval = ["eval", "--generate", "off", "--per-example", str(&nll)];
+    ok(&[&eval, &common[..], &limit, &["skip"]].concat());
+    for (i, row) in lines(&nll).iter().enumerate() {
+        assert_eq!((row["nll"].is_null(), row["n_tokens"].is_null()), (is_long(i), is_long(i)));
+    }
+}
