@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A row is what the JSON object of its cells would be; empty cells are absent fields. Quotes may hold
-//! line breaks, so a row is named by the line that it begins on. `.tsv` has tabs for commas.
+//! line breaks, so a row is named by the line that it begins on. `.tsv` has tabs for commas. A cell of `references` or
+//! `choices` is a JSON array of texts where it begins with `[`, else a text alone.
 
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use csv_core::{ReadRecordResult, ReaderBuilder};
 use serde_json::{Map, Value};
 
 use super::{
-    json::{excerpt, read_capped},
+    json::{excerpt, read_capped, reason},
     rows::{Columns, Row, Targets, parse_row},
 };
 use crate::error::{Error, Result};
@@ -49,6 +50,7 @@ pub fn read_csv(path: &Path, targets: Targets, columns: &Columns) -> Result<Vec<
 fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Result<Vec<Row>> {
     let fail = |line: usize, detail: String| Error::Line { path: path.to_path_buf(), line, detail };
     let delimiter = delimiter(path).unwrap_or(b',');
+    let used = [&columns.input, &columns.target, &columns.task].map(Option::as_ref);
     let mut reader = ReaderBuilder::new().delimiter(delimiter).build();
     let mut input = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let (mut text, mut ends) = (vec![0; 1 << 12], vec![0; 64]);
@@ -119,9 +121,11 @@ fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Resu
             if cell.is_empty() {
                 continue;
             }
-            let is_id = name == "task_id";
-            let value = match cell.parse::<u32>() {
-                Ok(id) if is_id => Value::from(id),
+            let value = match name.as_str() {
+                "task_id" => cell.parse::<u32>().map_or(Value::String(cell), Value::from),
+                "references" | "choices" if !used.contains(&Some(name)) => {
+                    texts(cell).map_err(|detail| fail(line, format!("column {name}: {detail}")))?
+                }
                 _ => Value::String(cell),
             };
             raw.insert(name.clone(), value);
@@ -129,6 +133,16 @@ fn parse(bytes: &[u8], path: &Path, targets: Targets, columns: &Columns) -> Resu
         rows.push(parse_row(raw, line, targets, columns).map_err(|detail| fail(line, detail))?);
         line = next_line;
     }
+}
+
+/// The texts that a cell lists.
+fn texts(cell: String) -> Result<Value, String> {
+    if !cell.trim_start().starts_with('[') {
+        return Ok(Value::from(vec![cell]));
+    }
+    serde_json::from_str::<Vec<String>>(&cell).map(Value::from).map_err(|error| {
+        format!("begins with [, but is no JSON array of strings: {}", reason(&error))
+    })
 }
 
 /// Where a record has a quote that opens a cell and is not closed: the cell would have all that follows in the file.
@@ -211,6 +225,20 @@ mod tests {
     }
 
     #[test]
+    fn cells_may_list_texts() {
+        let text = "input,target,references,choices\nx,a,\"[\"\"a\"\", \"\"b, c\"\"]\",\" [\"\"a\"\"]\"\nx,a,\"a, b\",a\n";
+        let rows = read(text, &Columns::default()).unwrap();
+        assert_eq!(rows[0].references, Some(vec!["a".to_owned(), "b, c".to_owned()]));
+        assert_eq!(rows[0].raw["choices"], serde_json::json!(["a"]));
+        assert_eq!(rows[1].references, Some(vec!["a, b".to_owned()]));
+        assert_eq!(rows[1].raw["choices"], serde_json::json!(["a"]));
+        // A column that is something else is a text.
+        let target = Columns { target: Some("choices".to_owned()), ..Columns::default() };
+        let rows = read("input,choices\nx,[a\n", &target).unwrap();
+        assert_eq!(rows[0].target, Some(Sequence::Text("[a".to_owned())));
+    }
+
+    #[test]
     fn what_is_wrong_names_its_line() {
         let columns = Columns::default();
         for (text, reason) in [
@@ -219,6 +247,11 @@ mod tests {
                 "input,target\n\"x\ny\",y\nx,\n",
                 "rows.csv:4: the row has neither target nor label_ids",
             ),
+            (
+                "input,target,references\nx,y,[1]\n",
+                "rows.csv:2: column references: begins with [, but is no JSON array of strings: invalid type",
+            ),
+            ("input,target,choices\nx,y,[a]\n", "rows.csv:2: column choices: begins with ["),
             ("input,input\nx,y\n", "rows.csv:1: column 2 has the name \"input\" again"),
             ("input,target\n", "rows.csv: there are no rows"),
             ("", "rows.csv: there are no rows"),
