@@ -36,11 +36,14 @@ impl Preview {
         self.common.cpu_only("preview")?;
         let model = self.common.open_model(&self.model)?;
         let tokenizer = data::open_tokenizer(&model)?;
-        let mut files = self.data.read(Targets::Required)?;
+        let mut files = self.data.read(Targets::Optional)?;
         let all = files.iter().flat_map(DataFile::located);
         let (n_rows, found) = (all.clone().count(), TaskNames::from_rows(all)?);
         for file in &mut files {
             file.rows.truncate(self.n.max(1)); // Of each file, so that each can be judged.
+            for row in &mut file.rows {
+                row.target = row.target.take().filter(|target| !target.is_empty()); // As generate reads it: a prompt alone.
+            }
         }
         // Without a task in the data there is none to show.
         let tasks = (found.n_tasks() > 0).then_some(&found);
@@ -78,6 +81,10 @@ impl Preview {
                 example.input.len(),
                 text(&example.input)?.join(" ")
             ))?;
+            if row.target.is_none() {
+                print("  no target: a prompt for generate")?;
+                continue;
+            }
             print(&format!(
                 "  labels, {} tokens, the loss is on these:\n    {}",
                 example.labels.len(),

@@ -72,6 +72,14 @@ fn rows_are_shown_as_the_model_sees_them() {
     assert_eq!(shown[0]["input_ids"], lines(&rows)[0]["input_ids"]);
     assert_eq!(shown[0]["label_ids"], lines(&rows)[0]["label_ids"]);
     assert_eq!(shown[1]["n_rows"], 5);
+    // Rows that generate would answer.
+    fs::write(&rows, "{\"input_ids\": [7, 8]}\n{\"input_ids\": [9], \"label_ids\": []}\n").unwrap();
+    let said = ok(&["preview", "--model", str(&base), "--data", str(&rows)]);
+    assert!(said.contains("input, 2 tokens") && !said.contains("labels"), "{said}");
+    assert_eq!(said.matches("no target: a prompt for generate").count(), 2, "{said}");
+    let said = ok(&["preview", "--model", str(&base), "--data", str(&rows), "--json"]);
+    let first: Value = serde_json::from_str(said.lines().next().unwrap()).unwrap();
+    assert_eq!((&first["input_ids"], &first["label_ids"]), (&json!([7, 8]), &json!([])));
 }
 
 #[test]
