@@ -33,6 +33,20 @@ const CONFIG_FILE_NAME: &str = "tokenizer_config.json";
 /// Tokens that `tokenizer_config.json` names.
 pub(crate) const SPECIAL: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+/// What transformers takes out of a decoded text where `tokenizer_config.json` says `clean_up_tokenization_spaces`, in this
+/// order.
+const CLEAN_UP: [(&str, &str); 10] = [
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+];
 /// What a folder without it may have: the SentencePiece models that the slow tokenizers read.
 const SLOW_FILES: [&str; 2] = ["spiece.model", "tokenizer.model"];
 
@@ -42,6 +56,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     fingerprint: Fingerprint,
     vocab_rows: usize,
+    cleans_up: bool,
 }
 
 impl Tokenizer {
@@ -61,8 +76,20 @@ impl Tokenizer {
             ));
         }
         let mut tokenizer = Self::parse(&read_capped(&path, MAX_FILE_BYTES)?, &path, vocab_rows)?;
-        tokenizer.make_special(&tokenizer.config()?)?;
+        let config = tokenizer.config()?;
+        tokenizer.make_special(&config)?;
+        tokenizer.cleans_up = tokenizer.is_to_clean_up(&config);
         Ok(tokenizer)
+    }
+
+    /// Whether decoded texts are cleaned. As in transformers 5, those of BPE are not, whose spaces are the text's own, unless
+    /// a second key insists.
+    fn is_to_clean_up(&self, config: &Map<String, Value>) -> bool {
+        let is_on = |key: &str| config.get(key) == Some(&Value::Bool(true));
+        let is_bpe = matches!(self.inner.get_model(), tokenizers::ModelWrapper::BPE(_));
+        is_on("clean_up_tokenization_spaces")
+            && (!is_bpe
+                || is_on("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
     }
 
     /// What `tokenizer_config.json` beside the file says; nothing where there is none.
@@ -116,7 +143,7 @@ impl Tokenizer {
         }
         let mut fingerprint = Fingerprint::default();
         fingerprint.add(bytes);
-        Ok(Self { path, inner, fingerprint, vocab_rows })
+        Ok(Self { path, inner, fingerprint, vocab_rows, cleans_up: false })
     }
 
     /// The fingerprint of the file.
@@ -140,10 +167,14 @@ impl Tokenizer {
     }
 
     /// The text of ids. Special tokens (`</s>`, ...) leave no text if `skip_special`; unknown ids
-    /// leave none.
+    /// leave none. Cleaned where the folder asks for it.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        contained(|| self.inner.decode(ids, skip_special))
-            .map_err(|error| self.error(format!("cannot decode {} ids: {error}", ids.len())))
+        let text = contained(|| self.inner.decode(ids, skip_special))
+            .map_err(|error| self.error(format!("cannot decode {} ids: {error}", ids.len())))?;
+        if !self.cleans_up {
+            return Ok(text);
+        }
+        Ok(CLEAN_UP.iter().fold(text, |text, (from, to)| text.replace(from, to)))
     }
 
     /// The end token that `tokenizer_config.json` names, if there is one: what Hugging Face's trainers
@@ -254,6 +285,35 @@ mod tests {
         assert_eq!(named.encode("a</s> a", false).unwrap(), [0, 1, 0]);
         assert_eq!(named.end_token().unwrap(), Some(1));
         assert_ne!(named.fingerprint(), plain.fingerprint());
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    /// As in transformers 5: not where the spaces are the text's own.
+    #[test]
+    fn decoded_texts_are_cleaned_where_the_configuration_says_so() {
+        let folder = std::env::temp_dir().join(format!("polytape-clean-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let vocab = r#""vocab":{"it":0,"'s":1,".":2,"do":3,"n't":4,"!":5,"'":6,"u":7}"#;
+        let words = format!(r#"{{"type":"WordLevel",{vocab},"unk_token":"u"}}"#);
+        let bpe = format!(r#"{{"type":"BPE",{vocab},"merges":[]}}"#);
+        let (plain, clean) = ("it 's . do n't ! it ' it", "it's. don't! it'it");
+        let on = r#"{"clean_up_tokenization_spaces":true}"#;
+        let insists = r#"{"clean_up_tokenization_spaces":true,
+            "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output":true}"#;
+        for (model, config, text) in [
+            (&words, "{}", plain),
+            (&words, r#"{"clean_up_tokenization_spaces":false}"#, plain),
+            (&words, on, clean),
+            (&bpe, on, plain),
+            (&bpe, insists, clean),
+        ] {
+            let file = format!(r#"{{"version":"1.0","added_tokens":[],"model":{model}}}"#);
+            std::fs::write(folder.join(FILE_NAME), file).unwrap();
+            std::fs::write(folder.join(CONFIG_FILE_NAME), config).unwrap();
+            let tokenizer = Tokenizer::open(&folder, 8).unwrap();
+            let ids = [0, 1, 2, 3, 4, 5, 0, 6, 0];
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), text, "{model} {config}");
+        }
         std::fs::remove_dir_all(folder).unwrap();
     }
 
