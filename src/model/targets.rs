@@ -12,7 +12,7 @@
 //! targets that matches nothing. Unlike in PEFT, widths that `n_splits` does not divide are refused
 //! here, not at the first step.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, panic::catch_unwind};
 
 use regex::RegexBuilder;
 
@@ -149,8 +149,16 @@ impl Matcher {
                     .and_then(|_| compile(&whole))
                     .map(Self::Pattern)
                     .or_else(|error| {
-                        let fancy = compile_fancy(pattern).and_then(|_| compile_fancy(&whole));
-                        fancy.map(Self::Fancy).map_err(|_| error)
+                        let text = error.to_string();
+                        if !["look-around", "backreferences"].iter().any(|what| text.contains(what))
+                        {
+                            return Err(error);
+                        }
+                        // The crate's own sums overflow at repetitions of repetitions.
+                        let fancy = catch_unwind(|| {
+                            compile_fancy(pattern).and_then(|_| compile_fancy(&whole)).ok()
+                        });
+                        fancy.ok().flatten().map(Self::Fancy).ok_or(error)
                     })
                     .map_err(|error| {
                         // The lines above the last one draw the pattern.
