@@ -1,12 +1,13 @@
 //! Buffers: 64-byte aligned memory that goes back to a pool when it is dropped.
 //!
-//! A training step asks for the same sizes again and again, so after the first step next to nothing is
+//! A training step asks for the same sizes again and again, so after the first step little is
 //! allocated: a buffer that is dropped waits for the next request of its size. Large ones are mapped, and
 //! memory from the system arrives zeroed page by page when first touched; reuse also saves those page faults.
 //!
 //! Ragged batches have new sizes at every step. So sizes are rounded up to an eighth of their power of
 //! two, and when what waits would take the total past an eighth more than was ever in use at once,
-//! what has waited longest is given back to the system.
+//! what has waited longest is given back to the system. Equal steps allocate nothing where their buffers fit
+//! that bound together; those of different sizes at different times, as with checkpointing, do not always.
 
 use std::{
     collections::HashMap,
