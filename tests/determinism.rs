@@ -164,12 +164,14 @@ fn a_run_resumed_anywhere_ends_with_the_same_bits() {
     }
 }
 
-/// Alone, in other places of other batches, and on any number of threads.
+/// Alone, in other places of other batches, and on any number of threads; in an engine of few rows, whose tokens are decoded
+/// by dot products, and of many.
 #[test]
 fn an_example_has_the_same_bits_whoever_is_beside_it() {
-    const CAPACITY: usize = 9;
     let all = examples(21);
-    for (n, name) in BASES.into_iter().enumerate() {
+    for (capacity, (n, name)) in
+        [9, 32].into_iter().flat_map(|c| BASES.into_iter().enumerate().map(move |base| (c, base)))
+    {
         for dtype in [Dtype::F32, Dtype::Bf16] {
             let mut random = random(n);
             let mut expected: Vec<Option<(Vec<u64>, Vec<u32>)>> = vec![None; all.len()];
@@ -177,7 +179,7 @@ fn an_example_has_the_same_bits_whoever_is_beside_it() {
                 let model = open(name, dtype, n_threads);
                 let (poly, _) = config(n);
                 let adapter = Adapter::new(&model, &poly, 5).unwrap();
-                let engine = Engine::new(&model, Some(&adapter), 0..N_TASKS as u32, CAPACITY);
+                let engine = Engine::new(&model, Some(&adapter), 0..N_TASKS as u32, capacity);
                 // All alone first, then any number of them in any order.
                 let mut order: Vec<usize> = (0..all.len()).collect();
                 for i in (1..order.len()).rev() {
@@ -185,7 +187,7 @@ fn an_example_has_the_same_bits_whoever_is_beside_it() {
                 }
                 let mut rest = &order[..];
                 while !rest.is_empty() {
-                    let len = if round == 0 { 1 } else { 1 + random(rest.len().min(2 * CAPACITY)) };
+                    let len = if round == 0 { 1 } else { 1 + random(rest.len().min(2 * capacity)) };
                     let (now, later) = rest.split_at(len);
                     rest = later;
                     let batch: Vec<&Example> = now.iter().map(|&i| &all[i]).collect();
@@ -197,7 +199,7 @@ fn an_example_has_the_same_bits_whoever_is_beside_it() {
                         let expected = expected[i].get_or_insert_with(|| found.clone());
                         assert!(
                             *expected == found,
-                            "{name} in {dtype}: example {i} among {now:?} on {n_threads} threads"
+                            "{name} in {dtype} of {capacity}: example {i} among {now:?} on {n_threads} threads"
                         );
                     }
                 }
