@@ -95,8 +95,11 @@ fn rows() -> Receiver<Result<Row>> {
     let (sender, receiver) = sync_channel(MAX_ROWS);
     thread::spawn(move || {
         let rows = RowReader::new(BufReader::new(io::stdin()), STDIN, Targets::Optional);
-        // Nobody receives any more after an error.
-        let _ = rows.into_iter().try_for_each(|row| sender.send(row));
+        for row in rows {
+            if sender.send(row).is_err() {
+                break; // Nobody receives any more after an error.
+            }
+        }
     });
     receiver
 }
