@@ -50,7 +50,9 @@ impl ResultFlags {
                     dir.display()
                 )));
             }
-            if path.exists() && !self.overwrite {
+            // As `mktemp` leaves it.
+            let is_empty = path.metadata().is_ok_and(|found| found.len() == 0);
+            if path.exists() && !is_empty && !self.overwrite {
                 return Err(Error::Usage(format!(
                     "{} is there already: replace it with --overwrite, or name another file",
                     path.display()
@@ -69,10 +71,16 @@ fn is_same(one: &Path, other: &Path) -> bool {
     }
 }
 
-/// Whether a file that is there lies in a folder, or is what one of the folder's links leads to (the Hub's cache is made of
-/// them).
+/// Extensions of what is read of a folder.
+const READ: [&str; 6] = ["bin", "jinja", "json", "model", "safetensors", "txt"];
+
+/// Whether a file that is there is of what is read of a folder, or is what one of the folder's links leads to (the Hub's cache
+/// is made of them). An earlier result may lie there, too.
 fn is_file_of(path: &Path, dir: &Path) -> bool {
     let (Ok(path), Ok(dir)) = (path.canonicalize(), dir.canonicalize()) else { return false };
+    let is_read =
+        |path: &Path| path.extension().is_some_and(|e| READ.iter().any(|read| e == *read));
     let mut entries = dir.read_dir().into_iter().flatten().flatten();
-    path.starts_with(&dir) || entries.any(|entry| is_same(&entry.path(), &path))
+    (path.starts_with(&dir) && is_read(&path))
+        || entries.any(|entry| is_read(&entry.path()) && is_same(&entry.path(), &path))
 }

@@ -85,7 +85,7 @@ impl Verify {
             ("--no-mmap", self.common.no_mmap, "there is no base to read"),
         ] {
             if is_given {
-                return Err(Error::Usage(format!("verify takes no {flag}: {why}; leave it out")));
+                tracing::warn!("{flag} is of no effect here: {why}");
             }
         }
         let needs_gpu = matches!(self.common.device, Device::Cuda);

@@ -12,7 +12,7 @@
 //! targets that matches nothing. Unlike in PEFT, widths that `n_splits` does not divide are refused
 //! here, not at the first step.
 
-use std::{collections::BTreeSet, panic::catch_unwind};
+use std::collections::BTreeSet;
 
 use regex::RegexBuilder;
 
@@ -145,30 +145,27 @@ impl Matcher {
                 };
                 // By itself first: "q)|(?:v" must not become a pattern by what is put around it.
                 let whole = format!(r"\A(?:{pattern})\z");
-                compile(pattern)
-                    .and_then(|_| compile(&whole))
-                    .map(Self::Pattern)
-                    .or_else(|error| {
-                        let text = error.to_string();
-                        if !["look-around", "backreferences"].iter().any(|what| text.contains(what))
-                        {
-                            return Err(error);
-                        }
-                        // The crate's own sums overflow at repetitions of repetitions.
-                        let fancy = catch_unwind(|| {
-                            compile_fancy(pattern).and_then(|_| compile_fancy(&whole)).ok()
-                        });
-                        fancy.ok().flatten().map(Self::Fancy).ok_or(error)
-                    })
-                    .map_err(|error| {
-                        // The lines above the last one draw the pattern.
-                        let error = error.to_string();
-                        let reason = error.lines().last().unwrap_or_default();
-                        let pattern = excerpt(pattern);
-                        Error::Config(format!(
-                            "{pattern} is not a pattern for module names: {reason}"
-                        ))
-                    })
+                let refused = |why: &str| {
+                    // The lines above the last one draw the pattern.
+                    let reason = why.lines().last().unwrap_or_default();
+                    let pattern = excerpt(pattern);
+                    Error::Config(format!("{pattern} is not a pattern for module names: {reason}"))
+                };
+                let error = match compile(pattern).and_then(|_| compile(&whole)) {
+                    Ok(compiled) => return Ok(Self::Pattern(compiled)),
+                    Err(error) => error.to_string(),
+                };
+                if !["look-around", "backreferences"].iter().any(|what| error.contains(what)) {
+                    return Err(refused(&error));
+                }
+                if pattern.contains('{') {
+                    // The crate bounds neither what counts in a look-behind become nor empty repetitions.
+                    return Err(refused("repetitions by {} are not supported beside look-around"));
+                }
+                compile_fancy(pattern)
+                    .and_then(|_| compile_fancy(&whole))
+                    .map(Self::Fancy)
+                    .map_err(|error| refused(&error.to_string()))
             }
         }
     }
@@ -284,7 +281,14 @@ mod tests {
             (list(&["lm_head"]), None, "the output head"),
             (pattern("("), None, "\"(\" is not a pattern for module names: error: unclosed group"),
             (pattern("q)|(?:v"), None, "is not a pattern for module names: error: unopened group"),
-            (pattern("(?=q)|(v"), None, "is not a pattern for module names"),
+            (
+                pattern("(?=q)|(v"),
+                None,
+                "is not a pattern for module names: Parsing error at position",
+            ),
+            (pattern(r"(?<=(\w{1,1000}){1,1000}q)x"), None, "not supported beside look-around"),
+            (pattern("((?=.)){99999999999999}q"), None, "is not a pattern for module names"),
+            (pattern("(?:(?=.).|(?=.).|(?=.).|(?=.).)*!"), None, "steps at encoder"),
             (list(&["\u{1b}[2J"]), None, r#"target_modules ["\u{1b}[2J"] matches nothing"#),
         ] {
             let error = paths(targets, exclude).unwrap_err().to_string();

@@ -85,7 +85,7 @@ pub struct TrainerState {
 const EARLY_STOPPING: &str = "EarlyStoppingCallback";
 
 /// The most lines of `log_history` to which a training loss is added: each checkpoint has all of them.
-const MAX_HISTORY: usize = 100_000;
+const MAX_HISTORY: usize = 10_000;
 
 impl TrainerState {
     /// Adds a training loss to `log_history`, where in a very long run the earliest one makes room.
@@ -339,6 +339,8 @@ fn modernise(then: &mut Map<String, Value>, now: &Map<String, Value>) {
     if metric.is_some_and(|metric| ["exact_match", "rouge_l"].contains(&metric)) {
         then.entry("max_new_tokens").or_insert(json!(128));
         then.entry("num_beams").or_insert(json!(1));
+        let size = then.get("batch_size").cloned().unwrap_or_default();
+        then.entry("eval_batch_size").or_insert(size);
     }
     // Some values were spelled as Rust's `Debug` has them.
     let text = |key: &str| then.get(key).and_then(Value::as_str).unwrap_or_default();
@@ -423,10 +425,10 @@ mod tests {
         let map = |value: Value| value.as_object().unwrap().clone();
         for (mut then, now) in [
             (
-                json!({"loss": "Lm", "optim": "AdamW", "metric_for_best": "rouge_l",
+                json!({"loss": "Lm", "optim": "AdamW", "metric_for_best": "rouge_l", "batch_size": 4,
                     "trainable": "Trainable { bank: true, router: Present }"}),
                 json!({"loss": "lm", "optim": "adamw", "scale_parameter": null, "max_new_tokens": 128,
-                    "num_beams": 1, "metric_for_best": "rouge_l", "router_updates": "lazy",
+                    "num_beams": 1, "metric_for_best": "rouge_l", "router_updates": "lazy", "batch_size": 4, "eval_batch_size": 4,
                     "eval_choices_fingerprint": "ab"}),
             ),
             (

@@ -126,7 +126,7 @@ fn up_to(max: usize) -> impl Fn(&str) -> std::result::Result<usize, String> + Cl
 const MAX_ROWS: usize = 1 << 20;
 
 /// Elements of an operand at most: the check holds some of each in f64, which take 8 GiB then.
-const MAX_ELEMENTS: usize = 1 << 28;
+const MAX_ELEMENTS: usize = 1 << 30;
 
 /// Refuses operands that there is no memory for, which an allocation would end the process by.
 fn check_size(what: &str, sizes: &[usize]) -> Result<()> {

@@ -52,6 +52,8 @@ pub(in crate::cli) fn arguments<B: Described>(
         "metric_for_best": evaluator.map(|e| e.metric.name()),
         "max_new_tokens": generated.map(|options| options.max_new_tokens),
         "num_beams": generated.map(|options| options.num_beams),
+        // Few rows are decoded in another order of sums than many.
+        "eval_batch_size": evaluator.filter(|_| generated.is_some()).map(|e| e.batch_size),
         "isa": backend.hardware(),
         "dtype": backend.compute().to_string(),
         "adapter_config": adapter,
