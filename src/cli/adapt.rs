@@ -154,13 +154,13 @@ impl Adapt {
         let files = self.draw(self.of_task(self.data.read(Targets::Required)?, &tasks)?)?;
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
         let mut data = encode(files)?;
-        let eval_data = match (&self.evaluating.eval_data, held_out) {
-            (Some(path), _) => {
-                let file = self.data.read_file(path, Targets::Required)?;
-                Some(encode(self.of_task(vec![file], &tasks)?)?)
+        let eval_data = match (&self.evaluating.eval_data[..], held_out) {
+            ([], None) => None,
+            ([], Some(files)) => Some(encode(files)?),
+            (files, _) => {
+                let files = self.data.read_files(files, Targets::Required)?;
+                Some(encode(self.of_task(files, &tasks)?)?)
             }
-            (None, Some(files)) => Some(encode(files)?),
-            (None, None) => None,
         };
         let evaluator = eval_data
             .map(|data| {
@@ -233,7 +233,7 @@ impl Adapt {
         known.extend([
             ("model".to_owned(), shown(&self.model)),
             ("adapter".to_owned(), shown(&self.adapter)),
-            ("data".to_owned(), self.data.paths().iter().map(|path| shown(path)).collect()),
+            ("data".to_owned(), self.data.shown()),
             ("max_steps".to_owned(), json!(n_steps)),
         ]);
         known.extend(self.data.settings(&recipe));

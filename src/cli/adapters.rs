@@ -8,6 +8,7 @@ use std::{
 use clap::Args;
 use serde_json::Value;
 
+use super::named_path;
 use crate::{
     error::{Error, Result},
     formats::{adapter::AdapterFiles, lora::is_lora, poly_config, tasks::TaskNames},
@@ -126,13 +127,8 @@ impl AdapterFlags {
 
 /// The adapters that a value of the flag means, with their names.
 fn expand(value: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let text = value.to_string_lossy();
-    if let Some((name, dir)) = text.split_once('=')
-        && !value.exists()
-        && !name.is_empty()
-        && !name.contains('/')
-    {
-        return Ok(vec![(name.to_owned(), dir.into())]);
+    if let Some(named) = named_path(value) {
+        return Ok(vec![named]);
     }
     let is_adapter = |dir: &Path| dir.join(poly_config::FILE_NAME).exists();
     let name = |dir: &Path| {

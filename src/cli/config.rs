@@ -84,7 +84,8 @@ fn read(
         let flag = find(verb, flag)?;
         table.get_ref().iter().find_map(|(key, value)| {
             let name = key.get_ref().replace('_', "-");
-            names(flag).any(|known| known == name).then(|| scalar(value.get_ref()))?
+            let is_it = names(flag).any(|known| known == name);
+            is_it.then(|| scalar(value.get_ref()).unwrap_or_default())
         })
     };
     let given = |flag: &str| find(verb, flag).is_some_and(&is_given);

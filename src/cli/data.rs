@@ -2,13 +2,14 @@
 
 use std::{
     collections::HashSet,
+    ffi::OsString,
     path::{Path, PathBuf},
 };
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::train::flags::spelling;
+use super::{named_path, shown, train::flags::spelling};
 use crate::{
     error::{Error, Result},
     formats::{
@@ -28,10 +29,10 @@ use crate::{
 
 #[derive(Args)]
 pub(super) struct DataFlags {
-    /// Rows: JSONL, CSV with a header (.csv, .tsv), or Parquet (.parquet, where it is built in). Of several files each is a task of its name,
-    /// where its rows name none.
-    #[arg(long, required = true, num_args = 1..)]
-    data: Vec<PathBuf>,
+    /// Rows: JSONL, CSV with a header (.csv, .tsv), or Parquet (.parquet, where it is built in). Rows that name no task are of
+    /// NAME; without it, of several files each is a task of its name, and one is the adapter's task of its name, or its only one.
+    #[arg(long, required = true, num_args = 1.., value_name = "[NAME=]FILE")]
+    data: Vec<NamedFile>,
     /// The field or column that is the input.
     #[arg(long)]
     input_column: Option<String>,
@@ -45,6 +46,33 @@ pub(super) struct DataFlags {
     limits: Limits,
 }
 
+/// A data file, and what `NAME=FILE` says of it.
+#[derive(Clone)]
+pub(super) struct NamedFile {
+    path: PathBuf,
+    /// The task of its rows that name none.
+    task: Option<String>,
+}
+
+impl From<OsString> for NamedFile {
+    fn from(value: OsString) -> Self {
+        match named_path(Path::new(&value)) {
+            Some((task, path)) => Self { path, task: Some(task) },
+            None => Self { path: value.into(), task: None },
+        }
+    }
+}
+
+impl NamedFile {
+    /// As the flag has it, for the settings.
+    pub(super) fn shown(&self) -> Value {
+        match &self.task {
+            Some(task) => format!("{task}={}", self.path.display()).into(),
+            None => shown(&self.path),
+        }
+    }
+}
+
 /// The rows of a file.
 pub(super) struct DataFile {
     pub(super) path: PathBuf,
@@ -55,6 +83,17 @@ impl DataFile {
     /// Its rows, with the file.
     pub(super) fn located(&self) -> impl Iterator<Item = (&Path, &Row)> + Clone {
         self.rows.iter().map(|row| (self.path.as_path(), row))
+    }
+
+    /// Gives a task to the rows that name none, and says how many those are.
+    fn name_task(&mut self, task: &str) -> usize {
+        let unnamed = |row: &&mut Row| row.task.is_none() && row.task_id.is_none();
+        let mut n_unnamed = 0;
+        for row in self.rows.iter_mut().filter(unnamed) {
+            row.task = Some(task.to_owned());
+            n_unnamed += 1;
+        }
+        n_unnamed
     }
 }
 
@@ -170,9 +209,14 @@ impl Limits {
 }
 
 impl DataFlags {
-    /// The files, for messages and settings.
-    pub(super) fn paths(&self) -> &[PathBuf] {
-        &self.data
+    /// The files.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.data.iter().map(|file| file.path.as_path())
+    }
+
+    /// The files, for the settings.
+    pub(super) fn shown(&self) -> Value {
+        self.data.iter().map(NamedFile::shown).collect()
     }
 
     /// Length limits, for the settings.
@@ -187,38 +231,43 @@ impl DataFlags {
 
     /// The first file, for messages about all.
     pub(super) fn first(&self) -> &Path {
-        &self.data[0] // clap asks for one.
+        &self.data[0].path // clap asks for one.
     }
 
     /// The rows of all files.
     pub(super) fn read(&self, targets: Targets) -> Result<Vec<DataFile>> {
-        let several = self.data.len() > 1;
+        self.read_files(&self.data, targets)
+    }
+
+    /// The rows of other files with the same columns.
+    pub(super) fn read_files(
+        &self,
+        files: &[NamedFile],
+        targets: Targets,
+    ) -> Result<Vec<DataFile>> {
+        let several = files.len() > 1;
         let mut stems = HashSet::new();
-        self.data
+        files
             .iter()
-            .map(|path| {
+            .map(|NamedFile { path, task }| {
                 let mut file = self.read_file(path, targets)?;
-                if let Some(stem) = path.file_stem().filter(|_| several) {
-                    let unnamed = |row: &&mut Row| row.task.is_none() && row.task_id.is_none();
-                    let mut n_unnamed = 0;
-                    for row in file.rows.iter_mut().filter(unnamed) {
-                        row.task = Some(stem.to_string_lossy().into_owned());
-                        n_unnamed += 1;
-                    }
-                    if n_unnamed > 0 && !stems.insert(stem.to_owned()) {
-                        return Err(Error::file(
-                            path,
-                            "another data file has the same name, so the rows of both would be one task: give rows a field task, or rename the file",
-                        ));
-                    }
+                if let Some(task) = task {
+                    file.name_task(task); // Of two files of one name it is meant so.
+                } else if let Some(stem) = path.file_stem().filter(|_| several)
+                    && file.name_task(&stem.to_string_lossy()) > 0
+                    && !stems.insert(stem)
+                {
+                    return Err(Error::file(
+                        path,
+                        "another data file has the same name, so the rows of both would be one task: give rows a field task, name the file's with NAME=FILE, or rename the file",
+                    ));
                 }
                 Ok(file)
             })
             .collect()
     }
 
-    /// The rows of another file with the same columns.
-    pub(super) fn read_file(&self, path: &Path, targets: Targets) -> Result<DataFile> {
+    fn read_file(&self, path: &Path, targets: Targets) -> Result<DataFile> {
         let columns = Columns {
             input: self.input_column.clone(),
             target: self.target_column.clone(),

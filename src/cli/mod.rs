@@ -325,6 +325,14 @@ fn check_apart(flag: &str, source: &Path, output_dir: &Path) -> Result<()> {
     }
 }
 
+/// What a value NAME=PATH means; nothing where it is a path alone, as what is there is, whatever it is called.
+fn named_path(value: &Path) -> Option<(String, PathBuf)> {
+    let text = value.to_string_lossy();
+    let (name, path) = text.split_once('=')?;
+    let is_name = !name.is_empty() && !name.contains('/') && !value.exists();
+    is_name.then(|| (name.to_owned(), path.into()))
+}
+
 /// A path as JSON has it; what is not UTF-8 is replaced.
 fn shown(path: &Path) -> serde_json::Value {
     path.display().to_string().into()

@@ -34,7 +34,7 @@ impl ResultFlags {
                 let path = path.display();
                 Err(Error::Usage(format!("{path} is given twice: as an output and as {other}")))
             };
-            if sources.data.paths().iter().any(|other| is_same(other, path)) {
+            if sources.data.paths().any(|other| is_same(other, path)) {
                 return twice("--data");
             }
             if outputs[..i].iter().any(|other| is_same(other, path)) {

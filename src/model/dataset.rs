@@ -308,11 +308,14 @@ fn explicit(
     mixing.map(Some).map_err(|detail| format!("{place}: {detail}"))
 }
 
+/// A row's task: the one that it names, else that of its file's name, else the only one.
 fn resolve(row: &Row, tasks: &TaskNames, path: &Path) -> Result<u32> {
-    tasks.resolve(row, path)?.ok_or_else(|| Error::Line {
+    let of_file = || tasks.id(&path.file_stem()?.to_string_lossy());
+    let only = (tasks.n_tasks() == 1).then_some(0);
+    tasks.resolve(row, path)?.or_else(of_file).or(only).ok_or_else(|| Error::Line {
         path: path.to_path_buf(),
         line: row.line,
-        detail: "the row has neither task nor task_id, but the adapter needs one".into(),
+        detail: "the row has neither task nor task_id, but the adapter needs one: give it either, or name the task of all such rows of a file with NAME=FILE".into(),
     })
 }
 
@@ -594,6 +597,21 @@ mod tests {
         let error = encode_as(Layout::Causal, long, 99, Overlong::Skip).unwrap_err().to_string();
         let expected = "rows.jsonl:1: the row has 11 tokens, but the model has positions for 9";
         assert!(error.starts_with(expected), "{error}");
+    }
+
+    #[test]
+    fn a_task_that_is_not_named_is_that_of_the_file_or_the_only_one() {
+        let row = r#"{"input": "a"}"#;
+        let mut rows = RowReader::new(row.as_bytes(), "rows.jsonl", Targets::Optional);
+        let row = rows.next().unwrap().unwrap();
+        let two = TaskNames::from_list(&["a".to_owned(), "b".to_owned()]).unwrap();
+        let task = |tasks: &TaskNames, path: &str| {
+            resolve(&row, tasks, Path::new(path)).map_err(|error| error.to_string())
+        };
+        assert_eq!(task(&two, "dir/b.jsonl"), Ok(1));
+        assert_eq!(task(&TaskNames::unnamed(1), "dir/b.jsonl"), Ok(0));
+        let expected = "dir/c.jsonl:1: the row has neither task nor task_id";
+        assert!(task(&two, "dir/c.jsonl").unwrap_err().starts_with(expected));
     }
 
     #[test]

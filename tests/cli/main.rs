@@ -11,6 +11,7 @@ mod generation;
 mod resume;
 mod routing;
 mod seeing;
+mod tasks;
 mod tokens;
 mod travel;
 mod verify;

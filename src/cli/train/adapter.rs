@@ -179,13 +179,8 @@ impl AdapterFlags {
         data: &Data<'_>,
         tasks: &TaskNames,
     ) -> Result<Adapter<B>> {
-        if tasks.n_tasks() == 0 {
-            return Err(Error::file(
-                data.path,
-                "no row has a task or task_id: add one (0 everywhere for a single task)",
-            ));
-        }
-        let n_tasks = self.n_tasks.unwrap_or(tasks.n_tasks());
+        // Rows that name no task are of one.
+        let n_tasks = self.n_tasks.unwrap_or(tasks.n_tasks().max(1));
         if n_tasks < tasks.n_tasks() {
             return Err(Error::Usage(format!(
                 "--n-tasks {n_tasks} is less than the {} tasks of {}",

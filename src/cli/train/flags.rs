@@ -10,7 +10,11 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::{
-    super::{OnOff, data::DataFile, eval::Outputs},
+    super::{
+        OnOff,
+        data::{DataFile, NamedFile},
+        eval::Outputs,
+    },
     folder,
 };
 use crate::{
@@ -344,9 +348,9 @@ pub(in crate::cli) fn spelling(choice: impl ValueEnum) -> Option<String> {
 /// What is evaluated, and what follows from it.
 #[derive(Args)]
 pub(in crate::cli) struct Evaluating {
-    /// Rows to evaluate on.
-    #[arg(long)]
-    pub(in crate::cli) eval_data: Option<PathBuf>,
+    /// Rows to evaluate on, in files as those of --data.
+    #[arg(long, num_args = 1.., value_name = "[NAME=]FILE")]
+    pub(in crate::cli) eval_data: Vec<NamedFile>,
     /// Evaluate every so many steps [default: at the end].
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub(in crate::cli) eval_steps: Option<u64>,
@@ -409,7 +413,7 @@ impl Evaluating {
         files: Vec<DataFile>,
         seed: u64,
     ) -> Result<(Vec<DataFile>, Option<Vec<DataFile>>)> {
-        if self.eval_data.is_none() && self.validation_split.is_none() {
+        if self.eval_data.is_empty() && self.validation_split.is_none() {
             let asked = [
                 ("--eval-steps", self.eval_steps.is_some()),
                 ("--early-stopping-patience", self.early_stopping_patience.is_some()),

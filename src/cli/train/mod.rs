@@ -134,10 +134,10 @@ impl Train {
         };
         let (files, held_out) = self.evaluating.split(files, self.common.seed)?;
         let mut data = encode(files)?;
-        let eval_data = match (&self.evaluating.eval_data, held_out) {
-            (Some(path), _) => Some(encode(vec![self.data.read_file(path, Targets::Required)?])?),
-            (None, Some(files)) => Some(encode(files)?),
-            (None, None) => None,
+        let eval_data = match (&self.evaluating.eval_data[..], held_out) {
+            ([], None) => None,
+            ([], Some(files)) => Some(encode(files)?),
+            (files, _) => Some(encode(self.data.read_files(files, Targets::Required)?)?),
         };
         let evaluator = eval_data
             .map(|data| {
@@ -217,7 +217,7 @@ impl Train {
         let mut known = settings::settings(&model, &self.evaluating, &self.saving, &self.learning);
         known.extend([
             ("model".to_owned(), shown(&self.model)),
-            ("data".to_owned(), self.data.paths().iter().map(|path| shown(path)).collect()),
+            ("data".to_owned(), self.data.shown()),
             (
                 "adapter_init".to_owned(),
                 self.adapter.adapter_init.as_deref().map_or(Value::Null, shown),

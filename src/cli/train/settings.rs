@@ -5,7 +5,7 @@ use std::{io::Write, path::Path};
 use serde_json::{Map, Value, json};
 
 use super::{
-    super::{Described, shown},
+    super::{Described, data::NamedFile},
     flags::{Evaluating, Learning, Saving, spelling},
     run::Evaluator,
 };
@@ -93,10 +93,11 @@ pub(in crate::cli) fn settings(
     saving: &Saving,
     learning: &Learning,
 ) -> Map<String, Value> {
+    let eval_data: Value = evaluating.eval_data.iter().map(NamedFile::shown).collect();
     object(json!({
         "polytape_version": env!("CARGO_PKG_VERSION"),
         "threads": model.backend().host_threads(),
-        "eval_data": evaluating.eval_data.as_deref().map(shown),
+        "eval_data": (!evaluating.eval_data.is_empty()).then_some(eval_data),
         "validation_split": evaluating.validation_split,
         "eval_steps": evaluating.eval_steps,
         "early_stopping_patience": evaluating.early_stopping_patience,
