@@ -9,12 +9,14 @@
 //! The new task is one more row of every router, behind the others, which never change; with
 //! `router` nothing that the other tasks use does. [`Kept`] is the proof of it, from the files.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::trainer::{RouterRows, Trainable};
 use crate::{
     error::{Error, Result},
-    formats::{adapter::AdapterFiles, fingerprint::Fingerprint, json::excerpt, tasks::TaskNames},
+    formats::{adapter::AdapterModule, fingerprint::Fingerprint, json::excerpt, tasks::TaskNames},
     kernels::{
         Backend,
         philox::{Key, Purpose},
@@ -99,6 +101,33 @@ pub struct Kept {
     pub after: String,
 }
 
+impl Kept {
+    /// Fails where one of the numbers changed that were to stay.
+    ///
+    /// # Errors
+    /// Says what changed.
+    pub fn check(&self, what: &str) -> Result<()> {
+        match self.n_changed {
+            0 => Ok(()),
+            n => Err(Error::NotFinite(format!(
+                "{what} were to stay as they are, but {n} of {} numbers changed: this is a defect of polytape",
+                self.n_values
+            ))),
+        }
+    }
+
+    /// In a line: whether they are the same, and their fingerprints.
+    pub fn line(&self, what: &str) -> String {
+        let Self { n_values, n_changed, before, after } = self;
+        match n_changed {
+            0 => format!("bit-identical: {what}, {n_values} numbers, fingerprint {after}"),
+            n => format!(
+                "trained: {what}, {n} of {n_values} numbers changed, fingerprint {before} -> {after}"
+            ),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Comparison {
     n_values: usize,
@@ -122,12 +151,15 @@ impl Comparison {
     }
 }
 
-/// What an adaptation kept of an adapter: (A and B, routing rows of the tasks of before).
-pub fn compare(before: &AdapterFiles, after: &AdapterFiles) -> (Kept, Kept) {
+/// What a run kept of an adapter, by its linears: (A and B, routing rows of the tasks of before).
+pub fn compare(
+    before: &BTreeMap<String, AdapterModule>,
+    after: &BTreeMap<String, AdapterModule>,
+) -> (Kept, Kept) {
     let (mut bank, mut rows) = (Comparison::default(), Comparison::default());
-    for (path, old) in &before.modules {
+    for (path, old) in before {
         let empty = [][..].to_vec();
-        let Some(new) = after.modules.get(path) else {
+        let Some(new) = after.get(path) else {
             bank.add(&old.lora_a.values, &empty);
             continue;
         };

@@ -330,6 +330,10 @@ pub fn check_arguments(checkpoint_dir: &Path, now: &Map<String, Value>) -> Resul
 
 /// Turns the arguments of a checkpoint that an earlier version made into what this one would have written.
 fn modernise(then: &mut Map<String, Value>, now: &Map<String, Value>) {
+    // Training's was not noted: there was one.
+    if now.contains_key("tune") {
+        then.entry("tune").or_insert(json!("all"));
+    }
     // The rows are the same, or their own fingerprint differs; nothing was noted of their choices.
     const CHOICES: &str = "eval_choices_fingerprint";
     if !then.contains_key(CHOICES) {
@@ -427,7 +431,7 @@ mod tests {
             (
                 json!({"loss": "Lm", "optim": "AdamW", "metric_for_best": "rouge_l", "batch_size": 4,
                     "trainable": "Trainable { bank: true, router: Present }"}),
-                json!({"loss": "lm", "optim": "adamw", "scale_parameter": null, "max_new_tokens": 128,
+                json!({"loss": "lm", "optim": "adamw", "scale_parameter": null, "max_new_tokens": 128, "tune": "all",
                     "num_beams": 1, "metric_for_best": "rouge_l", "router_updates": "lazy", "batch_size": 4, "eval_batch_size": 4,
                     "eval_choices_fingerprint": "ab"}),
             ),

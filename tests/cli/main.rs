@@ -687,6 +687,7 @@ fn flags_that_would_be_ignored_are_refused() {
         ("--scale-parameter on", "--scale-parameter is for --optim adafactor"),
         ("--sampling-temperature 9", "is for --task-sampling temperature"),
         ("--routing private --router-sampling hard", "--router-sampling is for a router that"),
+        ("--routing private --tune router", "--tune router is for a router that learns"),
         ("--routing private --router-updates lazy", "--router-updates lazy is for a router that"),
         ("--routing private --ibp-prior 5", "--ibp-prior is for a router that learns"),
         ("--routing private --router-learning-rate 9", "--router-learning-rate is for a router"),

@@ -384,6 +384,32 @@ fn loras_are_read_and_become_skills() {
     let mut flags = vec!["train", "--model", str(&base), "--data", str(&rows), "--max-steps", "2"];
     flags.extend(["--adapter-init", str(&out), "--output-dir", str(&trained)]);
     ok(&flags);
+
+    let routed = dir.join("routed");
+    *flags.last_mut().unwrap() = str(&routed);
+    flags.extend(["--tune", "router", "--save-steps", "1", "--json"]);
+    let said = ok(&flags);
+    let said: Value = serde_json::from_str(said.lines().last().unwrap()).unwrap();
+    assert_eq!(said["bank"]["n_changed"], 0);
+    assert_eq!(said["bank"]["before"], said["bank"]["after"]);
+    assert!(said["router"]["n_changed"].as_u64().unwrap() > 0, "{said}");
+    let after = polytape::formats::adapter::AdapterFiles::open(&routed).unwrap();
+    let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    for (path, old) in &files.modules {
+        let new = &after.modules[path];
+        assert_eq!(bits(&old.lora_a.values), bits(&new.lora_a.values), "{path}");
+        assert_eq!(bits(&old.lora_b.values), bits(&new.lora_b.values), "{path}");
+    }
+    let is_same = |(path, old): (&String, &polytape::formats::adapter::AdapterModule)| {
+        old.router_logits == after.modules[path].router_logits
+    };
+    assert!(!files.modules.iter().all(is_same), "the router learned nothing");
+    flags.extend(["--resume", "--tune", "all"]);
+    fails(&flags, 3, "tune was \"router\" in the run that is to be resumed and is \"all\" now");
+    flags.extend(["--tune", "router"]);
+    flags.retain(|flag| *flag != "--json");
+    let said = ok(&flags);
+    assert!(said.starts_with("bit-identical: A and B, "), "{said}");
 }
 
 /// The authors' names and layout: the same numbers under PEFT's names.

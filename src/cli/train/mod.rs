@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use self::{
     adapter::AdapterFlags,
-    flags::{Evaluating, Learning, LossFlag, Saving},
+    flags::{Evaluating, Learning, LossFlag, Saving, spelling},
     folder::OutputFolder,
     run::{Evaluator, Outcome, Plan, Run},
 };
@@ -33,13 +33,18 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    formats::{rows::Targets, tasks::TaskNames},
+    formats::{adapter::AdapterFiles, rows::Targets, tasks::TaskNames},
     kernels::Backend,
     model::{
         Model,
         dataset::{Dataset, Routes},
     },
-    train::{RouterRows, RouterSampling, Trainer, evaluate::Decode, recipe::Recipe},
+    train::{
+        RouterRows, RouterSampling, Trainer,
+        adapt::{self, Kept},
+        evaluate::Decode,
+        recipe::Recipe,
+    },
 };
 
 #[derive(Args)]
@@ -63,6 +68,9 @@ pub(super) struct Train {
     preset: Option<String>,
     #[command(flatten)]
     adapter: AdapterFlags,
+    /// What learns: the skills and the router, or the router alone, as with skills that were imported.
+    #[arg(long, default_value = "all")]
+    tune: TuneFlag,
     /// Which routing rows a step moves: all (as PyTorch's AdamW does), or those of its own tasks.
     #[arg(long, default_value = "dense")]
     router_updates: RouterUpdates,
@@ -75,6 +83,12 @@ pub(super) struct Train {
     evaluating: Evaluating,
     #[command(flatten)]
     saving: Saving,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TuneFlag {
+    All,
+    Router,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -171,7 +185,11 @@ impl Train {
         }
         if adapter.routing().fixed {
             let lazy = self.router_updates == RouterUpdates::Lazy;
-            let given = [(lazy, "--router-updates lazy"), (self.ibp_prior != 0.0, "--ibp-prior")];
+            let given = [
+                (self.tune == TuneFlag::Router, "--tune router"),
+                (lazy, "--router-updates lazy"),
+                (self.ibp_prior != 0.0, "--ibp-prior"),
+            ];
             let given = given.into_iter().find_map(|(is_given, flag)| is_given.then_some(flag));
             if let Some(flag) = given.or_else(|| self.learning.of_the_router()) {
                 return Err(Error::Usage(format!(
@@ -181,15 +199,30 @@ impl Train {
             config.trainable.router = RouterRows::None;
             config.router_sampling = RouterSampling::Off;
         }
+        config.trainable.bank = self.tune == TuneFlag::All;
+        let n_trainable = match self.tune {
+            TuneFlag::All => adapter.n_params(),
+            TuneFlag::Router => {
+                let tasks: Vec<u32> = (0..adapter.config().n_tasks as u32).collect();
+                adapter.router_rows(&tasks).iter().map(|row| row.len()).sum()
+            }
+        };
         tracing::info!(
-            "{} linears adapted, {} trainable parameters, {n_steps} steps of {per_step} rows",
+            "{} linears adapted, {n_trainable} trainable parameters, {n_steps} steps of {per_step} rows",
             adapter.targets().len(),
-            adapter.n_params(),
         );
+        let begun_with = (self.tune == TuneFlag::Router).then(|| adapter.modules(model.backend()));
+        if let Some(modules) = &begun_with
+            && modules.values().all(|module| module.lora_b.values.iter().all(|&b| b == 0.0))
+        {
+            tracing::warn!(
+                "B is zero, so the router has nothing to mix and learns nothing: begin with --adapter-init, or with --init-weights off"
+            );
+        }
         let trainer = Trainer::new(&model, adapter, config)?;
         let interrupted = run::interruption();
         let choices = choices.as_ref();
-        let arguments = settings::arguments(
+        let mut arguments = settings::arguments(
             &trainer,
             per_step,
             &self.learning,
@@ -197,6 +230,7 @@ impl Train {
             choices,
             evaluator.as_ref(),
         );
+        arguments.insert("tune".into(), json!(spelling(self.tune)));
         let plan = Plan {
             common: &self.common,
             evaluating: &self.evaluating,
@@ -229,21 +263,44 @@ impl Train {
         known.extend(self.adapter.settings(&recipe));
         settings::write(&self.output_dir, known, arguments)?;
         let outcome = run.go(&interrupted)?;
-        self.report(&outcome, &data)
+        let kept = match begun_with {
+            Some(before) => {
+                let after = AdapterFiles::open(&self.output_dir)?;
+                let (bank, rows) = adapt::compare(&before, &after.modules);
+                bank.check("A and B")?;
+                Some([bank, rows])
+            }
+            None => None,
+        };
+        self.report(&outcome, &data, kept)
     }
 
-    fn report(&self, outcome: &Outcome<'_, impl Backend>, data: &Dataset) -> Result<()> {
+    /// `kept` is what the router alone was to learn beside: A and B, and what became of the router.
+    fn report(
+        &self,
+        outcome: &Outcome<'_, impl Backend>,
+        data: &Dataset,
+        kept: Option<[Kept; 2]>,
+    ) -> Result<()> {
         let out = &self.output_dir;
         let state = &outcome.state;
         let eval_loss = outcome.evaluation.as_ref().map(|e| e.overall.loss);
         let steps = outcome.trainer.steps_done();
         let final_loss = outcome.last.map(|last| last.loss);
         if self.common.json {
-            return print_json(&json!({
+            let mut said = json!({
                 "steps": steps, "final_loss": final_loss, "eval_loss": eval_loss,
                 "best_step": state.best_global_step, "output_dir": shown(out),
                 "n_truncated": data.n_truncated, "n_skipped": data.n_skipped,
-            }));
+            });
+            if let Some([bank, router]) = kept {
+                (said["bank"], said["router"]) = (json!(bank), json!(router));
+            }
+            return print_json(&said);
+        }
+        if let Some([bank, router]) = kept {
+            print(&bank.line("A and B"))?;
+            print(&router.line("routing rows"))?;
         }
         let Some(loss) = final_loss else {
             return print(&format!(
