@@ -9,9 +9,13 @@
 //!
 //! A batch is that of one of their GPUs. mttl's SuperNI scripts leave the number of splits to the
 //! caller; 64 is what its T0 scripts have. It must divide the base's widths, so small bases want less.
+//! The scripts name T5's linears; of another base they mean those that do the same.
 
 use super::{Optimizer, RouterSampling, Schedule, TrainConfig, adafactor::Adafactor};
-use crate::model::routing::InitA;
+use crate::{
+    formats::{config::ModelConfig, poly_config::TargetModules},
+    model::routing::InitA,
+};
 
 /// How long a run is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +24,31 @@ pub enum Length {
     Steps(u64),
     /// Passes over the data.
     Epochs(f64),
+}
+
+/// Which linears a recipe adapts, whatever the base calls them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linears {
+    /// PEFT's default of the architecture.
+    Default,
+    /// The projections of attention: T5's q, k, v, o.
+    Attention,
+    /// All but the output head.
+    All,
+}
+
+impl Linears {
+    /// Their `target_modules`; none where they are the default.
+    pub fn targets(self, base: &ModelConfig) -> Option<TargetModules> {
+        match self {
+            Self::Default => None,
+            Self::Attention => {
+                let names = base.attention_targets().iter().map(|&name| name.to_owned());
+                Some(TargetModules::List(names.collect()))
+            }
+            Self::All => Some(TargetModules::Pattern("all-linear".to_owned())),
+        }
+    }
 }
 
 /// Defaults of a run.
@@ -31,8 +60,8 @@ pub struct Recipe {
     pub n_skills: usize,
     /// Splits.
     pub n_splits: usize,
-    /// Which linears; none: the architecture's default.
-    pub target_modules: Option<&'static str>,
+    /// What is adapted.
+    pub linears: Linears,
     /// How A begins.
     pub init_a: InitA,
     /// The trainer's settings; warm-up and steps are below.
@@ -55,7 +84,7 @@ impl Default for Recipe {
             r: 8,
             n_skills: 4,
             n_splits: 1,
-            target_modules: None,
+            linears: Linears::Default,
             init_a: InitA::Peft,
             train: TrainConfig::default(),
             gradient_accumulation_steps: 1,
@@ -97,7 +126,7 @@ impl Recipe {
             "poly-crossfit" => Self {
                 r: 16,
                 n_skills: 8,
-                target_modules: Some("q,k,v,o"),
+                linears: Linears::Attention,
                 init_a: InitA::Authors,
                 train: TrainConfig {
                     weight_decay: 0.01,
@@ -115,7 +144,7 @@ impl Recipe {
                 r: 1,
                 n_skills: 8,
                 n_splits: 64,
-                target_modules: Some("q,k,v,o,wi_0,wi_1,wo"),
+                linears: Linears::All,
                 init_a: InitA::Authors,
                 train: TrainConfig {
                     weight_decay: 0.0,
@@ -133,7 +162,7 @@ impl Recipe {
                 r: 16,
                 n_skills: 8,
                 n_splits: 64,
-                target_modules: Some("q,k,v,o"),
+                linears: Linears::Attention,
                 init_a: InitA::Authors,
                 train: TrainConfig {
                     weight_decay: 0.01,

@@ -320,6 +320,38 @@ fn presets_are_defaults_and_flags_win() {
     fails(&train(&rows, &dir, &["--preset", "mhr-to"]), 2, "mhr-t0");
 }
 
+/// A preset's linears are those that do the same in the base, whatever they are called.
+#[test]
+fn presets_fit_every_base() {
+    let dir = scratch("presets-bases");
+    let rows = data(&dir, 9);
+    let attention = "poly-crossfit";
+    for (base, preset, expected) in [
+        ("tiny", attention, &["k", "o", "q", "v"][..]),
+        ("tiny", "mhr-t0", &["k", "o", "q", "v", "wi", "wo"]),
+        ("v11-untied", "mhr-t0", &["k", "o", "q", "v", "wi_0", "wi_1", "wo"]),
+        ("bart", attention, &["k_proj", "out_proj", "q_proj", "v_proj"]),
+        ("bart", "mhr-t0", &["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"]),
+        ("llama", attention, &["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (
+            "llama",
+            "mhr-t0",
+            &["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
+        ("gpt2", attention, &["attn.c_attn", "attn.c_proj"]),
+        ("gpt2", "mhr-t0", &["c_attn", "c_fc", "c_proj"]),
+    ] {
+        let name = format!("tests/data/parity/{base}/base");
+        let (out, base) = (dir.join(format!("{base}-{preset}")), Path::new(&name));
+        let mut run = train(&rows, &out, &["--preset", preset, "--max-steps", "1"]);
+        run[2] = str(base);
+        run.extend(["--n-splits", "1"]); // The bases are tiny.
+        ok(&run);
+        let config: Value = serde_json::from_str(&text(&out.join("adapter_config.json"))).unwrap();
+        assert_eq!(config["target_modules"], json!(expected), "{name} {preset}");
+    }
+}
+
 #[test]
 fn a_config_file_is_flags() {
     let dir = scratch("config");

@@ -216,11 +216,11 @@ impl AdapterFlags {
                     .into(),
             ));
         }
-        let targets = self.target_modules.as_deref().or(recipe.target_modules);
+        let targets = self.target_modules.as_deref().map(parse_targets);
         let config = PolyConfig {
             task_type: Some(model.task_type().into()),
             base_model_name_or_path: Some(data.model_dir.display().to_string()),
-            target_modules: targets.map(parse_targets),
+            target_modules: targets.or_else(|| recipe.linears.targets(model.config())),
             exclude_modules: self.exclude_modules.as_deref().map(parse_targets),
             init_weights: self.init_weights.is_none_or(OnOff::is_on),
             r: self.r.unwrap_or(recipe.r),

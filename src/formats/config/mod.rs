@@ -304,6 +304,17 @@ impl ModelConfig {
             Self::Gpt2(_) => &["c_attn"],
         }
     }
+
+    /// The projections of attention, as `target_modules` name them.
+    pub fn attention_targets(&self) -> &'static [&'static str] {
+        match self {
+            Self::T5(_) => &["q", "k", "v", "o"],
+            Self::Decoder(_) => &["q_proj", "k_proj", "v_proj", "o_proj"],
+            Self::Bart(_) => &["q_proj", "k_proj", "v_proj", "out_proj"],
+            // Its feed-forward layer has a c_proj, too.
+            Self::Gpt2(_) => &["attn.c_attn", "attn.c_proj"],
+        }
+    }
 }
 
 /// Which ids begin and end an output: `generation_config.json` where it says so, else the model's
