@@ -1,6 +1,6 @@
 //! `export`: one mixture of an adapter as a plain LoRA folder, or merged into the base.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use crate::{
     generate::Engine,
     kernels::{
         Backend,
+        cpu::Cpu,
         philox::{Key, Purpose},
     },
     model::{
@@ -36,7 +37,8 @@ pub(super) struct Export {
     #[arg(long)]
     adapter: PathBuf,
     /// The base model's folder. With it the adapter's logits and those of what was written are compared,
-    /// on 8 rows of random ids (from --seed), and the largest difference is printed.
+    /// on 8 rows of random ids (from --seed), and the largest difference is printed [default: the one that the adapter's
+    /// base_model_name_or_path names, where that is a folder here].
     #[arg(long)]
     model: Option<PathBuf>,
     /// The task, by name or id [default: the only one].
@@ -73,12 +75,8 @@ impl Export {
         let (mixing, routing) = self.mixing(&files, &tasks)?;
         // The base first: an adapter of another one is refused before anything is written.
         let opened = match &self.model {
-            Some(dir) => {
-                let model = self.common.open_model(dir)?;
-                let adapter = Adapter::open(&model, &self.adapter)?;
-                Some((model, adapter))
-            }
-            None => None,
+            Some(dir) => Some(self.open(dir)?),
+            None => self.open_named(files.config.base_model_name_or_path.as_deref()),
         };
         let (mut lora, pairs) = mixed(&files, &mixing);
         if let (None, Some(dir)) = (&lora.base_model_name_or_path, &self.model) {
@@ -116,6 +114,28 @@ impl Export {
             model.verify_unchanged()?;
         }
         self.say(&files, &routing, pairs.len(), merged.as_ref(), deviation.as_ref())
+    }
+
+    /// A base, and the adapter on it.
+    fn open(&self, base: &Path) -> Result<(Model, Adapter<Cpu>)> {
+        let model = self.common.open_model(base)?;
+        let adapter = Adapter::open(&model, &self.adapter)?;
+        Ok((model, adapter))
+    }
+
+    /// The base that the adapter names, if it is here. Nobody asked for it, so it need not be one.
+    fn open_named(&self, name: Option<&str>) -> Option<(Model, Adapter<Cpu>)> {
+        let dir = name.map(Path::new).filter(|dir| dir.is_dir())?;
+        match self.open(dir) {
+            Ok(opened) => {
+                tracing::info!("comparing on {}, the base that the adapter names", dir.display());
+                Some(opened)
+            }
+            Err(error) => {
+                tracing::warn!("not comparing on the base that the adapter names: {error}");
+                None
+            }
+        }
     }
 
     /// What is mixed, and how the flags say it.

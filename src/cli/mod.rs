@@ -185,7 +185,7 @@ impl Common {
         let _ = pool.build_global();
     }
 
-    fn open_model(&self, dir: &PathBuf) -> Result<Model> {
+    fn open_model(&self, dir: &Path) -> Result<Model> {
         self.limit_host_threads();
         let options =
             Options { dtype: self.dtype(), n_threads: self.n_threads(), access: self.access() };

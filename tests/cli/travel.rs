@@ -103,6 +103,39 @@ fn an_exported_folder_is_pefts() {
     assert_eq!(fs::read_dir(&out).unwrap().count(), 2);
 }
 
+/// Without `--model` the base that the adapter names is what the export is compared on, if it is there.
+#[test]
+fn an_export_is_compared_on_the_base_that_the_adapter_names() {
+    let dir = scratch("export-named");
+    let adapter = dir.join("adapter");
+    fs::create_dir_all(&adapter).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(case("tiny").join("adapter").join(file), adapter.join(file)).unwrap();
+    }
+    let path = adapter.join("adapter_config.json");
+    let none = dir.join("none");
+    for (name, base, compared) in [
+        ("own", case("tiny").join("base"), true),
+        ("other", case("v11-untied").join("base"), false),
+        ("no-model", dir.clone(), false),
+        ("absent", none, false),
+    ] {
+        let mut config: Value = serde_json::from_str(&text(&path)).unwrap();
+        config["base_model_name_or_path"] = json!(str(&base));
+        fs::write(&path, config.to_string()).unwrap();
+        let out = dir.join(name);
+        let mut flags = vec!["export", "--adapter", str(&adapter), "--task", "1"];
+        flags.extend(["--output-dir", str(&out)]);
+        let said = ok(&flags);
+        let expected = if compared {
+            "compared with the adapter on 8 rows"
+        } else {
+            "not compared with the adapter: that needs --model"
+        };
+        assert!(said.contains(expected), "{name}: {said}");
+    }
+}
+
 /// Merging changes the adapted weights and no other byte, in the files that the source has.
 #[test]
 fn merging_touches_the_adapted_weights_alone() {
