@@ -126,15 +126,17 @@ fn up_to(max: usize) -> impl Fn(&str) -> std::result::Result<usize, String> + Cl
 const MAX_ROWS: usize = 1 << 20;
 
 /// Elements of an operand at most: the check holds some of each in f64, which take 8 GiB then.
-const MAX_ELEMENTS: usize = 1 << 30;
+const MAX_ELEMENTS: usize = 1 << 28;
+/// Of the pairs of all tasks, of which there may be ten thousand.
+const MAX_PAIR_ELEMENTS: usize = 1 << 30;
 
 /// Refuses operands that there is no memory for, which an allocation would end the process by.
-fn check_size(what: &str, sizes: &[usize]) -> Result<()> {
+fn check_size(what: &str, sizes: &[usize], most: usize) -> Result<()> {
     let n = sizes.iter().fold(1_usize, |n, &size| n.saturating_mul(size));
-    if n > MAX_ELEMENTS {
+    if n > most {
         let shape: Vec<_> = sizes.iter().map(usize::to_string).collect();
         return Err(Error::Usage(format!(
-            "{what} would have {} elements, more than {MAX_ELEMENTS}: ask for less",
+            "{what} would have {} elements, more than {most}: ask for less",
             shape.join(" x ")
         )));
     }
@@ -244,7 +246,7 @@ impl Gemm {
         for &shapes in &self.kernels.shapes {
             for &(d_out, d_in) in shapes.linears() {
                 for &rows in &self.rows {
-                    check_size("an input", &[rows, d_out.max(d_in)])?;
+                    check_size("an input", &[rows, d_out.max(d_in)], MAX_ELEMENTS)?;
                     for direction in [Direction::Forward, Direction::Backward] {
                         if rows <= 16 && direction == Direction::Backward {
                             continue; // Nothing trains on so few.
@@ -366,10 +368,14 @@ impl Routed {
                 }
                 for &rows in &self.rows {
                     let Self { r, n_skills, n_splits, n_tasks, .. } = *self;
-                    check_size("an input", &[rows, d_out.max(d_in)])?;
-                    check_size("the bank", &[n_skills, d_in + d_out, r])?;
-                    check_size("the tasks' mixed pairs", &[n_tasks, d_in + d_out, r])?;
-                    check_size("the logits", &[n_tasks, n_splits, n_skills])?;
+                    check_size("an input", &[rows, d_out.max(d_in)], MAX_ELEMENTS)?;
+                    check_size("the bank", &[n_skills, d_in + d_out, r], MAX_ELEMENTS)?;
+                    check_size(
+                        "the tasks' mixed pairs",
+                        &[n_tasks, d_in + d_out, r],
+                        MAX_PAIR_ELEMENTS,
+                    )?;
+                    check_size("the logits", &[n_tasks, n_splits, n_skills], MAX_ELEMENTS)?;
                     let weights = self.kernels.weights();
                     let shape =
                         RoutedShape { rows, d_out, d_in, r, n_skills, n_splits, n_tasks, weights };
@@ -476,7 +482,7 @@ impl Attention {
         for &shapes in &self.kernels.shapes {
             let (n_heads, n_kv_heads, head_dim) = shapes.heads();
             for &rows in &self.rows {
-                check_size("the queries", &[self.batch, rows, n_heads, head_dim])?;
+                check_size("the queries", &[self.batch, rows, n_heads, head_dim], MAX_ELEMENTS)?;
                 let causal = shapes == Shapes::Llama1b;
                 let one = AttentionShape {
                     batch: self.batch,
