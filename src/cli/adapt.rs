@@ -164,18 +164,11 @@ impl Adapt {
         };
         let evaluator = eval_data
             .map(|data| {
-                let choices = rank(&data, true)?;
-                let evaluator = Evaluator {
-                    model: &model,
-                    data,
-                    choices,
-                    decoder: tokenizer.as_ref().map(|t| t as &dyn Decode),
-                    tasks: &tasks,
-                    batch_size: self.evaluating.batch_size(self.learning.batch_size(&recipe)),
-                    metric: self.evaluating.metric(),
-                    options: self.evaluating.outputs.options(),
-                };
-                evaluator.checked()
+                let of_data = rank(&data, true)?;
+                let decoder = tokenizer.as_ref().map(|t| t as &dyn Decode);
+                let batch_size = self.learning.batch_size(&recipe);
+                let evaluating = &self.evaluating;
+                Evaluator::new(evaluating, &model, (data, of_data), decoder, &tasks, batch_size)
             })
             .transpose()?;
 

@@ -55,16 +55,25 @@ pub(in crate::cli) struct Evaluator<'a, B: Backend> {
     pub(in crate::cli) options: GenerateOptions,
 }
 
-impl<B: Backend> Evaluator<'_, B> {
-    /// This, if the rows have what the metric needs.
-    pub(in crate::cli) fn checked(self) -> Result<Self> {
-        if self.metric == Metric::RankAccuracy && self.choices.is_empty() {
+impl<'a, B: Backend> Evaluator<'a, B> {
+    /// As the flags say, of these rows and their choices; `batch_size` rows are learned from together.
+    pub(in crate::cli) fn new(
+        flags: &Evaluating,
+        model: &'a Model<B>,
+        (data, choices): (Dataset, Choices),
+        decoder: Option<&'a dyn Decode>,
+        tasks: &'a TaskNames,
+        batch_size: usize,
+    ) -> Result<Self> {
+        let metric = flags.metric();
+        if metric == Metric::RankAccuracy && choices.is_empty() {
             return Err(Error::Usage(
                 "--metric-for-best rank_accuracy needs rows to evaluate on that have choices or choice_ids beside their target"
                     .into(),
             ));
         }
-        Ok(self)
+        let (batch_size, options) = (flags.batch_size(batch_size), flags.outputs.options());
+        Ok(Self { model, data, choices, decoder, tasks, batch_size, metric, options })
     }
 
     fn run(&self, adapter: &Adapter<B>) -> Result<Evaluation> {
